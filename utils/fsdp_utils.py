@@ -1,0 +1,205 @@
+"""FSDP2 for Hugging Face models: process groups, sharding, full state dicts, LoRA merged on the way out.
+
+Everything here works the same over NCCL on GPUs and over gloo on CPUs, with one rank or many. It knows no PPO.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+
+# Blocks that get an FSDP unit of their own, by class name: timm's ViT block and transformers' Llama layer.
+UNIT_CLASSES = ("Block", "LlamaDecoderLayer")
+# Smaller blocks stay in the root unit: a collective per 100 kB layer costs more latency than it saves memory.
+MIN_UNIT_PARAMS = 4_000_000
+FORWARD_METHODS = ("forward_actions", "encode_vision")
+
+
+@dataclass(frozen=True)
+class DistInfo:
+    """Place of one process in its group."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+
+def setup_distributed(timeout_s: float = 1800.0) -> DistInfo:
+    """Start (or find) the default process group from torchrun's variables; alone, make a group of one.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. A GPU process uses NCCL for CUDA tensors and
+    gloo for CPU tensors, a CPU process gloo only.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
+        timeout = timedelta(seconds=timeout_s)
+        if world_size == 1 and "MASTER_ADDR" not in os.environ:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        else:
+            dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+    return DistInfo(dist.get_rank(), dist.get_world_size(), device)
+
+
+def data_mesh(device: torch.device) -> DeviceMesh:
+    """One-dimensional mesh over all ranks."""
+    return init_device_mesh(device.type, (dist.get_world_size(),))
+
+
+def shard_model(
+    model: nn.Module,
+    *,
+    param_dtype: torch.dtype = torch.float32,
+    offload: bool = False,
+    reshard_after_forward: bool = True,
+    min_unit_params: int = MIN_UNIT_PARAMS,
+) -> nn.Module:
+    """Shard `model` in place with FSDP2 and return it.
+
+    Parameters keep their own dtype (float32 master weights); `param_dtype` is what compute and all-gathers use,
+    gradients are reduced in float32. `reshard_after_forward=False` keeps the gathered weights for the backward pass
+    (ZeRO-2). `forward_actions` and `encode_vision`, where the model has them, run with gathered weights too.
+    """
+    mesh = data_mesh(next(model.parameters()).device)
+    lower = None if param_dtype == torch.float32 else param_dtype
+    policy = MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    offload_policy = CPUOffloadPolicy() if offload else OffloadPolicy()
+
+    def shard(module: nn.Module) -> None:
+        fully_shard(
+            module,
+            mesh=mesh,
+            mp_policy=policy,
+            offload_policy=offload_policy,
+            reshard_after_forward=reshard_after_forward,
+        )
+
+    for module in list(model.modules()):
+        is_unit = type(module).__name__ in UNIT_CLASSES
+        if is_unit and sum(p.numel() for p in module.parameters()) >= min_unit_params:
+            shard(module)
+    shard(model)
+    for method in FORWARD_METHODS:
+        if hasattr(model, method):
+            register_fsdp_forward_method(model, method)
+    return model
+
+
+def set_gradient_sync(model: nn.Module, is_last_micro_batch: bool) -> None:
+    """Reduce gradients only in the last micro-batch where the unsharded gradients are small; else in every one.
+
+    Skipping the reduction keeps each rank's full gradients between micro-batches: nothing for an adapter, 28 GB for
+    the full 7B. Both orders give the same sum.
+    """
+    if isinstance(model, FSDPModule):
+        trainable_bytes = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+        model.set_requires_gradient_sync(is_last_micro_batch or trainable_bytes > 2 << 30)
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole tensor behind a DTensor shard (a collective), or the tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def checkpoint_name(name: str) -> str:
+    """Parameter name in the checkpoint for a name inside a (LoRA-wrapped, checkpointed) module."""
+    for part in ("base_model.model.", "_checkpoint_wrapped_module."):
+        name = name.replace(part, "")
+    return name.replace(".base_layer.", ".")
+
+
+def iterate_merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield (checkpoint name, full tensor) of every parameter, LoRA added in float32 into a new tensor.
+
+    The model itself is never changed. A collective: every rank must exhaust the iterator. Memory: one full matrix at
+    a time. Tensors are detached, on the parameter's device, in the parameter's dtype.
+    """
+    lora_layers = {name: m for name, m in model.named_modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")}
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        weight = full_tensor(parameter.detach())
+        owner = name.removesuffix(".base_layer.weight")
+        if owner != name and owner in lora_layers:
+            weight = _merge_lora(weight, lora_layers[owner])
+        yield checkpoint_name(name), weight
+
+
+def _merge_lora(weight: Tensor, layer: nn.Module) -> Tensor:
+    """W + sum over active adapters of scaling * B @ A, accumulated in float32."""
+    merged = weight.to(torch.float32, copy=True)
+    for adapter in layer.active_adapters:  # type: ignore[union-attr]
+        down = full_tensor(layer.lora_A[adapter].weight.detach()).float()  # type: ignore[index,union-attr]
+        up = full_tensor(layer.lora_B[adapter].weight.detach()).float()  # type: ignore[index,union-attr]
+        merged.add_(up @ down, alpha=layer.scaling[adapter])  # type: ignore[index,union-attr]
+    return merged.to(weight.dtype)
+
+
+def full_state_dict(model: nn.Module, *, trainable_only: bool = False) -> dict[str, Tensor]:
+    """Gather `model`'s parameters and persistent buffers to rank 0's CPU memory; {} on the other ranks.
+
+    Names are the module's own (LoRA parameters included, nothing merged). A collective.
+    """
+    wanted = {n for n, p in model.named_parameters() if p.requires_grad} if trainable_only else None
+    state: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        if wanted is not None and name not in wanted:
+            continue
+        whole = full_tensor(value.detach())
+        if dist.get_rank() == 0:
+            state[name] = whole.to("cpu", copy=True)
+    return state
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+    """Clip the global L2 norm of the gradients over all ranks in place and return the norm before clipping.
+
+    `max_norm <= 0` only measures. FSDP shards and plain (replicated) parameters must not be mixed.
+    """
+    grads = [p for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([cast(Tensor, p.grad) for p in grads])
+    if max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(grads, max_norm, norm)
+    return float(full_tensor(norm))
+
+
+def all_reduce_sums(values: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Sum each value over the ranks (one collective; the keys must be the same everywhere)."""
+    names = sorted(values)
+    packed = torch.tensor([values[n] for n in names], dtype=torch.float64, device=device)
+    dist.all_reduce(packed)
+    return dict(zip(names, packed.tolist(), strict=True))
+
+
+def bucketize(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+    """Group named tensors into lists of at most `bucket_bytes` (a single larger tensor is a bucket of its own)."""
+    bucket: list[tuple[str, Tensor]] = []
+    size = 0
+    for name, tensor in tensors:
+        num_bytes = tensor.numel() * tensor.element_size()
+        if bucket and size + num_bytes > bucket_bytes:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, tensor))
+        size += num_bytes
+    if bucket:
+        yield bucket
