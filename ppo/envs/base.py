@@ -1,0 +1,126 @@
+"""What a simulated world must offer: the environment protocol, task suites and their registry.
+
+An environment lives in one process, is stepped by one caller and knows its own time limit. Slow resets are
+allowed (LIBERO: seconds); `ppo.envs.vector` hides them and survives an environment that dies or hangs.
+Shapes: H, W image height and width in pixels.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+ACTION_DIM = 7
+
+# Suite name -> "module:attribute" of its TaskSuite, imported only when asked for: a world's simulator may be absent.
+_SUITES: dict[str, str] = {
+    "tabletop": "ppo.envs.tabletop:SUITE",
+}
+
+
+@dataclass(frozen=True)
+class ResetRequest:
+    """Which episode to start: everything that decides its first state.
+
+    Attributes:
+        task_id: index into the suite's instructions.
+        init_state_id: which of the suite's fixed initial states, or None for a random layout drawn from `seed`.
+        seed: decides whatever is random in the episode (layout without an init_state_id, actuation noise).
+    """
+
+    task_id: int
+    init_state_id: int | None
+    seed: int
+
+
+@dataclass
+class StepResult:
+    """What one step returns.
+
+    Attributes:
+        image: (H, W, 3) uint8, upright, after the step.
+        reward: reward of this step.
+        terminated: the episode reached an end of the task's own (success, or a failure that cannot be undone).
+        truncated: the time limit ended the episode; the state is not terminal. Never both.
+        success: the task is solved (at this step).
+    """
+
+    image: np.ndarray
+    reward: float
+    terminated: bool
+    truncated: bool
+    success: bool
+
+
+@runtime_checkable
+class Environment(Protocol):
+    """One simulated robot. After `terminated` or `truncated` only `reset` may follow."""
+
+    def reset(self, request: ResetRequest) -> np.ndarray:
+        """Start the requested episode and return its first image, (H, W, 3) uint8."""
+        ...
+
+    def step(self, action: np.ndarray) -> StepResult:
+        """Apply one action, (7,) float32 in LIBERO's raw convention (gripper -1 opens, +1 closes)."""
+        ...
+
+    def render(self, size: int) -> np.ndarray:
+        """Draw the present state, (size, size, 3) uint8, without changing it."""
+        ...
+
+    def close(self) -> None:
+        """Release the simulator. A second call does nothing."""
+        ...
+
+
+@dataclass(frozen=True)
+class TaskSuite:
+    """A set of language tasks of one world.
+
+    Attributes:
+        name: as given to `--task_suite_name`.
+        instructions: one per task, in task id order.
+        max_steps: default time limit in environment steps.
+        num_init_states: fixed initial states per task, for evaluation.
+        make_env: `(image_size, max_steps=None, seed=0, **kwargs) -> Environment`; image_size in pixels (square).
+    """
+
+    name: str
+    instructions: tuple[str, ...]
+    max_steps: int
+    num_init_states: int
+    make_env: Callable[..., Environment]
+
+    @property
+    def num_tasks(self) -> int:
+        """Number of tasks."""
+        return len(self.instructions)
+
+
+def known_suites() -> tuple[str, ...]:
+    """Names that `get_suite` accepts, besides `package.module:ATTRIBUTE` of a world of one's own."""
+    return tuple(sorted(_SUITES))
+
+
+def get_suite(name: str) -> TaskSuite:
+    """Return the task suite of that name, importing its world only now.
+
+    Args:
+        name: one of `known_suites()`, or `package.module:ATTRIBUTE` naming a TaskSuite anywhere on the path.
+
+    Raises:
+        ValueError: unknown name (lists the known ones), or the attribute is not a TaskSuite.
+    """
+    target = _SUITES.get(name, name)
+    module_name, colon, attribute = target.partition(":")
+    if not colon:
+        raise ValueError(
+            f"unknown task suite {name!r}: use one of {', '.join(known_suites())}, "
+            "or package.module:ATTRIBUTE for a world of your own"
+        )
+    suite = getattr(importlib.import_module(module_name), attribute, None)
+    if not isinstance(suite, TaskSuite):
+        raise ValueError(f"task suite {name!r}: {target} is not a TaskSuite")
+    return suite
