@@ -1,7 +1,14 @@
-"""One logger for the whole project and the metric writers (TensorBoard always, W&B on request)."""
+"""One logger for the whole project, phase timers, and the metric writers (TensorBoard always, W&B on request)."""
 
+import contextlib
+import json
 import logging
+import math
 import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 from rich.logging import RichHandler
 
@@ -16,3 +23,99 @@ def get_logger(name: str) -> logging.Logger:
         root.setLevel(os.environ.get("PPO_VLA_LOG_LEVEL", "INFO"))
         root.propagate = False
     return root.getChild(name)
+
+
+def add_log_file(path: str | Path) -> None:
+    """Copy everything logged in this process to a text file too."""
+    get_logger("init")
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger("ppo_vla").addHandler(handler)
+
+
+class PhaseTimer:
+    """Seconds spent per named phase since the last `pop`; phases of one name add up."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time the block under `name`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def pop(self) -> dict[str, float]:
+        """Return {phase: seconds} and start again from nothing."""
+        seconds, self._seconds = self._seconds, {}
+        return seconds
+
+
+class MetricWriter:
+    """Scalars to TensorBoard and `metrics.jsonl` in the run's folder, to W&B if asked.
+
+    A value of None or NaN is absent from all of them, never written as 0. `wandb_mode` "offline" writes to the run's
+    folder and sends nothing.
+    """
+
+    def __init__(
+        self,
+        exp_dir: str | Path,
+        *,
+        use_wandb: bool = False,
+        wandb_project: str | None = None,
+        wandb_mode: str = "online",
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # imports tensorboard: a second, only where written
+
+        self._tensorboard = SummaryWriter(str(exp_dir))
+        self._jsonl = (Path(exp_dir) / "metrics.jsonl").open("a")
+        self._wandb = None
+        if use_wandb:
+            import wandb
+
+            self._wandb = wandb.init(
+                project=wandb_project,
+                name=Path(exp_dir).name,
+                dir=str(exp_dir),
+                mode=wandb_mode,  # type: ignore[arg-type]
+                config=dict(config or {}),
+            )
+        text = "\n".join(f"    {k}: {v}" for k, v in (config or {}).items())
+        self._tensorboard.add_text("args", text)
+
+    def write(self, step: int, metrics: Mapping[str, float | None]) -> dict[str, float]:
+        """Write one training step's scalars; returns what was defined and written."""
+        defined = {k: float(v) for k, v in metrics.items() if v is not None and not math.isnan(v)}
+        for name, value in defined.items():
+            self._tensorboard.add_scalar(name, value, step)
+        self._tensorboard.flush()
+        self._jsonl.write(json.dumps({"step": step, **defined}) + "\n")
+        self._jsonl.flush()
+        if self._wandb is not None:
+            self._wandb.log(defined, step=step)
+        return defined
+
+    def close(self) -> None:
+        """Flush and close every writer."""
+        self._tensorboard.close()
+        self._jsonl.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds as 1:02:03 or 2:03."""
+    minutes, rest = divmod(int(round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def read_metrics(exp_dir: str | Path) -> list[dict[str, float]]:
+    """Every line of a run's metrics.jsonl, in order."""
+    with (Path(exp_dir) / "metrics.jsonl").open() as lines:
+        return [json.loads(line) for line in lines]
