@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Set-up, ruff, type check and tests: what CI runs. Arguments go to pytest:
+#
+#   bash scripts/test.sh                        everything but the tests marked gpu, libero and slow
+#   bash scripts/test.sh tests/ppo -k gae       some of it
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash scripts/setup_env.sh --quiet
+
+# One thread a process: the tests start several processes, and busy threads on few cores only wait for each other.
+export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+# Nothing here may reach the network; W&B and vLLM would otherwise call home.
+export HF_HUB_OFFLINE=1 WANDB_MODE=offline VLLM_NO_USAGE_STATS=1 RAY_USAGE_STATS_ENABLED=0
+export TF_CPP_MIN_LOG_LEVEL=2
+
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy ppo utils prismatic ./*.py
+.venv/bin/python -m pytest "$@"
