@@ -1,0 +1,81 @@
+"""Action statistics of a model folder, normalisation, and the way to LIBERO's raw action."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prismatic.vla.action_tokenizer import ActionTokenizer
+
+
+def load_norm_stats(model_dir: str | Path) -> dict[str, Any]:
+    """Return `norm_stats` of `config.json`, overridden key by key by `dataset_statistics.json` where that exists.
+
+    Raises FileNotFoundError when the folder has no `config.json`.
+    """
+    model_dir = Path(model_dir)
+    stats = dict(json.loads((model_dir / "config.json").read_text()).get("norm_stats") or {})
+    statistics_path = model_dir / "dataset_statistics.json"
+    if statistics_path.exists():
+        stats.update(json.loads(statistics_path.read_text()))
+    return stats
+
+
+def resolve_unnorm_key(norm_stats: Mapping[str, Any], suite_name: str, unnorm_key: str | None = None) -> str:
+    """Return the statistics' key: `unnorm_key` if given, else the suite's name, else `{suite_name}_no_noops`.
+
+    Raises ValueError naming the keys there are when none fits.
+    """
+    candidates = [unnorm_key] if unnorm_key else [suite_name, f"{suite_name}_no_noops"]
+    for key in candidates:
+        if key in norm_stats:
+            return key
+    have = sorted(norm_stats) or "none: the folder needs dataset_statistics.json, as fine-tuning writes it"
+    raise ValueError(
+        f"the checkpoint has no action statistics under {' or '.join(map(repr, candidates))}; it has {have}"
+    )
+
+
+def normalize_action(action: np.ndarray, stats: Mapping[str, Any]) -> np.ndarray:
+    """Map q01..q99 to [-1, 1] where `mask` is true, clipping; any dimension whose min equals its max becomes 0.
+
+    `action` (..., A); `stats` is `norm_stats[key]["action"]`. Returns float32.
+    """
+    action = np.asarray(action, dtype=np.float64)
+    low, high, mask = _bounds(stats)
+    scaled = np.clip(2.0 * (action - low) / (high - low + 1e-8) - 1.0, -1.0, 1.0)
+    normalized = np.where(mask, scaled, action)
+    if "min" in stats and "max" in stats:
+        # As OpenVLA does it: after the mask, so an unused dimension is 0 whether or not it is scaled.
+        normalized = np.where(np.asarray(stats["min"]) == np.asarray(stats["max"]), 0.0, normalized)
+    return normalized.astype(np.float32)
+
+
+def unnormalize_action(action: np.ndarray, stats: Mapping[str, Any]) -> np.ndarray:
+    """Map [-1, 1] to q01..q99 where `mask` is true (`0.5 * (a + 1) * (q99 - q01) + q01`), else keep. Returns float32."""
+    action = np.asarray(action, dtype=np.float64)
+    low, high, mask = _bounds(stats)
+    return np.where(mask, 0.5 * (action + 1.0) * (high - low) + low, action).astype(np.float32)
+
+
+def _bounds(stats: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    low, high = np.asarray(stats["q01"], dtype=np.float64), np.asarray(stats["q99"], dtype=np.float64)
+    return low, high, np.asarray(stats.get("mask", np.ones_like(low)), dtype=bool)
+
+
+def to_env_action(action: np.ndarray) -> np.ndarray:
+    """Turn the model's action (gripper 1 = open, 0 = closed) into LIBERO's raw one (gripper -1 = open, +1 = close).
+
+    `-sign(2 g - 1)`, except that exactly 0.5, where the sign is 0 and LIBERO would get no command, opens.
+    `action` (..., 7); returns a float32 copy.
+    """
+    env_action = np.array(action, dtype=np.float32)
+    env_action[..., -1] = np.where(env_action[..., -1] >= 0.5, -1.0, 1.0)
+    return env_action
+
+
+def tokens_to_env_actions(token_ids_BA: np.ndarray, tokenizer: ActionTokenizer, stats: Mapping[str, Any]) -> np.ndarray:
+    """Decode, un-normalise and convert action tokens (B, 7) to LIBERO's raw actions (B, 7) float32."""
+    return to_env_action(unnormalize_action(tokenizer.decode(token_ids_BA), stats))
