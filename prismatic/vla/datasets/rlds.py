@@ -1,0 +1,114 @@
+"""Reading RLDS episodes and transitions through tensorflow-datasets.
+
+Steps are read still encoded (`SkipDecoding`): an episode then costs one record, not one nested dataset, and frames
+that are not needed (the wrist camera, everything while statistics are computed) are never decoded.
+T steps of an episode, N transitions, H W image.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prismatic.vla.datasets.schema import SPLIT, STATE_FEATURE, check_dataset_dir, read_features
+from prismatic.vla.datasets.tensorflow_setup import load_tensorflow, load_tfds
+
+IMAGE_FEATURE = "steps/observation/image"
+
+
+@dataclass
+class RawEpisode:
+    """One episode as stored.
+
+    Attributes:
+        actions_T7: float32, the dataset's own convention.
+        states_TS: float32 proprioception, or None where the dataset has none.
+        instruction: of the first step.
+        encoded_images_T: JPEG or PNG bytes (object array), or None if they were not asked for.
+    """
+
+    actions_T7: np.ndarray
+    states_TS: np.ndarray | None
+    instruction: str
+    encoded_images_T: np.ndarray | None
+
+
+def open_dataset(dataset_dir: str | Path, *, num_threads: int = 1, shard: tuple[int, int] = (0, 1)) -> Any:
+    """The `train` split as a tf.data.Dataset of episodes with encoded steps, in stored order.
+
+    `shard` (index, count): only the episodes index, index + count, ... Raises ValueError with every problem of an
+    incomplete directory.
+    """
+    problems = check_dataset_dir(dataset_dir)
+    if problems:
+        raise ValueError("\n".join(problems))
+    tfds = load_tfds(num_threads)
+    import tensorflow as tf
+
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = num_threads
+    options.deterministic = True
+    # One file after the other, so that the order (and with it every seed) does not depend on the number of shards.
+    config = tfds.ReadConfig(
+        interleave_cycle_length=1,
+        interleave_block_length=1,
+        num_parallel_calls_for_decode=num_threads,
+        num_parallel_calls_for_interleave_files=1,
+        skip_prefetch=True,
+        try_autocache=False,
+        options=options,
+    )
+    builder = tfds.builder_from_directory(str(dataset_dir))
+    dataset = builder.as_dataset(
+        split=SPLIT, decoders={"steps": tfds.decode.SkipDecoding()}, shuffle_files=False, read_config=config
+    )
+    return dataset.shard(shard[1], shard[0]) if shard[1] > 1 else dataset
+
+
+def iterate_episodes(dataset_dir: str | Path, *, images: bool = False, num_threads: int = 1) -> Iterator[RawEpisode]:
+    """Yield every episode in stored order; frames (still encoded) only with `images`."""
+    has_state = STATE_FEATURE in read_features(dataset_dir)
+
+    def select(episode: dict[str, Any]) -> dict[str, Any]:
+        steps = episode["steps"]
+        selected = {"action": steps["action"], "instruction": steps["language_instruction"][0]}
+        if has_state:
+            selected["state"] = steps["observation"]["state"]
+        if images:
+            selected["image"] = steps["observation"]["image"]
+        return selected
+
+    dataset = open_dataset(dataset_dir, num_threads=num_threads).map(select)
+    for episode in dataset.as_numpy_iterator():
+        yield RawEpisode(
+            np.asarray(episode["action"], np.float32),
+            np.asarray(episode["state"], np.float32) if has_state else None,
+            episode["instruction"].decode(),
+            episode.get("image"),
+        )
+
+
+def frame_decoder(dataset_dir: str | Path, image_size: tuple[int, int]) -> Callable[[Any], Any]:
+    """A tensorflow function from one frame's bytes to (H, W, 3) uint8 at `image_size` (height, width).
+
+    Frames stored at that size are only decoded. Others are resized as OpenVLA does it: Lanczos-3 with antialiasing,
+    rounded, clipped.
+    """
+    tf = load_tensorflow()
+    stored_size = read_features(dataset_dir)[IMAGE_FEATURE].shape[:2]
+
+    def resize(frame: Any) -> Any:
+        resized = tf.image.resize(frame, image_size, method="lanczos3", antialias=True)
+        return tf.cast(tf.clip_by_value(tf.round(resized), 0, 255), tf.uint8)
+
+    def decode(encoded: Any) -> Any:
+        frame = tf.io.decode_image(encoded, channels=3, dtype=tf.uint8, expand_animations=False)
+        if stored_size != tuple(image_size):
+            # The features may leave the size open (None), so it is compared frame by frame.
+            same = tf.reduce_all(tf.shape(frame)[:2] == image_size)
+            frame = tf.cond(same, lambda: frame, lambda: resize(frame))
+        return tf.ensure_shape(frame, (*image_size, 3))
+
+    return decode

@@ -1,0 +1,94 @@
+"""Normalisation statistics of an RLDS dataset, cached as JSON beside the data.
+
+The numbers and their names are OpenVLA's `dataset_statistics.json`: mean, std, min, max, q01, q99 of the
+transformed actions (and of the proprioception), and how many transitions and trajectories they cover.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prismatic.vla.datasets.rlds import RawEpisode, iterate_episodes
+from prismatic.vla.datasets.schema import shard_files
+from prismatic.vla.datasets.transforms import DatasetTransform
+
+logger = logging.getLogger("ppo_vla.data")
+
+
+def array_statistics(values_ND: np.ndarray) -> dict[str, list[float]]:
+    """Mean, std (population), min, max and the 1st and 99th percentile of each column."""
+    return {
+        "mean": values_ND.mean(0).tolist(),
+        "std": values_ND.std(0).tolist(),
+        "max": values_ND.max(0).tolist(),
+        "min": values_ND.min(0).tolist(),
+        "q01": np.quantile(values_ND, 0.01, axis=0).tolist(),
+        "q99": np.quantile(values_ND, 0.99, axis=0).tolist(),
+    }
+
+
+def compute_statistics(episodes: Iterable[RawEpisode], transform: DatasetTransform) -> dict[str, Any]:
+    """Statistics of whole episodes in OpenVLA's format: `action` (with its mask), `proprio`, the two counts.
+
+    Raises ValueError if there are no transitions or an action is not finite.
+    """
+    actions, states = [], []
+    for episode in episodes:
+        actions.append(transform.actions(episode.actions_T7))
+        if episode.states_TS is not None:
+            states.append(episode.states_TS)
+    if not sum(map(len, actions)):
+        raise ValueError("the dataset holds no transitions: nothing can be learned from it")
+    actions_N7 = np.concatenate(actions)
+    if not np.isfinite(actions_N7).all():
+        row = int(np.argwhere(~np.isfinite(actions_N7))[0, 0])
+        raise ValueError(f"transition {row} has a non-finite action {actions_N7[row].tolist()}: repair the dataset")
+    statistics: dict[str, Any] = {"action": array_statistics(actions_N7)}
+    statistics["action"]["mask"] = list(transform.action_mask)
+    if states:
+        statistics["proprio"] = array_statistics(np.concatenate(states))
+    return statistics | {"num_transitions": len(actions_N7), "num_trajectories": len(actions)}
+
+
+def content_key(dataset_dir: str | Path, transform: DatasetTransform) -> str:
+    """Hash that changes with the data and with the transform.
+
+    Covers both JSON files in full and each shard's name, size and first and last 64 KiB: hashing hundreds of GB
+    would take longer than the statistics.
+    """
+    digest = hashlib.sha256(transform.name.encode())
+    for name in ("features.json", "dataset_info.json"):
+        digest.update((Path(dataset_dir) / name).read_bytes())
+    for file in shard_files(dataset_dir):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as data:
+            digest.update(data.read(1 << 16))
+            data.seek(max(0, size - (1 << 16)))
+            digest.update(data.read())
+    return digest.hexdigest()[:16]
+
+
+def dataset_statistics(dataset_dir: str | Path, transform: DatasetTransform, *, num_threads: int = 1) -> dict[str, Any]:
+    """The dataset's statistics, from `dataset_statistics_<key>.json` beside the data if it is there.
+
+    Computed and cached otherwise; a directory that cannot be written to costs a warning and the computation.
+    """
+    cache = Path(dataset_dir) / f"dataset_statistics_{content_key(dataset_dir, transform)}.json"
+    if cache.exists():
+        return json.loads(cache.read_text())
+    logger.info("computing the statistics of %s", dataset_dir)
+    statistics = compute_statistics(iterate_episodes(dataset_dir, num_threads=num_threads), transform)
+    partial = cache.with_name(f".{cache.name}.{os.getpid()}")
+    try:
+        partial.write_text(json.dumps(statistics, indent=2) + "\n")
+        partial.replace(cache)  # several ranks may arrive here at once
+    except OSError as error:
+        logger.warning("cannot cache the statistics in %s (%s): they are computed again next time", cache, error)
+    return statistics
