@@ -84,7 +84,7 @@ def percent(rate: float) -> str:
 
 
 def smooth(points: Sequence[CurvePoint], window: int) -> list[tuple[float, float]]:
-    """Return (env_steps, success rate) averaged over each point and the `window - 1` before it, weighted by episodes."""
+    """Return (env_steps, rate) averaged over each point and the `window - 1` before it, weighted by episodes."""
     smoothed = []
     for i, point in enumerate(points):
         recent = [p for p in points[max(0, i + 1 - window) : i + 1] if p.num_episodes]
