@@ -54,7 +54,7 @@ def normalize_action(action: np.ndarray, stats: Mapping[str, Any]) -> np.ndarray
 
 
 def unnormalize_action(action: np.ndarray, stats: Mapping[str, Any]) -> np.ndarray:
-    """Map [-1, 1] to q01..q99 where `mask` is true (`0.5 * (a + 1) * (q99 - q01) + q01`), else keep. Returns float32."""
+    """Map [-1, 1] to q01..q99 where `mask` is true (`0.5 * (a + 1) * (q99 - q01) + q01`), else keep; float32."""
     action = np.asarray(action, dtype=np.float64)
     low, high, mask = _bounds(stats)
     return np.where(mask, 0.5 * (action + 1.0) * (high - low) + low, action).astype(np.float32)

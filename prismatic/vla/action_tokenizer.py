@@ -1,7 +1,7 @@
 """Continuous actions to tokens and back, by OpenVLA's rule.
 
-An action in [-1, 1] falls into one of `num_bins` bins; the bins take the last ids of the vocabulary in descending order,
-so the LARGEST action has the SMALLEST id (openvla: prismatic/vla/action_tokenizer.py).
+An action in [-1, 1] falls into one of `num_bins` bins; the bins take the last ids of the vocabulary in descending
+order, so the LARGEST action has the SMALLEST id (openvla: prismatic/vla/action_tokenizer.py).
 """
 
 from typing import TYPE_CHECKING

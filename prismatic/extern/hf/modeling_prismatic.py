@@ -1,6 +1,6 @@
 """OpenVLA as a transformers model: timm ViTs, an MLP projector and a Llama, in openvla-7b's parameter names.
 
-Shape suffixes: B batch, L prompt tokens, A action tokens (7), V action vocabulary (256), P patches, S sequence, D hidden.
+Shapes: B batch, L prompt tokens, A action tokens (7), V action vocabulary (256), P patches, S sequence, D hidden.
 
 Sequence: `[BOS] [P projected patches] [rest of the prompt] [action tokens] [padding]`, causal attention over all of it.
 Prompts are padded on the right, so a causal mask alone already keeps every real token from seeing the padding: no
@@ -39,7 +39,7 @@ IGNORE_INDEX = -100
 class ActionOutput(NamedTuple):
     """What `forward_actions` returns; a tuple so that FSDP finds the tensors in it.
 
-    `logits_BAV`: float32, one row for each action token over the 256 action ids in ascending order, no temperature; None
+    `logits_BAV`: float32, for each action token over the 256 action ids in ascending order, no temperature; None
     without action ids. `prompt_hidden_BD`: final-norm hidden state at each row's last real prompt token.
     """
 
@@ -378,8 +378,8 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         rows = slice(self.config.first_action_token_id, self.config.action_vocab_size)
         lm_head = self.language_model.lm_head
         base = getattr(lm_head, "base_layer", lm_head)
-        # A head that is sharded by itself has no plain weight here, and wrappers other than plain LoRA (DoRA, a module to
-        # save) change more than a sum: both go through their own forward, at the price of the whole vocabulary.
+        # A head that is sharded by itself has no plain weight here, and wrappers other than plain LoRA (DoRA, a module
+        # to save) change more than a sum: both go through their own forward, at the price of the whole vocabulary.
         if type(lm_head) is not nn.Linear and not _is_plain_lora(lm_head) or isinstance(base.weight, DTensor):
             return lm_head(hidden_BAD)[..., rows].float()
         logits = F.linear(hidden_BAD.float(), base.weight[rows].float())
@@ -447,7 +447,7 @@ def load_model(
     """Load a model folder in openvla-7b's format; `norm_stats` are overridden by its `dataset_statistics.json`.
 
     `kwargs` go to `from_pretrained` (`attn_implementation="flash_attention_2"`, ...). Returned in evaluation mode.
-    Raises ValueError when the weights lack parameters or hold unknown ones, which would otherwise stay random or be lost.
+    Raises ValueError when the weights lack parameters or hold unknown ones (they would stay random, or be lost).
     """
     register_openvla()
     model, info = OpenVLAForActionPrediction.from_pretrained(

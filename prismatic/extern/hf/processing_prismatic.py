@@ -122,12 +122,13 @@ class PrismaticImageProcessor(BaseImageProcessor):
         return square
 
     def preprocess(self, images: Any, return_tensors: Any = "pt", **_: Any) -> BatchFeature:
-        """Return `pixel_values` (B, C, H, W) float32 of one image or a list of images, PIL or (H, W, 3) uint8 arrays."""
+        """Return `pixel_values` (B, C, H, W) float32 of one image or a list, PIL or (H, W, 3) uint8 arrays."""
         image_list = images if isinstance(images, list | tuple) else [images]
         stacked = torch.from_numpy(np.stack([self.resize(image) for image in image_list]))
         return BatchFeature({"pixel_values": self.normalize(stacked)}, tensor_type=return_tensors)
 
     def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
+        """Return `preprocess(images)`."""
         return self.preprocess(images, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
