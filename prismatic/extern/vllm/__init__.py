@@ -1,0 +1,27 @@
+"""OpenVLA in vLLM: the model class, its inputs and the weight transfer for CPU engines.
+
+`register` is the entry point `vllm.general_plugins` of pyproject.toml, so that every process of an engine knows the
+class. It replaces vLLM's own `OpenVLAForActionPrediction`, which takes only 224-pixel images and the two 7B ViTs.
+"""
+
+ARCHITECTURE = "OpenVLAForActionPrediction"
+OBJECT_STORE = "object_store"
+
+
+def register() -> None:
+    """Tell vLLM about the model, its configuration class and the `object_store` weight transfer; may be repeated."""
+    from vllm import ModelRegistry
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    from vllm.transformers_utils.config import _CONFIG_REGISTRY
+
+    from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
+    from prismatic.extern.vllm.openvla import OpenVLAForActionPrediction
+
+    # The class, not its name: vLLM would look into a name in another process, which takes 30 s to import vLLM again.
+    ModelRegistry.register_model(ARCHITECTURE, OpenVLAForActionPrediction)
+    # vLLM prefers its own table to AutoConfig; there is no public way to replace an entry.
+    _CONFIG_REGISTRY[OpenVLAConfig.model_type] = OpenVLAConfig
+    if OBJECT_STORE not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(
+            OBJECT_STORE, "prismatic.extern.vllm.weight_transfer", "ObjectStoreWeightTransferEngine"
+        )

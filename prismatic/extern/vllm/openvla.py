@@ -1,0 +1,190 @@
+"""OpenVLA for vLLM: one class for the 7B and for tiny models, images in as uint8.
+
+The ViTs and the projector are the Hugging Face ones (replicated on every tensor-parallel rank); the Llama is vLLM's.
+Parameter names are the checkpoint's. Shapes: B images, H W pixels, P patches, D hidden, N tokens.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.config.multimodal import BaseDummyOptions
+from vllm.inputs import MultiModalDataDict, MultiModalInput
+from vllm.model_executor.models.interfaces import MultiModalEmbeddings, SupportsMultiModal
+from vllm.model_executor.models.utils import AutoWeightsLoader, init_vllm_registered_model, maybe_prefix
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.parse import ImageProcessorItems
+from vllm.multimodal.processing import (
+    BaseDummyInputsBuilder,
+    BaseMultiModalProcessor,
+    BaseProcessingInfo,
+    ProcessorInputs,
+    TimingContext,
+)
+from vllm.sequence import IntermediateTensors
+
+from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
+from prismatic.extern.hf.modeling_prismatic import PrismaticProjector, PrismaticVisionBackbone, create_featurizer
+from prismatic.extern.vllm.inputs import IMAGE, PIXELS, action_request
+
+
+def count_patches(config: OpenVLAConfig) -> int:
+    """Image tokens of one image, asked of the first ViT itself (built without memory)."""
+    with torch.device("meta"):
+        return create_featurizer(config, 0).patch_embed.num_patches
+
+
+def read_pixel_statistics(model_dir: str | Path) -> tuple[Tensor, Tensor]:
+    """Means and standard deviations (num_vits, 3) of `preprocessor_config.json`, for pixels scaled to [0, 1]."""
+    settings = json.loads((Path(model_dir) / "preprocessor_config.json").read_text())
+    # A device context of the model loader must not catch these.
+    return tuple(torch.tensor(settings[key], dtype=torch.float32, device="cpu") for key in ("means", "stds"))
+
+
+class OpenVLAProcessingInfo(BaseProcessingInfo):
+    """Sizes that vLLM needs to plan: one image a prompt, always the same number of tokens."""
+
+    def get_hf_config(self) -> OpenVLAConfig:
+        """Return the model's configuration."""
+        return self.ctx.get_hf_config(OpenVLAConfig)
+
+    @cached_property
+    def num_patches(self) -> int:
+        """Image tokens of one image."""
+        return count_patches(self.get_hf_config())
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        """One image."""
+        return {IMAGE: 1}
+
+    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
+        """Return the number of patches."""
+        return {IMAGE: self.num_patches}
+
+
+class OpenVLADummyInputsBuilder(BaseDummyInputsBuilder[OpenVLAProcessingInfo]):
+    """The input vLLM measures memory with: a token prompt (there is no tokenizer) and a black image."""
+
+    def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
+        """Nothing: see `get_dummy_processor_inputs`."""
+        return ""
+
+    def get_dummy_mm_data(
+        self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Mapping[str, BaseDummyOptions]
+    ) -> MultiModalDataDict:
+        """Return black images of the model's size."""
+        size = self.info.get_hf_config().image_sizes[0]
+        return {IMAGE: [np.zeros((size, size, 3), np.uint8)] * mm_counts.get(IMAGE, 0)}
+
+    def get_dummy_processor_inputs(
+        self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Mapping[str, BaseDummyOptions]
+    ) -> ProcessorInputs:
+        """Return the images with a prompt of one token."""
+        data = self.get_dummy_mm_data(seq_len, mm_counts, mm_options)
+        return ProcessorInputs(prompt=[0], mm_data_items=self.info.parse_mm_data(data, validate=False))
+
+
+class OpenVLAMultiModalProcessor(BaseMultiModalProcessor[OpenVLAProcessingInfo]):
+    """Requests given as `{"prompt_token_ids": ..., "multi_modal_data": {"image": uint8 array}}`.
+
+    The engine of this project builds its requests itself (`action_request`); this serves profiling and plain vLLM use.
+    """
+
+    def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
+        """Return the engine input. Raises ValueError for text, no image, or an image of another size."""
+        config = self.info.get_hf_config()
+        if isinstance(inputs.prompt, str):
+            raise ValueError("the prompt is text: OpenVLA takes prompt_token_ids (PrismaticProcessor.prompt_ids)")
+        image = inputs.mm_data_items.get_items(IMAGE, ImageProcessorItems).get(0)
+        pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
+        if tuple(pixels.shape) != (config.image_sizes[0], config.image_sizes[0], 3):
+            raise ValueError(f"the image has shape {tuple(pixels.shape)}: resize it to {config.image_sizes[0]} first")
+        return action_request(
+            list(inputs.prompt),
+            pixels,
+            inputs.get_mm_hashes(self.info.model_id)[IMAGE][0],
+            num_patches=self.info.num_patches,
+            placeholder_id=config.pad_token_id,
+        )
+
+    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
+        raise NotImplementedError("`apply` does the whole work")
+
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
+    ) -> Any:
+        raise NotImplementedError("`apply` does the whole work")
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    OpenVLAMultiModalProcessor, info=OpenVLAProcessingInfo, dummy_inputs=OpenVLADummyInputsBuilder
+)
+class OpenVLAForActionPrediction(nn.Module, SupportsMultiModal):
+    """OpenVLA with vLLM's Llama. Sequence: [BOS] [P projected patches] [rest of the prompt] [action tokens]."""
+
+    @classmethod
+    def get_placeholder_str(cls, modality: str, i: int) -> str | None:
+        """No text stands for the image: its place is fixed."""
+        return None
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config: OpenVLAConfig = vllm_config.model_config.hf_config
+        means, stds = read_pixel_statistics(vllm_config.model_config.model)
+        # Plain attributes: as buffers they would look to vLLM's weight reload like weights that never came.
+        self._pixel_scale, self._pixel_shift = 1.0 / (255.0 * stds), -means / stds
+        with self._mark_tower_model(vllm_config, IMAGE):
+            self.vision_backbone = PrismaticVisionBackbone(config)
+            self.projector = PrismaticProjector(
+                bool(config.use_fused_vision_backbone), self.vision_backbone.embed_dim, config.text_config.hidden_size
+            )
+        with self._mark_language_model(vllm_config):
+            self.language_model = init_vllm_registered_model(
+                vllm_config=vllm_config,
+                hf_config=config.text_config,
+                prefix=maybe_prefix(prefix, "language_model"),
+                architectures=["LlamaForCausalLM"],
+            )
+        self.configure_mm_token_handling(config.text_config.vocab_size, [config.pad_token_id])
+        self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
+
+    def normalize_pixels(self, pixels_BHWC: Tensor) -> Tensor:
+        """Return (B, 3 * num_vits, H, W) in the ViTs' dtype from uint8, normalised once for each ViT, in float32."""
+        if self._pixel_scale.device != pixels_BHWC.device:
+            self._pixel_scale = self._pixel_scale.to(pixels_BHWC.device)
+            self._pixel_shift = self._pixel_shift.to(pixels_BHWC.device)
+        pixels = pixels_BHWC.permute(0, 3, 1, 2).float().unsqueeze(1)
+        normalized = pixels * self._pixel_scale[..., None, None] + self._pixel_shift[..., None, None]
+        return normalized.flatten(1, 2).to(self.vision_backbone.featurizer.patch_embed.proj.weight.dtype)
+
+    def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
+        """Return (B, P, D) for `pixels` (B, H, W, 3) uint8, or nothing without images."""
+        pixels_BHWC = kwargs.get(PIXELS)
+        if not isinstance(pixels_BHWC, Tensor):
+            return []
+        return self.projector(self.vision_backbone(self.normalize_pixels(pixels_BHWC)))
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: object,
+    ) -> Tensor | IntermediateTensors:
+        """Return the hidden states (N, D) of the scheduled tokens."""
+        return self.language_model.model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """Return logits over the whole vocabulary; sampling keeps the action tokens."""
+        return self.language_model.compute_logits(hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load (a part of) a checkpoint by its own names."""
+        return AutoWeightsLoader(self).load_weights(weights)

