@@ -1,0 +1,403 @@
+"""LoRA adapters (peft's folders) merged into safetensors checkpoints, one matrix in memory at a time, on a CPU.
+
+Shape suffixes: O output features, I input features, R LoRA rank, N probe vectors.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from utils.checkpoint_utils import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX_NAME, check_adapter_dir, weight_files
+
+PEFT_PREFIX = "base_model.model."
+FINGERPRINT_KEY = "base_fingerprint"  # in an adapter folder's metadata.json
+FINGERPRINT_SAMPLES = 64
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Options that the merged weights do not depend on, or that are read below. Any other option that is set is refused.
+# `fan_in_fan_out` is among them because peft itself switches it off for nn.Linear, the only layer type accepted here.
+# fmt: off
+KNOWN_OPTIONS = frozenset((
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
+    "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "modules_to_save", "peft_type",
+    "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules",
+    "task_type", "use_rslora", "velora_config",
+))
+# fmt: on
+# Initialisations that leave the base weights as they are; the others (pissa, olora, corda, loftq, lora_ga) change them.
+KNOWN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
+SAFETENSORS_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+TORCH_DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class LoraAdapter:
+    """What an adapter folder does to a checkpoint.
+
+    Attributes:
+        folder: the peft folder.
+        config: adapter_config.json.
+        scaling: name of each adapted module -> factor of B @ A.
+        replaced: checkpoint name -> the adapter's key of a whole tensor (modules_to_save, trained biases).
+        frozen: checkpoint name -> the adapter's key of a copy of the base's tensor (peft adds lm_head's).
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    scaling: dict[str, float]
+    replaced: dict[str, str]
+    frozen: dict[str, str]
+
+    def tensor(self, key: str) -> Tensor:
+        """The adapter's tensor under its own key."""
+        with safe_open(self.folder / ADAPTER_WEIGHTS, "pt") as tensors:
+            return tensors.get_tensor(key)
+
+    def factors(self, module: str) -> tuple[Tensor, Tensor]:
+        """A (R, I) and B (O, R) of one module in float32."""
+        down, up = (self.tensor(f"{PEFT_PREFIX}{module}.lora_{x}.weight").float() for x in "AB")
+        return down, up
+
+    def apply(self, name: str, weight: Tensor) -> Tensor:
+        """The merged tensor for checkpoint name `name`: float32 where LoRA applies, else as it is stored.
+
+        W + scaling * B @ A is accumulated in float32 into a new tensor.
+        """
+        if name in self.replaced:
+            return self.tensor(self.replaced[name])
+        module = name.removesuffix(".weight")
+        if module == name or module not in self.scaling:
+            return weight
+        down_RI, up_OR = self.factors(module)
+        return torch.addmm(weight.float(), up_OR, down_RI, alpha=self.scaling[module])
+
+
+def load_adapter(adapter_dir: str | Path) -> LoraAdapter:
+    """Read a peft LoRA folder's configuration and key list.
+
+    Raises:
+        ValueError: an incomplete folder, or options and tensors that merging does not support, each by name.
+    """
+    folder = Path(adapter_dir)
+    problems = check_adapter_dir(folder)
+    if problems:
+        raise ValueError("\n".join(problems))
+    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    problems = unsupported_options(config)
+    with safe_open(folder / ADAPTER_WEIGHTS, "pt") as tensors:
+        shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+    modules, replaced, frozen, unknown = _sort_keys(shapes, config)
+    problems += [f"tensor {key} is not a LoRA factor, a saved module or a trained bias" for key in unknown]
+    problems += [problem for module in modules for problem in _factor_problems(module, shapes, config)]
+    if problems:
+        raise ValueError(f"{folder} cannot be merged:\n" + "\n".join(f"- {problem}" for problem in problems))
+    scaling = {module: lora_scaling(config, module) for module in modules}
+    return LoraAdapter(folder, config, scaling, replaced, frozen)
+
+
+def unsupported_options(config: Mapping[str, Any]) -> list[str]:
+    """Options of an adapter_config.json that merging does not support, with their values."""
+    problems = []
+    if config.get("peft_type") != "LORA":
+        problems.append(f"peft_type {config.get('peft_type')} is not supported, only LORA is")
+    for option, value in sorted(config.items()):
+        if option not in KNOWN_OPTIONS and value:
+            problems.append(f"option {option}={value!r} is not supported")
+    init = config.get("init_lora_weights")
+    if not any(init is known or init == known for known in KNOWN_INITIALISATIONS):
+        problems.append(
+            f"option init_lora_weights={init!r} is not supported: it changed the base weights, save the adapter with "
+            "peft's path_initial_model_for_weight_conversion first"
+        )
+    return problems
+
+
+def _sort_keys(
+    shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
+) -> tuple[list[str], dict[str, str], dict[str, str], list[str]]:
+    """Adapted modules, replaced and frozen tensors (checkpoint name -> key), and keys that are none of these."""
+    modules, replaced, frozen, unknown = set(), {}, {}, []
+    saved = config.get("modules_to_save") or []
+    for key in sorted(shapes):
+        name = key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
+        plain = re.sub(r"\.(original_module|modules_to_save)\.", ".", key)
+        if not key.startswith(PEFT_PREFIX):
+            unknown.append(key)
+        elif name.endswith((".lora_A.weight", ".lora_B.weight")):
+            modules.add(name[: -len(".lora_A.weight")])
+        elif plain != key and plain in shapes:
+            continue  # peft's bias="all" stores the biases of saved modules a second and third time
+        elif key.endswith(".base_layer.weight"):
+            frozen[name] = key
+        elif ".lora_" not in name and plain == key and _is_trained(name, saved, config):
+            replaced[name] = key
+        else:
+            unknown.append(key)
+    return sorted(modules), replaced, frozen, unknown
+
+
+def _is_trained(name: str, saved: list[str], config: Mapping[str, Any]) -> bool:
+    module = name.rpartition(".")[0]
+    in_saved = any(f".{part}." in f".{module}." for part in saved)
+    return in_saved or (name.endswith(".bias") and config.get("bias", "none") != "none")
+
+
+def _factor_problems(module: str, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> list[str]:
+    down, up = (shapes.get(f"{PEFT_PREFIX}{module}.lora_{x}.weight") for x in "AB")
+    if down is None or up is None:
+        return [f"module {module} has only one of lora_A and lora_B"]
+    if len(down) != 2 or len(up) != 2:
+        return [f"module {module} is not a linear layer (lora_A {down}, lora_B {up}): only these are supported"]
+    rank = _pattern_value(config.get("rank_pattern"), module, config["r"])
+    if not down[0] == up[1] == rank:
+        return [f"module {module}: lora_A {down} and lora_B {up} do not have rank {rank} of {ADAPTER_CONFIG}"]
+    return []
+
+
+def _pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """The rule of peft: the first pattern that matches the end of the module's name, at a dot, decides."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def lora_scaling(config: Mapping[str, Any], module: str) -> float:
+    """Factor of B @ A after both patterns: alpha / r, or alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023)."""
+    rank = _pattern_value(config.get("rank_pattern"), module, config["r"])
+    alpha = _pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"])
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def tensor_specs(model_dir: str | Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of every tensor of a model folder, from the safetensors headers."""
+    specs = {}
+    for file in weight_files(model_dir):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                header = tensors.get_slice(name)
+                specs[name] = (TORCH_DTYPES[header.get_dtype()], tuple(header.get_shape()))
+    return specs
+
+
+def base_mismatches(adapter: LoraAdapter, base_dir: str | Path) -> list[str]:
+    """Reasons why `base_dir` cannot be the model that `adapter` was trained on: names, shapes, fingerprint."""
+    shapes = {name: shape for name, (_, shape) in tensor_specs(base_dir).items()}
+    problems = []
+    for module in adapter.scaling:
+        down_RI, up_OR = adapter.factors(module)
+        wanted = (up_OR.shape[0], down_RI.shape[1])
+        problems += _shape_problem(f"{module}.weight", wanted, shapes)
+    for name, key in adapter.replaced.items():
+        problems += _shape_problem(name, tuple(adapter.tensor(key).shape), shapes)
+    if not problems:
+        problems += _frozen_problems(adapter, base_dir)
+    recorded = recorded_fingerprint(adapter.folder)
+    if recorded and not problems and recorded != (actual := base_fingerprint(base_dir)):
+        problems.append(f"the adapter was trained on weights with fingerprint {recorded}, the base has {actual}")
+    return problems
+
+
+def _frozen_problems(adapter: LoraAdapter, base_dir: str | Path) -> list[str]:
+    """Copies of base tensors in the adapter that differ from the base's."""
+    problems = []
+    for file in weight_files(base_dir):
+        with safe_open(file, "pt") as base:
+            for name in set(base.keys()) & set(adapter.frozen):
+                copy = adapter.tensor(adapter.frozen[name])
+                if not torch.equal(base.get_tensor(name).to(copy.dtype), copy):
+                    problems.append(f"the adapter holds a copy of its base's {name}, the base has other values")
+    return sorted(problems)
+
+
+def _shape_problem(name: str, wanted: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    if name not in shapes:
+        return [f"the adapter changes {name}, which the base does not have"]
+    if shapes[name] != wanted:
+        return [f"the adapter needs {name} of shape {wanted}, the base has {shapes[name]}"]
+    return []
+
+
+def recorded_fingerprint(adapter_dir: str | Path) -> str | None:
+    """`base_fingerprint` of the adapter folder's metadata.json, if there is one."""
+    file = Path(adapter_dir) / "metadata.json"
+    return json.loads(file.read_text()).get(FINGERPRINT_KEY) if file.exists() else None
+
+
+def base_fingerprint(model_dir: str | Path) -> str:
+    """Short SHA-256 over every tensor's name, shape and a sample of its rows, in name order, whatever the sharding.
+
+    Samples the first, middle and last row (at most 64 values each): milliseconds a tensor also for the 7B, and two
+    trained models never share it. Values are hashed in float32, so bf16 -> float32 conversion does not change it.
+    """
+    digest = hashlib.sha256()
+    where = {name: file for file in weight_files(model_dir) for name in _names(file)}
+    for name in sorted(where):
+        with safe_open(where[name], "pt") as tensors:
+            header = tensors.get_slice(name)
+            shape = header.get_shape()
+            digest.update(f"{name}{list(shape)}".encode())
+            indices = sorted({0, shape[0] // 2, shape[0] - 1}) if shape else []
+            rows = [header[i] for i in indices] or [tensors.get_tensor(name)]
+        for row in rows:
+            digest.update(row.flatten()[:FINGERPRINT_SAMPLES].float().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _names(file: Path) -> list[str]:
+    with safe_open(file, "pt") as tensors:
+        return list(tensors.keys())
+
+
+def write_safetensors(
+    file: str | Path,
+    specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensors: Iterator[tuple[str, Tensor]],
+) -> None:
+    """Write a safetensors file tensor by tensor: the library's own writers want all of them in memory.
+
+    `tensors` must come in the order of `file_order(specs)`. Format: 8 bytes header length, JSON header, raw data.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in file_order(specs):
+        dtype, shape = specs[name]
+        end = offset + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    written = []
+    with open(file, "wb") as output:
+        output.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors:
+            assert (tensor.dtype, tuple(tensor.shape)) == specs[name], f"{name} is not what the header says"
+            output.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            written.append(name)
+    assert written == file_order(specs), "tensors came in another order than the header's"
+
+
+def file_order(specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> list[str]:
+    """The safetensors library's order: wider dtypes first (alignment), then by name."""
+    return sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))
+
+
+def merge_weights(base_dir: str | Path, adapter: LoraAdapter, output_dir: str | Path, dtype: torch.dtype) -> int:
+    """Write base + adapter as safetensors with the base's file names and index; return the number of tensors.
+
+    Floating-point tensors become `dtype`, the others stay. Memory: one matrix in float32 and its result, plus the
+    pages of the base shard being read (mapped, not copied).
+    """
+    num_tensors = total_bytes = 0
+    for source in weight_files(base_dir):
+        with safe_open(source, "pt") as base:
+            specs = {}
+            for name in base.keys():  # noqa: SIM118
+                header = base.get_slice(name)
+                specs[name] = (_output_dtype(TORCH_DTYPES[header.get_dtype()], dtype), tuple(header.get_shape()))
+
+            def merged(base=base, specs=specs) -> Iterator[tuple[str, Tensor]]:
+                for name in file_order(specs):
+                    yield name, adapter.apply(name, base.get_tensor(name)).to(specs[name][0])
+
+            write_safetensors(Path(output_dir) / source.name, specs, merged())
+        num_tensors += len(specs)
+        total_bytes += sum(d.itemsize * math.prod(shape) for d, shape in specs.values())
+    index_file = Path(base_dir) / INDEX_NAME
+    if index_file.exists():
+        index = json.loads(index_file.read_text())
+        index["metadata"] = {**index.get("metadata", {}), "total_size": total_bytes}
+        (Path(output_dir) / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+    return num_tensors
+
+
+def _output_dtype(stored: torch.dtype, wanted: torch.dtype) -> torch.dtype:
+    return wanted if stored.is_floating_point else stored
+
+
+def check_merged_weights(
+    base_dir: str | Path, adapter: LoraAdapter, merged_dir: str | Path, dtype: torch.dtype
+) -> tuple[list[str], float]:
+    """Compare every tensor of a merged folder with base + adapter, one at a time; return problems and worst error.
+
+    An adapted matrix is compared through its outputs for random inputs, against peft's own layer built around the
+    base's matrix alone; |error| may reach (eps(dtype) + 16 eps(float32)) * |W| |x|, the bound for rounded weights.
+    All other tensors must be equal bit for bit after the conversion to `dtype`. The returned error is the largest
+    |error| / bound of the adapted matrices (1 is the limit).
+    """
+    problems, worst = [], 0.0
+    merged_files = {name: file for file in weight_files(merged_dir) for name in _names(file)}
+    missing = set(tensor_specs(base_dir)) ^ set(merged_files)
+    problems += [f"{name} is in only one of base and merged" for name in sorted(missing)]
+    for source in weight_files(base_dir):
+        with safe_open(source, "pt") as base:
+            for name in (n for n in base.keys() if n in merged_files):  # noqa: SIM118
+                with safe_open(merged_files[name], "pt") as tensors:
+                    merged = tensors.get_tensor(name)
+                module = name.removesuffix(".weight")
+                if module != name and module in adapter.scaling:
+                    error = matrix_error(module, base.get_tensor(name).float(), adapter, merged)
+                    worst = max(worst, error)
+                    if not error <= 1.0:
+                        problems.append(f"{name} differs from base + adapter by {error:.3g} times the rounding bound")
+                elif not _equal_after_cast(adapter.apply(name, base.get_tensor(name)), merged, dtype):
+                    problems.append(f"{name} differs from the {'adapter' if name in adapter.replaced else 'base'}'s")
+    return problems, worst
+
+
+def _equal_after_cast(stored: Tensor, merged: Tensor, dtype: torch.dtype) -> bool:
+    expected = stored.to(_output_dtype(stored.dtype, dtype))
+    return merged.dtype == expected.dtype and torch.equal(merged.view(-1), expected.view(-1))
+
+
+def matrix_error(module: str, weight_OI: Tensor, adapter: LoraAdapter, merged_OI: Tensor, num_probes: int = 8) -> float:
+    """Largest |merged x - (base + adapter) x| over its rounding bound, for random x; the reference is peft's layer."""
+    generator = torch.Generator().manual_seed(0)
+    probe_NI = torch.randn(num_probes, weight_OI.shape[1], generator=generator)
+    expected_NO = peft_layer(module, weight_OI, adapter)(probe_NI)
+    eps = torch.finfo(merged_OI.dtype).eps + 16 * torch.finfo(torch.float32).eps
+    bound_NO = eps * F.linear(probe_NI.abs(), merged_OI.float().abs()) + 1e-30
+    return float(((F.linear(probe_NI, merged_OI.float()) - expected_NO).abs() / bound_NO).max())
+
+
+@torch.no_grad()
+def peft_layer(module: str, weight_OI: Tensor, adapter: LoraAdapter) -> nn.Module:
+    """Build peft's own LoRA layer for one module, built around its base matrix alone (no bias, evaluation mode)."""
+    root = nn.Module()
+    parent = root
+    *path, leaf = module.split(".")
+    for part in path:
+        parent.add_module(part, nn.Module())
+        parent = parent.get_submodule(part)
+    linear = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight_OI, requires_grad=False)
+    parent.add_module(leaf, linear)
+    config = LoraConfig.from_pretrained(str(adapter.folder))
+    config.modules_to_save, config.init_lora_weights, config.bias = None, True, "none"
+    layer: Any = inject_adapter_in_model(config, root, "default").eval().get_submodule(module)
+    down_RI, up_OR = adapter.factors(module)
+    layer.lora_A["default"].weight.copy_(down_RI)
+    layer.lora_B["default"].weight.copy_(up_OR)
+    return layer.requires_grad_(False)
