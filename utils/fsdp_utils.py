@@ -11,7 +11,9 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -39,15 +41,15 @@ class DistInfo:
     device: torch.device
 
 
-def setup_distributed(timeout_s: float = 1800.0) -> DistInfo:
+def setup_distributed(timeout_s: float = 1800.0, device_type: str | None = None) -> DistInfo:
     """Start (or find) the default process group from torchrun's variables; alone, make a group of one.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. A GPU process uses NCCL for CUDA tensors and
-    gloo for CPU tensors, a CPU process gloo only.
+    gloo for CPU tensors, a CPU process gloo only. `device_type` None: a GPU if there is one.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
-    if torch.cuda.is_available():
+    if device_type == "cuda" or (device_type is None and torch.cuda.is_available()):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
@@ -203,3 +205,17 @@ def bucketize(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Itera
         size += num_bytes
     if bucket:
         yield bucket
+
+
+def save_distributed_state(
+    folder: str, models: dict[str, tuple[nn.Module, torch.optim.Optimizer]], extra: dict[str, object]
+) -> None:
+    """Write sharded models (trainable parameters only), their optimizers and each rank's random state with DCP.
+
+    `extra` holds small values that are equal on every rank (scheduler states). A collective.
+    """
+    state: dict[str, object] = {"extra": extra, f"rng_rank_{dist.get_rank()}": torch.get_rng_state()}
+    for name, (model, optimizer) in models.items():
+        weights, moments = get_state_dict(model, optimizer, options=StateDictOptions(ignore_frozen_params=True))
+        state[name] = {"model": weights, "optimizer": moments}
+    dcp.save(state, checkpoint_id=folder)

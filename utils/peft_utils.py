@@ -81,10 +81,10 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def adapter_state(full_state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename a gathered state dict's LoRA tensors to peft's file format (adapter name dropped, prefix added)."""
-    return {
-        f"base_model.model.{name.replace('.default.', '.')}": tensor
-        for name, tensor in full_state.items()
-        if ".lora_" in name
-    }
+
+def save_adapter(wrapper: PeftModel, full_state: dict[str, torch.Tensor], folder: str | Path) -> None:
+    """Write peft's two adapter files from a gathered state dict of the (sharded) model inside `wrapper`."""
+    prefixed = {f"base_model.model.{name}": tensor for name, tensor in full_state.items()}
+    wrapper.save_pretrained(str(folder), state_dict=prefixed)
+    # peft adds a model card full of placeholders
+    (Path(folder) / "README.md").unlink(missing_ok=True)
