@@ -1,0 +1,407 @@
+"""The whole loop on one CPU machine: demonstrations, fine-tuning, PPO, merge, evaluations, and a report.
+
+    bash scripts/quickstart.sh [--seed 0] [--run_dir runs/quickstart]
+
+does the set-up and calls this. Each stage is a command that works by itself (it is logged in full); its output goes to
+RUN_DIR/logs. Ends with a table, `summary.json` and `report.html` in RUN_DIR. Nothing in an existing RUN_DIR is touched
+without --overwrite.
+"""
+
+import collections
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich import get_console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.logging_utils import format_duration, get_logger, read_metrics
+from utils.report import Clip, CurvePoint, Evaluation, Rate, ReportData, percent, render_report
+
+logger = get_logger(__name__)
+
+ROOT = Path(__file__).resolve().parents[1]
+SUITE = "tabletop"
+BASE_MODEL = ROOT / "assets" / "tabletop-base"
+MARKER = "quickstart.json"  # in every run's folder: only a folder with this file is ever replaced
+NUM_TAIL_LINES = 25
+SHOWN = re.compile(r"step \d+/\d+ .*")  # lines of a stage's log that the console shows too
+NUM_CLIP_PAIRS = 4
+
+
+@dataclass(frozen=True)
+class Args:
+    """Show the whole loop on this machine: about a quarter of an hour on two cores."""
+
+    seed: int = 0
+    """Decides demonstrations, fine-tuning and PPO; >= 0. Evaluations always use the same initial states and seed."""
+    run_dir: Path = Path("runs/quickstart")
+    """Folder to write: must not exist, or be empty."""
+    overwrite: bool = False
+    """Replace an earlier quick start in --run_dir."""
+
+
+# Every hyper-parameter of the quick start, by command; docs/RECIPE.md says how they were found.
+DEMOS = {"num_episodes": 1000}
+FINETUNE = {"max_steps": 500}
+PPO = {"use_lora": True, "value_init_steps": 2}
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where the parts of a run lie."""
+
+    run_dir: Path
+
+    @property
+    def data(self) -> Path:
+        """RLDS demonstrations."""
+        return self.run_dir / "data"
+
+    @property
+    def sft(self) -> Path:
+        """The supervised policy."""
+        return self.run_dir / "sft"
+
+    @property
+    def ppo(self) -> Path:
+        """PPO's folder: metrics, the final adapter, eval_final.json."""
+        return self.run_dir / "ppo"
+
+    @property
+    def merged(self) -> Path:
+        """The merged model."""
+        return self.run_dir / "merged"
+
+    def evaluation(self, name: str) -> Path:
+        """Where evaluation `name` makes its folder."""
+        return self.run_dir / f"eval_{name}"
+
+    def results(self, name: str) -> dict[str, Any]:
+        """The results.json of evaluation `name`."""
+        (file,) = self.evaluation(name).glob("*/results.json")
+        return json.loads(file.read_text())
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of the run."""
+
+    name: str
+    title: str
+    command: tuple[str, ...]
+
+
+class StageError(RuntimeError):
+    """A stage's command failed; the message holds the end of its log."""
+
+
+def flags(values: dict[str, Any]) -> list[str]:
+    """{"lr": 0.1, "use_lora": True, "image_aug": False} -> --lr 0.1 --use_lora --no_image_aug."""
+    texts = []
+    for name, value in values.items():
+        texts += [f"--{name}" if value else f"--no_{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+    return texts
+
+
+def make_stages(args: Args) -> list[Stage]:
+    """All stages in order, with their whole command lines."""
+    paths = Paths(args.run_dir)
+    seed = {"seed": args.seed}
+    commands: list[tuple[str, str, str, dict[str, Any]]] = [
+        ("demos", "demonstrations", "vla-scripts/make_demos.py",
+         {"task_suite_name": SUITE, "output_dir": paths.data, **DEMOS, **seed}),
+        ("finetune", "supervised fine-tuning", "vla-scripts/finetune.py",
+         {"vla_path": BASE_MODEL, "data_root_dir": paths.data, "dataset_name": f"{SUITE}_no_noops",
+          "output_dir": paths.sft, **FINETUNE, **seed}),
+        ("eval_sft", "evaluation of the supervised policy", "run_libero_eval_vllm.py",
+         {"pretrained_checkpoint": paths.sft, "task_suite_name": SUITE, "local_log_dir": paths.evaluation("sft")}),
+        ("ppo", "PPO with LoRA", "ppo_vllm_ray_fsdp_vla.py",
+         {"vla_path": paths.sft, "task_suite_name": SUITE, "run_root_dir": args.run_dir, "exp_id": paths.ppo.name,
+          "eval_final": True, **PPO, **seed}),
+        ("merge", "merge", "vla-scripts/merge.py",
+         {"vla_path": paths.sft, "adapter_dir": paths.ppo, "output_dir": paths.merged}),
+        ("eval_merged", "evaluation of the merged model", "run_libero_eval_vllm.py",
+         {"pretrained_checkpoint": paths.merged, "task_suite_name": SUITE,
+          "local_log_dir": paths.evaluation("merged")}),
+    ]  # fmt: skip
+    return [
+        Stage(name, title, (sys.executable, str(ROOT / script), *flags(values)))
+        for name, title, script, values in commands
+    ]
+
+
+def validate(args: Args) -> None:
+    """Raise ValueError with everything that keeps the run from starting."""
+    from utils.checkpoint_utils import check_model_dir  # imports torch: seconds that --help need not take
+
+    problems = [f"--seed {args.seed} must be 0 or more"] if args.seed < 0 else []
+    problems += check_model_dir(BASE_MODEL)
+    if args.run_dir.exists() and not args.run_dir.is_dir():
+        problems.append(f"--run_dir {args.run_dir} is a file")
+    elif args.run_dir.exists() and any(args.run_dir.iterdir()):
+        if not args.overwrite:
+            problems.append(f"--run_dir {args.run_dir} is not empty: choose another, or pass --overwrite to replace it")
+        elif not (args.run_dir / MARKER).exists():
+            problems.append(f"--run_dir {args.run_dir} holds no quick start: --overwrite does not replace it")
+    if problems:
+        raise ValueError("cannot start:\n" + "\n".join(f"- {problem}" for problem in problems))
+
+
+def child_environment() -> dict[str, str]:
+    """Variables of every stage: unbuffered, unwrapped logs; nothing reaches for the network."""
+    quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "VLLM_NO_USAGE_STATS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    offline = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+    return os.environ | quiet | offline | {"PYTHONUNBUFFERED": "1", "COLUMNS": "180", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def run_command(command: Sequence[str], log: Path, on_line: Callable[[str], None]) -> None:
+    """Run a command with its output in `log`, and each line given to `on_line`.
+
+    Raises:
+        StageError: it ended with another code than 0; the message holds the end of the log.
+    """
+    tail: collections.deque[str] = collections.deque(maxlen=NUM_TAIL_LINES)
+    with log.open("w") as file:
+        file.write(f"$ {' '.join(command)}\n")
+        process = subprocess.Popen(
+            command, env=child_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, errors="replace",
+        )  # fmt: skip
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                file.write(line)
+                file.flush()
+                tail.append(line)
+                on_line(line.rstrip())
+            code = process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    if code != 0:
+        raise StageError(f"{''.join(tail)}\nended with code {code}; the whole log is {log}")
+
+
+def run_stages(stages: Sequence[Stage], run_dir: Path) -> dict[str, float]:
+    """Run all stages one after the other; returns {title: seconds}. Raises StageError at the first that fails."""
+    (run_dir / "logs").mkdir()
+    seconds = {}
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    for number, stage in enumerate(stages, 1):
+        logger.info("[%d/%d] %s", number, len(stages), stage.title)
+        started = time.perf_counter()
+        console = get_console()
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+            task = progress.add_task(stage.title)
+
+            def on_line(line: str, progress: Progress = progress, task: Any = task) -> None:
+                if match := SHOWN.search(line):
+                    logger.info("      %s", match[0])
+                    progress.update(task, description=match[0].split("|")[0])
+
+            try:
+                run_command(stage.command, run_dir / "logs" / f"{number}_{stage.name}.log", on_line)
+            except StageError as error:
+                raise StageError(f"{stage.title} failed:\n{error}") from None
+        seconds[stage.title] = time.perf_counter() - started
+        logger.info("[%d/%d] %s: done in %s", number, len(stages), stage.title, format_duration(seconds[stage.title]))
+    return seconds
+
+
+def read_evaluation(label: str, results: dict[str, Any]) -> Evaluation:
+    """Rates of a results.json (or eval_final.json)."""
+
+    def rate(name: str, part: dict[str, Any]) -> Rate:
+        return Rate(name, part["successes"], part["episodes"], *part["wilson_95"])
+
+    tasks = tuple(rate(part["instruction"], part) for part in results["per_task"])
+    return Evaluation(label, rate(label, results["overall"]), tasks)
+
+
+def ppo_phases(metrics: Sequence[dict[str, float]], stage_s: float) -> dict[str, float]:
+    """Split the seconds of the PPO stage, from the driver's time/ metrics; what remains is start-up and saving."""
+
+    def total(name: str) -> float:
+        return sum(line.get(f"time/{name}", 0.0) for line in metrics)
+
+    collecting = total("collect_s") - total("generate_s") - total("wait_env_s")
+    phases = {
+        "engine generating": total("generate_s"),
+        "waiting for environments": total("wait_env_s"),
+        "collecting, the rest": max(0.0, collecting),
+        "updates": total("update_s"),
+        "weight sync": total("sync_s"),
+        "greedy evaluation": total("eval_s"),
+    }
+    phases["start-up and saving"] = max(0.0, stage_s - sum(phases.values()))
+    return phases
+
+
+def summarize(args: Args, ppo_s: float, wall_s: float) -> dict[str, Any]:
+    """Return what summary.json holds: rates in 0..1, times in seconds without the set-up of packages."""
+    paths = Paths(args.run_dir)
+    sft, merged = (paths.results(name)["overall"] for name in ("sft", "merged"))
+    final = json.loads((paths.ppo / "eval_final.json").read_text())["overall"]
+    return {
+        "sft_success_rate": sft["rate"],
+        "ppo_success_rate": final["rate"],
+        "merged_success_rate": merged["rate"],
+        "num_eval_episodes": merged["episodes"],
+        "ppo_env_steps": int(max(line.get("time/env_steps_total", 0) for line in read_metrics(paths.ppo))),
+        "ppo_wall_s": round(ppo_s, 1),
+        "wall_s": round(wall_s, 1),
+        "seed": args.seed,
+    }
+
+
+def choose_episodes(before: dict[str, Any], after: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """At most `count` episodes that PPO turned from failure to success (then any), one per task while that lasts."""
+    solved = {(e["task_id"], e["init_state_id"]) for e in after["episodes"] if e["success"]}
+    turned = [e for e in before["episodes"] if not e["success"] and (e["task_id"], e["init_state_id"]) in solved]
+    seen: collections.Counter[int] = collections.Counter()
+    order: list[tuple[int, int, dict[str, Any]]] = []
+    for episode in turned or before["episodes"]:
+        order.append((seen[episode["task_id"]], len(order), episode))
+        seen[episode["task_id"]] += 1
+    return [episode for *_, episode in sorted(order, key=lambda item: item[:2])[:count]]
+
+
+def replay(model_dir: Path, label: str, episodes: Sequence[dict[str, Any]], work_dir: Path) -> list[Clip]:
+    """Play evaluated episodes again, greedily, with the plain PyTorch model; returns a clip of each, at 256 pixels.
+
+    Initial state and noise are the evaluation's, so that the outcome is too; an episode that ends otherwise (the engine
+    rounds differently) is logged.
+    """
+    from ppo.envs.base import ResetRequest, get_suite
+    from prismatic.extern.hf.modeling_prismatic import load_model
+    from prismatic.extern.hf.processing_prismatic import load_processor
+    from prismatic.vla.action_normalization import load_norm_stats, resolve_unnorm_key, to_env_action
+    from utils.video_utils import save_video
+
+    suite, model, processor = get_suite(SUITE), load_model(model_dir), load_processor(model_dir)
+    unnorm_key = resolve_unnorm_key(load_norm_stats(model_dir), SUITE)
+    clips = []
+    for number, episode in enumerate(episodes):
+        instruction = suite.instructions[episode["task_id"]]
+        env = suite.make_env(model.config.image_sizes[0])
+        image = env.reset(ResetRequest(episode["task_id"], episode["init_state_id"], episode["seed"]))
+        frames, step = [env.render(256)], None
+        while step is None or not (step.terminated or step.truncated):
+            action = model.predict_action(image, instruction, unnorm_key, processor=processor)
+            step = env.step(to_env_action(action))
+            image = step.image
+            frames.append(env.render(256))
+        env.close()
+        file = work_dir / f"{model_dir.name}_{number}.mp4"
+        save_video(file, frames, fps=5)
+        clips.append(Clip(label, instruction, step.success, file.read_bytes()))
+        if step.success != episode["success"]:
+            logger.warning("%s: the replay of %s ended otherwise", label, file.name)
+    return clips
+
+
+def make_clips(paths: Paths) -> tuple[Clip, ...]:
+    """Episodes before and after PPO, side by side."""
+    results = {name: paths.results(name) for name in ("sft", "merged")}
+    chosen = choose_episodes(results["sft"], results["merged"], NUM_CLIP_PAIRS)
+    outcome = {(e["task_id"], e["init_state_id"]): e for e in results["merged"]["episodes"]}
+    after_chosen = [outcome[e["task_id"], e["init_state_id"]] for e in chosen]
+    folder = paths.run_dir / "videos"
+    folder.mkdir()
+    before = replay(paths.sft, "supervised", chosen, folder)
+    after = replay(paths.merged, "after PPO", after_chosen, folder)
+    return tuple(clip for pair in zip(before, after, strict=True) for clip in pair)
+
+
+def make_report(args: Args, summary: dict[str, Any], stage_s: dict[str, float], ppo_s: float) -> str:
+    """Return the report's HTML."""
+    paths = Paths(args.run_dir)
+    metrics = read_metrics(paths.ppo)
+    training = [line for line in metrics if "time/collect_s" in line]
+    curve = tuple(
+        CurvePoint(int(line["time/env_steps_total"]), line["rollout/success_rate"], int(line["rollout/num_episodes"]))
+        for line in training
+        if "rollout/success_rate" in line
+    )
+    steps = {int(line["step"]): int(line["time/env_steps_total"]) for line in training}
+    settings = {f"{name}.{key}": value for name, values in (("make_demos", DEMOS), ("finetune", FINETUNE), ("ppo", PPO))
+                for key, value in values.items()}  # fmt: skip
+    return render_report(
+        ReportData(
+            title=f"PPO on a small OpenVLA policy: {SUITE}, seed {args.seed}",
+            lead=f"A supervised policy, improved by PPO with LoRA, then merged into one model. Success is greedy, on "
+            f"the same {summary['num_eval_episodes']} fixed episodes each time.",
+            before=read_evaluation("supervised", paths.results("sft")),
+            after=read_evaluation("after PPO", json.loads((paths.ppo / "eval_final.json").read_text())),
+            merged_success_rate=summary["merged_success_rate"],
+            curve=curve,
+            warmup_env_steps=steps.get(PPO["value_init_steps"], 0),
+            ppo_env_steps=summary["ppo_env_steps"],
+            stage_s=stage_s,
+            ppo_phase_s=ppo_phases(metrics, ppo_s),
+            clips=make_clips(paths),
+            settings={"command": f"bash scripts/quickstart.sh --seed {args.seed}"}
+            | {name: str(value) for name, value in settings.items()},
+        )
+    )
+
+
+def show_table(summary: dict[str, Any], paths: Paths) -> None:
+    """Print the short table that ends the run."""
+    table = Table(title=f"tabletop, {summary['num_eval_episodes']} fixed episodes, greedy", show_header=False)
+    gain = 100 * (summary["ppo_success_rate"] - summary["sft_success_rate"])
+    table.add_row("supervised policy", percent(summary["sft_success_rate"]))
+    table.add_row("after PPO (base + adapter)", f"{percent(summary['ppo_success_rate'])}  ({gain:+.1f} points)")
+    table.add_row("merged model", percent(summary["merged_success_rate"]))
+    table.add_row("PPO", f"{summary['ppo_env_steps']:,} environment steps, {format_duration(summary['ppo_wall_s'])}")
+    table.add_row("whole run", format_duration(summary["wall_s"]))
+    table.add_row("report", str(paths.run_dir / "report.html"))
+    get_console().print(table)
+
+
+def main(args: Args) -> None:
+    """Run everything. Raises ValueError before anything is written, StageError when a stage fails."""
+    started = time.perf_counter()
+    validate(args)
+    if args.run_dir.exists():
+        shutil.rmtree(args.run_dir)
+    args.run_dir.mkdir(parents=True)
+    paths = Paths(args.run_dir)
+    (paths.run_dir / MARKER).write_text(json.dumps({key: str(value) for key, value in asdict(args).items()}) + "\n")
+    logger.info("quick start in %s, logs in %s", paths.run_dir, paths.run_dir / "logs")
+    stage_s = run_stages(make_stages(args), paths.run_dir)
+    ppo_s = stage_s["PPO with LoRA"]
+    wall_s = time.perf_counter() - started
+    summary = summarize(args, ppo_s, wall_s)
+    (paths.run_dir / "report.html").write_text(make_report(args, summary, stage_s, ppo_s))
+    summary["wall_s"] = round(time.perf_counter() - started, 1)
+    (paths.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    show_table(summary, paths)
+
+
+if __name__ == "__main__":
+    arguments = tyro.cli(Args, description=__doc__, use_underscores=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the running stage is ended too
+    try:
+        main(arguments)
+    except (ValueError, StageError) as error:
+        logger.error("%s", error)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        logger.error("interrupted; %s is incomplete", arguments.run_dir)
+        sys.exit(130)
