@@ -9,6 +9,7 @@ of the micro-batches add up to those of the minibatch, whatever their sizes. Whe
 Statistics are detached. Shapes: B batch, A action tokens, V action vocabulary.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +22,7 @@ RatioLevel = Literal["action", "token"]
 
 @dataclass
 class PolicyLoss:
-    """Result of `policy_loss`; all scalars. Everything but `ratio_max` adds up over micro-batches.
+    """Result of `policy_loss`; all scalars. Everything but the maximum adds up over micro-batches.
 
     Attributes:
         loss: to be minimised; carries the gradient.
@@ -29,7 +30,7 @@ class PolicyLoss:
         approx_kl_k3: k3 estimate of KL(old || new) of whole actions, in nats, at either ratio level.
         approx_kl_k1: the same by mean(old - new) log-prob: unbiased too, noisier, can be negative.
         ratio_mean: mean ratio; 1 in expectation.
-        ratio_max: largest ratio among samples of positive weight (take the maximum over micro-batches).
+        ratio_max_abs_dev: largest |ratio - 1| among samples of positive weight (maximum over micro-batches).
     """
 
     loss: Tensor
@@ -37,7 +38,7 @@ class PolicyLoss:
     approx_kl_k3: Tensor
     approx_kl_k1: Tensor
     ratio_mean: Tensor
-    ratio_max: Tensor
+    ratio_max_abs_dev: Tensor
 
 
 @dataclass
@@ -56,18 +57,15 @@ class ValueLoss:
 def weighted_mean(x_B: Tensor, weight_B: Tensor | None = None, normalizer: Tensor | float | None = None) -> Tensor:
     """Return sum(weight * x) / normalizer, a scalar; weight 1 and normaliser sum(weight) when left out.
 
-    Entries of weight 0 are left out altogether: even a NaN there has no effect, on the value or on the gradient.
-
-    Raises:
-        ValueError: nothing has any weight and no normaliser is given, so that the mean is undefined.
+    Entries of weight 0 count for nothing, in the value and in the gradient. Over entries of total weight 0 the result
+    is 0 with a gradient of 0, not NaN: a rank whose samples are all void must still take part in the backward pass.
     """
     if weight_B is None:
         weight_B = torch.ones_like(x_B)
     weight_B = weight_B.to(x_B.dtype)
     if normalizer is None:
-        normalizer = weight_B.sum()
-        if float(normalizer) == 0.0:
-            raise ValueError("mean over samples of total weight 0 is undefined: give a normalizer or skip the batch")
+        total = weight_B.sum()
+        normalizer = torch.where(total > 0, total, torch.ones_like(total))
     return (torch.where(weight_B != 0, x_B, torch.zeros_like(x_B)) * weight_B).sum() / normalizer
 
 
@@ -134,10 +132,10 @@ def policy_loss(
         outside_BK = ((ratio_BK < 1.0 - clip_low) | (ratio_BK > 1.0 + clip_high)).float()
         log_ratio_B = log_ratio_BA.sum(-1)
         counted_BK = torch.ones_like(ratio_BK, dtype=torch.bool) if weight_B is None else weight_B.unsqueeze(-1) > 0
-        ratio_max = torch.where(counted_BK, ratio_BK, torch.zeros_like(ratio_BK)).max()
+        max_dev = torch.where(counted_BK, (ratio_BK - 1.0).abs(), torch.zeros_like(ratio_BK)).max()
         stats_B = (outside_BK.mean(-1), log_ratio_B.exp() - 1.0 - log_ratio_B, -log_ratio_B, ratio_BK.mean(-1))
         clip_fraction, k3, k1, ratio_mean = (weighted_mean(x, weight_B, normalizer) for x in stats_B)
-    return PolicyLoss(weighted_mean(loss_B, weight_B, normalizer), clip_fraction, k3, k1, ratio_mean, ratio_max)
+    return PolicyLoss(weighted_mean(loss_B, weight_B, normalizer), clip_fraction, k3, k1, ratio_mean, max_dev)
 
 
 def value_loss(
@@ -228,19 +226,17 @@ def normalize(x: Tensor, moments_3: Tensor, eps: float = 1e-8) -> Tensor:
     return ((x.double() - mean) / (std + eps)).float()
 
 
-def explained_variance(value: Tensor, return_: Tensor, mask: Tensor | None = None) -> float | None:
-    """Return 1 - Var(return - value) / Var(return), or None where it is undefined (constant returns, no samples).
+def explained_variance(value: Tensor, return_: Tensor) -> float:
+    """Return 1 - Var(return - value) / Var(return); NaN where it is undefined (fewer than two, or equal, returns).
 
-    1 is a perfect critic, 0 one no better than a constant. Flat over whatever is given; `mask` selects samples.
+    1 is a perfect critic, 0 one no better than a constant, below 0 one that is worse.
     """
-    if mask is not None:
-        value, return_ = value[mask.bool()], return_[mask.bool()]
     if return_.numel() < 2:
-        return None
-    variance = return_.double().var(correction=0)
-    if float(variance) == 0.0:
-        return None
-    return float(1.0 - (return_.double() - value.double()).var(correction=0) / variance)
+        return math.nan
+    variance = float(return_.double().var(correction=0))
+    if variance == 0.0:
+        return math.nan
+    return 1.0 - float((return_.double() - value.double()).var(correction=0)) / variance
 
 
 def _log_softmax(logits_BAV: Tensor, temperature: float) -> Tensor:
