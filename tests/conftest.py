@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from prismatic.extern.hf.tiny_prismatic import TinyVLAConfig, save_tiny_vla
 
     output_dir = tmp_path_factory.mktemp("models") / "tiny"
-    sizes = {"vision_dim": 32, "vision_depth": 3, "vision_heads": 2, "llm_dim": 64, "llm_depth": 2, "llm_heads": 2}
+    sizes: dict[str, Any] = {"vision_dim": 32, "vision_depth": 3, "vision_heads": 2, "llm_dim": 64, "llm_depth": 2, "llm_heads": 2}
     save_tiny_vla(TinyVLAConfig(seed=0, image_size=28, patch_size=14, llm_mlp_dim=128, **sizes), output_dir)
     action = {
         "q01": [-1.0, -0.5, -0.9, 0.0, 0.0, -0.25, 0.0],

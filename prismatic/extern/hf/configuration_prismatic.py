@@ -79,7 +79,10 @@ class OpenVLAConfig(PreTrainedConfig):
         self.pad_token_id = pad_token_id
 
     def _check_vision_lists(self, num_vits: int) -> None:
-        lists = {"timm_override_act_layers": self.timm_override_act_layers, "image_sizes": self.image_sizes}
+        lists: dict[str, list[Any]] = {
+            "timm_override_act_layers": self.timm_override_act_layers,
+            "image_sizes": self.image_sizes,
+        }
         if self.timm_model_kwargs is not None:
             lists["timm_model_kwargs"] = self.timm_model_kwargs
         wrong = {name: len(value) for name, value in lists.items() if len(value) != num_vits}

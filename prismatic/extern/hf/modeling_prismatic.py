@@ -68,7 +68,7 @@ class LayerScale(nn.Module):
         return x * self.scale_factor
 
 
-def create_featurizer(config: OpenVLAConfig, index: int) -> nn.Module:
+def create_featurizer(config: OpenVLAConfig, index: int) -> Any:
     """Create the `index`-th ViT of `config` with random weights, all of timm's parameters and `scale_factor` names."""
     kwargs: dict[str, Any] = dict((config.timm_model_kwargs or [{}] * len(config.timm_model_ids))[index])
     if config.timm_override_act_layers[index] is not None:
@@ -92,9 +92,9 @@ class PrismaticVisionBackbone(nn.Module):
     def __init__(self, config: OpenVLAConfig) -> None:
         super().__init__()
         self.use_fused_vision_backbone = config.use_fused_vision_backbone
-        self.featurizer = create_featurizer(config, 0)
+        self.featurizer: Any = create_featurizer(config, 0)
         if self.use_fused_vision_backbone:
-            self.fused_featurizer = create_featurizer(config, 1)
+            self.fused_featurizer: Any = create_featurizer(config, 1)
         self.embed_dim = sum(featurizer.embed_dim for featurizer in self.featurizers)
         num_patches = {featurizer.patch_embed.num_patches for featurizer in self.featurizers}
         if len(num_patches) != 1:
@@ -103,7 +103,7 @@ class PrismaticVisionBackbone(nn.Module):
         self._checkpointing = False
 
     @property
-    def featurizers(self) -> list[nn.Module]:
+    def featurizers(self) -> list[Any]:
         """The ViTs in the order of their channels."""
         return [self.featurizer, self.fused_featurizer] if self.use_fused_vision_backbone else [self.featurizer]
 
@@ -128,7 +128,7 @@ class PrismaticVisionBackbone(nn.Module):
         return torch.cat(features, dim=-1)
 
 
-def _penultimate_patches(featurizer: nn.Module, pixels_B3HW: Tensor) -> Tensor:
+def _penultimate_patches(featurizer: Any, pixels_B3HW: Tensor) -> Tensor:
     """Patch tokens of block `len(blocks) - 2`, prefix tokens dropped, no final norm."""
     index = len(featurizer.blocks) - 2
     return featurizer.forward_intermediates(
@@ -156,7 +156,11 @@ class PrismaticProjector(nn.Module):
 class OpenVLAForActionPrediction(PreTrainedModel):
     """An OpenVLA policy. Loads and saves folders in openvla/openvla-7b's format without remote code."""
 
+    config: OpenVLAConfig
     config_class = OpenVLAConfig
+    norm_stats: dict[str, Any]
+    vision_backbone: PrismaticVisionBackbone
+    language_model: LlamaForCausalLM
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
@@ -172,11 +176,11 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             bool(config.use_fused_vision_backbone), self.vision_backbone.embed_dim, config.text_config.hidden_size
         )
         self.language_model = LlamaForCausalLM(config.text_config)
-        self.norm_stats: dict[str, Any] = config.norm_stats or {}
+        self.norm_stats = config.norm_stats or {}
         self.action_tokenizer = ActionTokenizer.from_config(config)
         # timm has initialised the ViTs and torch the projector; transformers must not do it again with its own rule.
         for module in (*self.vision_backbone.modules(), *self.projector.modules()):
-            module._is_hf_initialized = True
+            module._is_hf_initialized = True  # type: ignore[assignment]
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -200,6 +204,10 @@ class OpenVLAForActionPrediction(PreTrainedModel):
 
         They depend on nothing that trains when the vision backbone is frozen, so they can be computed once a PPO step.
         """
+        return self._encode(pixel_values)
+
+    def _encode(self, pixel_values: Tensor) -> Tensor:
+        # Not through `encode_vision`: FSDP registers that as a forward of its own, which must not run inside another.
         return self.vision_backbone(pixel_values.to(self.vision_backbone.featurizer.patch_embed.proj.weight.dtype))
 
     def forward_actions(
@@ -362,7 +370,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
     def _vision_features(self, pixel_values: Tensor | None, vision_features: Tensor | None) -> Tensor:
         if (pixel_values is None) == (vision_features is None):
             raise ValueError("give either pixel_values or vision_features, and not both")
-        return self.encode_vision(pixel_values) if pixel_values is not None else vision_features  # type: ignore[return-value]
+        return self._encode(pixel_values) if pixel_values is not None else vision_features  # type: ignore[return-value]
 
     def _embed(self, ids_BS: Tensor, features_BPD: Tensor) -> Tensor:
         """Embed the text and put the projected patches after BOS: (B, S + P, D)."""
@@ -450,9 +458,9 @@ def load_model(
     Raises ValueError when the weights lack parameters or hold unknown ones (they would stay random, or be lost).
     """
     register_openvla()
-    model, info = OpenVLAForActionPrediction.from_pretrained(
-        str(model_dir), dtype=dtype, output_loading_info=True, local_files_only=True, **kwargs
-    )
+    options = {"dtype": dtype, "output_loading_info": True, "local_files_only": True, **kwargs}
+    loaded: Any = OpenVLAForActionPrediction.from_pretrained(str(model_dir), **options)
+    model, info = loaded
     problems = {name: sorted(info[name])[:5] for name in ("missing_keys", "unexpected_keys") if info[name]}
     if problems:
         raise ValueError(f"{model_dir} does not hold exactly this model's parameters: {problems} (first five of each)")

@@ -74,7 +74,9 @@ class PrismaticImageProcessor(BaseImageProcessor):
         """Height and width in pixels that `normalize` expects and `resize` gives."""
         return self.input_sizes[0][1], self.input_sizes[0][2]
 
-    def normalize(self, images_BHWC: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    def normalize(  # type: ignore[override]
+        self, images_BHWC: Tensor, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         """Return (B, 3 x number of ViTs, H, W): `(image / 255 - mean) / std` for each ViT, on the images' device.
 
         `images_BHWC` is uint8 of the model's size. The arithmetic is float32, the result `dtype`.
@@ -127,7 +129,7 @@ class PrismaticImageProcessor(BaseImageProcessor):
         stacked = torch.from_numpy(np.stack([self.resize(image) for image in image_list]))
         return BatchFeature({"pixel_values": self.normalize(stacked)}, tensor_type=return_tensors)
 
-    def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
+    def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
         """Return `preprocess(images)`."""
         return self.preprocess(images, **kwargs)
 
@@ -153,9 +155,9 @@ class PrismaticProcessor(ProcessorMixin):
         self, image_processor: PrismaticImageProcessor, tokenizer: PreTrainedTokenizerBase, **kwargs: Any
     ) -> None:
         super().__init__(image_processor, tokenizer, **kwargs)
-        self.bos_token_id: int = tokenizer.bos_token_id
-        self.pad_token_id: int = tokenizer.pad_token_id
-        self.empty_piece_token_id: int = tokenizer.convert_tokens_to_ids(EMPTY_PIECE)
+        self.bos_token_id: Any = tokenizer.bos_token_id
+        self.pad_token_id: Any = tokenizer.pad_token_id
+        self.empty_piece_token_id: Any = tokenizer.convert_tokens_to_ids(EMPTY_PIECE)
         if None in (self.bos_token_id, self.pad_token_id) or self.empty_piece_token_id in (
             None,
             tokenizer.unk_token_id,
