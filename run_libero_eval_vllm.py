@@ -1,0 +1,450 @@
+"""Stand-alone evaluation of a policy: every fixed initial state of a suite's tasks, with vLLM as the engine.
+
+    python run_libero_eval_vllm.py --pretrained_checkpoint DIR --task_suite_name tabletop
+    python run_libero_eval_vllm.py --pretrained_checkpoint DIR --task_ids 0 3 --num_trials_per_task 10 \
+        --temperature 0.5 --save_video all --max_videos_per_task 1
+
+Writes a new folder under --local_log_dir: `eval.log`, `results.json` (per task and overall: successes, episodes, rate,
+95 % Wilson interval, mean length; every episode) and, on request, `videos/*.mp4`. Nothing is ever overwritten.
+`evaluate(args)` does the same from Python. The engine runs in this process, the environments in others.
+"""
+
+# Environment processes may import this file again: torch, transformers and vllm are imported where they are used.
+import contextlib
+import datetime
+import json
+import logging
+import os
+import platform
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from ppo.envs.base import ResetRequest, TaskSuite, get_suite
+from ppo.evaluation import EpisodeResult, run_episodes, summarize_run
+from utils.logging_utils import get_logger
+
+logger = get_logger(__name__)
+
+TaskIds = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Args:
+    """Evaluate a checkpoint on the fixed initial states of a task suite."""
+
+    pretrained_checkpoint: Annotated[Path, tyro.conf.arg(aliases=("--vla_path",))]
+    """Model folder in openvla-7b's format (an adapter must be merged first: vla-scripts/merge.py)."""
+    task_suite_name: str = "tabletop"
+    """Task suite, or package.module:ATTRIBUTE of one of your own."""
+    task_ids: TaskIds = ()
+    """Tasks to evaluate; none given: all of the suite."""
+    num_trials_per_task: int = 50
+    """Fixed initial states per task, from the first on; each is visited once."""
+    temperature: float = 0.0
+    """0: greedy; above: sampled from the softmax over the action tokens at this temperature."""
+    seed: int = 7
+    """Seed of the sampling and of whatever is random in an episode."""
+    unnorm_key: str | None = None
+    """Key of the action statistics; default: the suite's name, else {suite}_no_noops."""
+    center_crop: bool = False
+    """Show the policy the central 0.9 of the image's area: for policies trained with random resized crops."""
+    max_env_length: int | None = None
+    """Time limit in environment steps; default: the suite's."""
+    num_envs: int = 64
+    """Environments; they are stepped in two halves that overlap with the engine."""
+    num_processes: int | None = None
+    """Processes that they run in; default: one per core, at most one per environment."""
+    startup_timeout_s: float = 300.0
+    """Seconds that an environment process may take to start."""
+    step_timeout_s: float = 120.0
+    """Seconds after which an environment process that does not answer is replaced and its episodes run again."""
+    save_video: Literal["none", "failures", "successes", "all"] = "none"
+    """Which episodes become mp4 files; they show what the policy sees."""
+    max_videos_per_task: int = 5
+    """At most this many successes and this many failures per task become mp4 files."""
+    video_fps: float = 10.0
+    """Environment steps shown per second."""
+    local_log_dir: Path = Path("experiments/logs")
+    """Where the new folder is made."""
+    run_id_note: str | None = None
+    """Text appended to the new folder's name."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """The engine's type; auto: bfloat16 on a GPU, float32 on a CPU."""
+    vllm_tensor_parallel_size: int = 1
+    """GPUs that the engine shards the model over."""
+    vllm_enforce_eager: bool = True
+    """No CUDA graphs and no compilation: starts faster, generates slower. Always so on a CPU."""
+    gpu_memory_utilization: float = 0.9
+    """Share of each GPU's memory that the engine may take; unused on a CPU."""
+    engine_args: str = "{}"
+    """More vLLM engine arguments as a JSON object, e.g. '{"max_num_batched_tokens": 4096}'."""
+
+
+def find_problems(args: Args) -> list[str]:
+    """Everything that keeps `args` from running; reads folders and headers, starts nothing."""
+    from utils.checkpoint_utils import check_model_dir
+
+    problems = check_model_dir(args.pretrained_checkpoint)
+    try:
+        suite = get_suite(args.task_suite_name)
+    except (ValueError, ImportError) as error:
+        problems.append(f"--task_suite_name {args.task_suite_name}: {error}")
+    else:
+        problems += _task_problems(args, suite) + ([] if problems else _unnorm_problems(args))
+    return problems + _range_problems(args) + _engine_problems(args)
+
+
+def _task_problems(args: Args, suite: TaskSuite) -> list[str]:
+    problems = []
+    unknown = sorted({i for i in args.task_ids if not 0 <= i < suite.num_tasks})
+    if unknown:
+        known = "\n".join(f"    {i}: {text}" for i, text in enumerate(suite.instructions))
+        problems.append(f"--task_ids {unknown}: {suite.name} has\n{known}")
+    if len(set(args.task_ids)) != len(args.task_ids):
+        problems.append(f"--task_ids {list(args.task_ids)} names a task twice")
+    if not 1 <= args.num_trials_per_task <= suite.num_init_states:
+        problems.append(
+            f"--num_trials_per_task {args.num_trials_per_task}: {suite.name} has {suite.num_init_states} fixed initial "
+            f"states per task, each is visited once: use 1 to {suite.num_init_states}"
+        )
+    return problems
+
+
+def _unnorm_problems(args: Args) -> list[str]:
+    from prismatic.vla.action_normalization import load_norm_stats, resolve_unnorm_key
+
+    try:
+        resolve_unnorm_key(load_norm_stats(args.pretrained_checkpoint), args.task_suite_name, args.unnorm_key)
+    except ValueError as error:
+        return [f"--unnorm_key {args.unnorm_key}: {error}"]
+    return []
+
+
+def _range_problems(args: Args) -> list[str]:
+    positive = ("max_env_length", "num_envs", "num_processes", "startup_timeout_s", "step_timeout_s")
+    positive += ("max_videos_per_task", "vllm_tensor_parallel_size")
+    values = {name: getattr(args, name) for name in positive}
+    problems = [f"--{n} {v} must be positive" for n, v in values.items() if v is not None and v <= 0]
+    problems += [f"--{n} {getattr(args, n)} must be 0 or more" for n in ("temperature", "seed") if getattr(args, n) < 0]
+    if not 0 < args.video_fps <= 100:
+        problems.append(f"--video_fps {args.video_fps} must be above 0 and at most 100")
+    if not 0 < args.gpu_memory_utilization <= 1:
+        problems.append(f"--gpu_memory_utilization {args.gpu_memory_utilization} must be above 0 and at most 1")
+    return problems
+
+
+def _engine_problems(args: Args) -> list[str]:
+    try:
+        extra = json.loads(args.engine_args)
+    except json.JSONDecodeError as error:
+        return [f"--engine_args {args.engine_args!r} is not JSON ({error}): quote it like '{{\"block_size\": 32}}'"]
+    if not isinstance(extra, dict):
+        return [f"--engine_args {args.engine_args!r} is not a JSON object"]
+    if not extra:
+        return []
+    from utils.vllm_utils import validate_engine_options
+
+    return [f"--engine_args: {problem}" for problem in validate_engine_options(extra)]
+
+
+def validate(args: Args) -> None:
+    """Raise ValueError with all of `find_problems(args)` at once."""
+    problems = find_problems(args)
+    if problems:
+        raise ValueError("cannot evaluate:\n" + "\n".join(f"- {problem}" for problem in problems))
+
+
+def make_run_dir(args: Args) -> Path:
+    """Make and return a folder that did not exist: EVAL-suite-checkpoint-time[-note][-N]. Safe against a race."""
+    now = f"{datetime.datetime.now():%Y%m%d_%H%M%S}"
+    parts = ["EVAL", args.task_suite_name, args.pretrained_checkpoint.resolve().name, now, args.run_id_note]
+    name = re.sub(r"[^\w.+-]+", "_", "-".join(part for part in parts if part))
+    args.local_log_dir.mkdir(parents=True, exist_ok=True)
+    for attempt in range(1, 10_000):
+        run_dir = args.local_log_dir / (name if attempt == 1 else f"{name}-{attempt}")
+        try:
+            run_dir.mkdir()
+        except FileExistsError:
+            continue
+        return run_dir
+    raise RuntimeError(f"{args.local_log_dir} has ten thousand folders named {name}")
+
+
+@contextlib.contextmanager
+def log_file(file: Path) -> Iterator[None]:
+    """Copy what this project logs during the block into `file` too."""
+    handler = logging.FileHandler(file)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger("ppo_vla").addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger("ppo_vla").removeHandler(handler)
+        handler.close()
+
+
+def make_requests(args: Args, task_ids: Sequence[int]) -> list[ResetRequest]:
+    """One request per task and fixed initial state; its seed depends on both and on --seed, not on the schedule."""
+
+    def seed_of(task_id: int, state: int) -> int:
+        return int(np.random.SeedSequence([args.seed, task_id, state]).generate_state(1)[0])
+
+    states = range(args.num_trials_per_task)
+    return [ResetRequest(task_id, state, seed_of(task_id, state)) for task_id in task_ids for state in states]
+
+
+def center_crop(images_BHWC: np.ndarray, area: float = 0.9) -> np.ndarray:
+    """Cut out the central `area` of uint8 images and enlarge it to the old size, as OpenVLA's evaluation does.
+
+    Bilinear, with the crop's corner pixels at the corners (TensorFlow's crop_and_resize).
+    """
+    import torch
+    from torch.nn import functional as F
+
+    images_BCHW = torch.from_numpy(np.ascontiguousarray(images_BHWC)).permute(0, 3, 1, 2).float()
+    side = area**0.5
+    theta = torch.tensor([[side, 0.0, 0.0], [0.0, side, 0.0]]).expand(len(images_BCHW), 2, 3)
+    grid = F.affine_grid(theta, list(images_BCHW.shape), align_corners=True)
+    cropped = F.grid_sample(images_BCHW, grid, mode="bilinear", padding_mode="border", align_corners=True)
+    return cropped.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+
+
+class Policy:
+    """A checkpoint in a vLLM engine, from images and task ids to environment actions."""
+
+    def __init__(self, args: Args, suite: TaskSuite, max_batch: int) -> None:
+        from prismatic.extern.hf.processing_prismatic import load_processor
+        from prismatic.vla.action_normalization import load_norm_stats, resolve_unnorm_key
+        from prismatic.vla.action_tokenizer import ActionTokenizer
+        from utils.vllm_utils import ActionEngine
+
+        folder = args.pretrained_checkpoint
+        norm_stats = load_norm_stats(folder)
+        self.unnorm_key = resolve_unnorm_key(norm_stats, args.task_suite_name, args.unnorm_key)
+        self.stats = norm_stats[self.unnorm_key]["action"]
+        self.tokenizer = ActionTokenizer.from_config(load_config(folder))
+        processor = load_processor(folder)
+        self.prompts = [processor.prompt_ids(text) for text in suite.instructions]
+        self.args = args
+        self.num_calls = 0
+        self.engine = ActionEngine(engine_config(args, max_batch))
+
+    def act(self, images_BHWC: np.ndarray, task_ids: np.ndarray) -> np.ndarray:
+        """Return LIBERO's raw actions (B, 7) float32 for images (B, H, W, 3) uint8 at the model's size."""
+        from prismatic.vla.action_normalization import tokens_to_env_actions
+
+        if self.args.center_crop:
+            images_BHWC = center_crop(images_BHWC)
+        greedy = self.args.temperature == 0
+        seed = int(np.random.SeedSequence([self.args.seed, self.num_calls]).generate_state(1)[0] >> 1)
+        self.num_calls += 1
+        generation = self.engine.generate(
+            [self.prompts[i] for i in task_ids],
+            images_BHWC,
+            temperature=1.0 if greedy else self.args.temperature,
+            greedy=greedy,
+            seed=seed,
+        )
+        return tokens_to_env_actions(generation.token_ids, self.tokenizer, self.stats)
+
+
+def load_config(folder: Path) -> Any:
+    """OpenVLAConfig of a model folder."""
+    from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
+
+    return OpenVLAConfig.from_pretrained(str(folder))
+
+
+def engine_config(args: Args, max_batch: int) -> Any:
+    """The engine's configuration for batches of at most `max_batch` images."""
+    from utils.vllm_utils import EngineConfig
+
+    device = device_type()
+    return EngineConfig(
+        model_dir=str(args.pretrained_checkpoint),
+        dtype=("bfloat16" if device == "cuda" else "float32") if args.dtype == "auto" else args.dtype,
+        tensor_parallel_size=args.vllm_tensor_parallel_size,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        enforce_eager=args.vllm_enforce_eager or device == "cpu",
+        max_num_seqs=max_batch,
+        seed=args.seed,
+        extra=json.loads(args.engine_args),
+    )
+
+
+def device_type() -> str:
+    """`cuda` where a GPU is visible, else `cpu`."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass
+class Recorder:
+    """Keeps the frames of running episodes and writes those that --save_video asks for (an EpisodeObserver).
+
+    Memory: one uint8 image per step of every running episode that may still be written.
+    """
+
+    args: Args
+    folder: Path
+    frames: dict[int, list[np.ndarray]] = field(default_factory=dict)
+    num_saved: Counter = field(default_factory=Counter)
+    files: dict[tuple[int, int | None], str] = field(default_factory=dict)
+
+    def _wanted(self, task_id: int, success: bool) -> bool:
+        kind = "successes" if success else "failures"
+        num_left = self.args.max_videos_per_task - self.num_saved[task_id, success]
+        return self.args.save_video in ("all", kind) and num_left > 0
+
+    def start(self, env_id: int, request: ResetRequest, image: np.ndarray) -> None:
+        """Begin an episode's frames."""
+        self.frames.pop(env_id, None)
+        if self._wanted(request.task_id, True) or self._wanted(request.task_id, False):
+            self.frames[env_id] = [image]
+
+    def step(self, env_id: int, image: np.ndarray) -> None:
+        """Add a frame."""
+        if env_id in self.frames:
+            self.frames[env_id].append(image)
+
+    def end(self, env_id: int, result: EpisodeResult) -> None:
+        """Write the episode if it is wanted: task_03-episode_007-success.mp4 in the videos folder."""
+        from utils.video_utils import save_video
+
+        frames = self.frames.pop(env_id, None)
+        if frames is None or not self._wanted(result.task_id, result.success):
+            return
+        self.num_saved[result.task_id, result.success] += 1
+        outcome = "success" if result.success else "failure"
+        file = self.folder / f"task_{result.task_id:02d}-episode_{result.init_state_id:03d}-{outcome}.mp4"
+        self.folder.mkdir(exist_ok=True)
+        save_video(file, frames, self.args.video_fps)
+        self.files[result.task_id, result.init_state_id] = f"{self.folder.name}/{file.name}"
+
+
+def evaluate(args: Args) -> dict[str, Any]:
+    """Evaluate and return what `results.json` in the new folder holds (`run_dir` names it).
+
+    Sets vLLM's environment variables in this process: call it before anything imports vllm.
+
+    Raises:
+        ValueError: see `find_problems`, all at once, before anything starts.
+    """
+    validate(args)
+    from utils.vllm_utils import engine_env
+
+    os.environ.update(engine_env(device_type()))
+    run_dir = make_run_dir(args)
+    with log_file(run_dir / "eval.log"):
+        logger.info("evaluating %s in %s", args.pretrained_checkpoint, run_dir)
+        results = _evaluate(args, run_dir)
+        (run_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        report(results)
+    return results
+
+
+def _evaluate(args: Args, run_dir: Path) -> dict[str, Any]:
+    from ppo.envs.vector import VectorEnv
+
+    started = time.perf_counter()
+    suite = get_suite(args.task_suite_name)
+    task_ids = sorted(args.task_ids) or list(range(suite.num_tasks))
+    requests = make_requests(args, task_ids)
+    num_envs = min(args.num_envs, len(requests))
+    recorder = Recorder(args, run_dir / "videos")
+    with VectorEnv(
+        args.task_suite_name,
+        num_envs,
+        num_processes=min(args.num_processes or os.cpu_count() or 1, num_envs),
+        image_size=load_config(args.pretrained_checkpoint).image_sizes[0],
+        max_steps=args.max_env_length,
+        startup_timeout_s=args.startup_timeout_s,
+        step_timeout_s=args.step_timeout_s,
+    ) as vector_env:
+        policy = Policy(args, suite, max_batch=(num_envs + 1) // 2)
+        startup_s = time.perf_counter() - started
+        try:
+            run = run_episodes(vector_env, num_envs, policy.act, requests, observer=recorder)
+        finally:
+            policy.engine.close()
+    results = _describe(args, run_dir, policy.unnorm_key) | summarize_run(run, task_ids, suite.instructions)
+    for episode in results["episodes"]:
+        episode["video"] = recorder.files.get((episode["task_id"], episode["init_state_id"]))
+    results["time"] = {
+        "wall_s": time.perf_counter() - started,
+        "startup_s": startup_s,
+        "episodes_s": run.wall_s,
+        "policy_s": run.act_s,
+        "environment_wait_s": run.env_s,
+        "env_steps_per_s": run.num_env_steps / run.wall_s,
+    }
+    return results
+
+
+def _describe(args: Args, run_dir: Path, unnorm_key: str) -> dict[str, Any]:
+    """What was evaluated, with what."""
+    from utils.merge_utils import base_fingerprint
+    from utils.vllm_utils import vllm_version
+
+    packages = ("torch", "transformers", "numpy")
+    return {
+        "checkpoint": str(args.pretrained_checkpoint.resolve()),
+        "checkpoint_fingerprint": base_fingerprint(args.pretrained_checkpoint),
+        "task_suite_name": args.task_suite_name,
+        "unnorm_key": unnorm_key,
+        "seed": args.seed,
+        "temperature": args.temperature,
+        "greedy": args.temperature == 0,
+        "timestamp": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "run_dir": str(run_dir),
+        "versions": {"python": platform.python_version(), "vllm": vllm_version()} | {n: version(n) for n in packages},
+        "args": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(args).items()},
+    }
+
+
+def report(results: dict[str, Any]) -> None:
+    """Show the table on the console and log one line per task, so that the text log holds the numbers too."""
+    table = Table(title=f"{results['task_suite_name']}: {results['checkpoint']}")
+    for column in ("task", "instruction", "success", "rate", "95 % interval", "mean steps"):
+        table.add_column(column)
+    for row in [*results["per_task"], {"task_id": "all", "instruction": "", **results["overall"]}]:
+        count = f"{row['successes']}/{row['episodes']}"
+        rate = f"{row['rate']:.3f}" if "rate" in row else "-"
+        interval = "{:.3f} .. {:.3f}".format(*row["wilson_95"]) if "rate" in row else "-"
+        length = f"{row['mean_length']:.1f}" if "rate" in row else "-"
+        table.add_row(str(row["task_id"]), row["instruction"], count, rate, interval, length)
+        numbers = f"{count}, rate {rate} ({interval}), {length} steps"
+        logger.info("task %s: %s %s", row["task_id"], numbers, row["instruction"])
+    Console().print(table)
+    overall = results["overall"]
+    if overall["void"] or overall["dropped_attempts"]:
+        logger.warning(
+            "%d attempts were dropped because an environment died; %d episodes never finished and count nowhere",
+            overall["dropped_attempts"],
+            overall["void"],
+        )
+    logger.info("results in %s", results["run_dir"])
+
+
+def main() -> None:
+    """Command line."""
+    try:
+        evaluate(tyro.cli(Args, use_underscores=True))
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+
+
+if __name__ == "__main__":
+    main()
