@@ -132,8 +132,8 @@ def _unnorm_problems(args: Args) -> list[str]:
 
 
 def _range_problems(args: Args) -> list[str]:
-    positive = ("max_env_length", "num_envs", "num_processes", "startup_timeout_s", "step_timeout_s")
-    positive += ("max_videos_per_task", "vllm_tensor_parallel_size")
+    positive = ["max_env_length", "num_envs", "num_processes", "startup_timeout_s", "step_timeout_s"]
+    positive += ["max_videos_per_task", "vllm_tensor_parallel_size"]
     values = {name: getattr(args, name) for name in positive}
     problems = [f"--{n} {v} must be positive" for n, v in values.items() if v is not None and v <= 0]
     problems += [f"--{n} {getattr(args, n)} must be 0 or more" for n in ("temperature", "seed") if getattr(args, n) < 0]

@@ -26,4 +26,4 @@ def save_video(file: str | Path, frames_THWC: Sequence[np.ndarray], fps: float =
     ) as writer:
         for frame in held:
             large = np.repeat(np.repeat(frame, factor, axis=0), factor, axis=1)
-            writer.append_data(np.pad(large, padding, mode="edge"))
+            writer.append_data(np.pad(large, padding, mode="edge"))  # type: ignore[attr-defined]
