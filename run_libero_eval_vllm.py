@@ -19,7 +19,7 @@ import platform
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ppo.envs.base import ResetRequest, TaskSuite, get_suite
-from ppo.evaluation import EpisodeResult, run_episodes, summarize_run
+from ppo.evaluation import EVALUATION_SEED, EpisodeResult, evaluation_requests, run_episodes, summarize_run
 from utils.logging_utils import get_logger
 
 logger = get_logger(__name__)
@@ -53,8 +53,8 @@ class Args:
     """Fixed initial states per task, from the first on; each is visited once."""
     temperature: float = 0.0
     """0: greedy; above: sampled from the softmax over the action tokens at this temperature."""
-    seed: int = 7
-    """Seed of the sampling and of whatever is random in an episode."""
+    seed: int = EVALUATION_SEED
+    """Seed of the sampling and of whatever is random in an episode; the default is that of the driver's evaluations."""
     unnorm_key: str | None = None
     """Key of the action statistics; default: the suite's name, else {suite}_no_noops."""
     center_crop: bool = False
@@ -192,16 +192,6 @@ def log_file(file: Path) -> Iterator[None]:
     finally:
         logging.getLogger("ppo_vla").removeHandler(handler)
         handler.close()
-
-
-def make_requests(args: Args, task_ids: Sequence[int]) -> list[ResetRequest]:
-    """One request per task and fixed initial state; its seed depends on both and on --seed, not on the schedule."""
-
-    def seed_of(task_id: int, state: int) -> int:
-        return int(np.random.SeedSequence([args.seed, task_id, state]).generate_state(1)[0])
-
-    states = range(args.num_trials_per_task)
-    return [ResetRequest(task_id, state, seed_of(task_id, state)) for task_id in task_ids for state in states]
 
 
 def center_crop(images_BHWC: np.ndarray, area: float = 0.9) -> np.ndarray:
@@ -361,7 +351,7 @@ def _evaluate(args: Args, run_dir: Path) -> dict[str, Any]:
     started = time.perf_counter()
     suite = get_suite(args.task_suite_name)
     task_ids = sorted(args.task_ids) or list(range(suite.num_tasks))
-    requests = make_requests(args, task_ids)
+    requests = evaluation_requests(task_ids, args.num_trials_per_task, args.seed)
     num_envs = min(args.num_envs, len(requests))
     recorder = Recorder(args, run_dir / "videos")
     with VectorEnv(

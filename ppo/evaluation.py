@@ -14,6 +14,9 @@ import numpy as np
 
 from ppo.envs.base import ResetRequest
 
+# Everyone who compares success rates must use one seed: it decides an episode's actuation noise.
+EVALUATION_SEED = 7
+
 # Policy: images (B, H, W, 3) uint8 and task ids (B,) -> LIBERO's raw actions (B, 7) float32.
 Act = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -210,6 +213,21 @@ def run_episodes(
             break
     evaluation.run.wall_s = time.perf_counter() - started
     return evaluation.run
+
+
+def evaluation_requests(
+    task_ids: Sequence[int], num_trials_per_task: int, seed: int = EVALUATION_SEED
+) -> list[ResetRequest]:
+    """One request per task and fixed initial state.
+
+    An episode's own seed depends on the task, the state and `seed` only: not on which others run, or where.
+    """
+
+    def seed_of(task_id: int, state: int) -> int:
+        return int(np.random.SeedSequence([seed, task_id, state]).generate_state(1)[0])
+
+    states = range(num_trials_per_task)
+    return [ResetRequest(task_id, state, seed_of(task_id, state)) for task_id in task_ids for state in states]
 
 
 def wilson_interval(successes: int, episodes: int, z: float = 1.959963984540054) -> tuple[float, float]:

@@ -13,7 +13,15 @@ import pytest
 
 import run_libero_eval_vllm as script
 from ppo.envs.base import ResetRequest, TaskSuite
-from ppo.evaluation import EpisodeResult, EvaluationRun, run_episodes, summarize, summarize_run, wilson_interval
+from ppo.evaluation import (
+    EpisodeResult,
+    EvaluationRun,
+    evaluation_requests,
+    run_episodes,
+    summarize,
+    summarize_run,
+    wilson_interval,
+)
 from utils.video_utils import save_video
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -242,12 +250,11 @@ def test_run_directories_are_never_shared(tmp_path):
     assert "a_b_c" in folders[0].name
 
 
-def test_requests_cover_the_initial_states_and_seeds_do_not_depend_on_the_choice_of_tasks(tmp_path):
-    few = script.make_requests(args_for(tmp_path, num_trials_per_task=2), [4])
-    many = script.make_requests(args_for(tmp_path, num_trials_per_task=3), [1, 4])
+def test_requests_cover_the_initial_states_and_seeds_do_not_depend_on_the_choice_of_tasks():
+    few, many = evaluation_requests([4], 2), evaluation_requests([1, 4], 3)
     assert [(r.task_id, r.init_state_id) for r in many] == [(t, s) for t in (1, 4) for s in range(3)]
     assert set(few) < set(many) and len({r.seed for r in many}) == len(many)
-    assert not set(few) & set(script.make_requests(args_for(tmp_path, num_trials_per_task=2, seed=8), [4]))
+    assert not set(few) & set(evaluation_requests([4], 2, seed=8))
 
 
 def test_center_crop_keeps_the_middle_nine_tenths_of_the_area():
