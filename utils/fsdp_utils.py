@@ -95,9 +95,12 @@ def shard_model(
             reshard_after_forward=reshard_after_forward,
         )
 
-    for module in list(model.modules()):
-        is_unit = type(module).__name__ in UNIT_CLASSES
-        if is_unit and sum(p.numel() for p in module.parameters()) >= min_unit_params:
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ not in UNIT_CLASSES or sum(p.numel() for p in module.parameters()) < min_unit_params:
+            continue
+        siblings = list(model.get_submodule(name.rpartition(".")[0]).children())
+        # OpenVLA never computes the last block of a ViT; a unit that runs no forward breaks gradient accumulation.
+        if not (type(module).__name__ == "Block" and siblings[-1] is module):
             shard(module)
     shard(model)
     for method in FORWARD_METHODS:

@@ -1,0 +1,1016 @@
+"""PPO for OpenVLA-style policies: Ray places the processes, FSDP2 trains, vLLM acts, simulators answer.
+
+    driver (this process)            places everything, runs the loop, logs
+     |- CurriculumManager            one Ray actor: which task each episode gets
+     |- RolloutWorker x N            one vLLM engine and its environments (processes, shared-memory images)
+     `- PolicyTrainer x W            one FSDP rank: policy, critic, their optimizers
+
+One training step: trainers push weights -> workers collect `num_steps` actions in every environment -> each trainer
+takes its share of the environments -> values and old log-probs -> GAE -> PPO epochs -> metrics, checkpoints.
+
+Algorithm (Schulman et al. 2017, arXiv:1707.06347; GAE: arXiv:1506.02438), for one action of 7 tokens a_t:
+    log pi(a|o)  = sum over the 7 tokens of log softmax(logits[256 action tokens] / temperature)
+    delta_t      = r_t + gamma V(o_{t+1}) (1 - terminated_t) - V(o_t)
+    A_t          = delta_t + gamma lam (1 - done_t) A_{t+1},      R_t = A_t + V(o_t)
+    L_clip       = -mean(min(ratio A, clip(ratio, 1 - cliprange, 1 + cliprange_high) A))
+    L_v          = 0.5 mean(max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2)),  c = cliprange_value
+    total        = L_clip + vf_coef L_v - entropy_coef H + beta KL(pi || initial policy)
+Deviations from the textbook, each for a reason:
+    - A time limit is no terminal state: the value of the real last observation bootstraps it (`bootstrap_truncated`).
+    - Policy and critic have their own optimizers and schedules. The shared critic reads the policy's features at the
+      last prompt token WITHOUT a gradient into the policy; within a training step it trains on the features cached
+      while the old log-probs were computed, so its epochs cost almost nothing.
+    - The first `value_init_steps` training steps train the critic alone.
+    - Old log-probs are recomputed by the trainer (`old_logprobs recompute`), so that the ratio of the first minibatch
+      is exactly 1 whatever the engine's arithmetic; the difference to the engine's is logged.
+
+Commands:
+    python ppo_vllm_ray_fsdp_vla.py --vla_path DIR --task_suite_name tabletop --use_lora --total_episodes 65536
+    python ppo_vllm_ray_fsdp_vla.py --help          every flag;  docs/METRICS.md: every metric
+"""
+
+import dataclasses
+import json
+import math
+import os
+import resource
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import ray
+import torch
+import tyro
+from ppo.critic import ValueHead, VLACritic
+from ppo.envs.vector import VectorEnv
+from ppo.utils.curriculum import CurriculumManager
+from transformers import get_scheduler
+
+from ppo.collector import Collector
+from ppo.envs.base import ResetRequest, get_suite, known_suites
+from ppo.evaluation import EpisodeResult, EvaluationRun, evaluation_requests, run_episodes, summarize_run
+from ppo.learner import PPOLearner, Reference, Trainable
+from ppo.rollout import Rollout
+from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
+from prismatic.extern.hf.modeling_prismatic import load_model
+from prismatic.extern.hf.processing_prismatic import load_processor
+from prismatic.vla.action_normalization import load_norm_stats, resolve_unnorm_key, tokens_to_env_actions
+from prismatic.vla.action_tokenizer import ActionTokenizer
+from utils import checkpoint_utils, fsdp_utils, peft_utils, ray_utils
+from utils.logging_utils import MetricWriter, PhaseTimer, add_log_file, format_duration, get_logger
+
+logger = get_logger("driver")
+
+SchedulerType = Literal["constant", "linear", "cosine"]
+
+
+@dataclass
+class Args:
+    """PPO fine-tuning of a vision-language-action model. See the module's docstring for the algorithm."""
+
+    # ---- model and data ----
+    vla_path: str = "openvla/openvla-7b-finetuned-libero-spatial"
+    """Model folder in openvla-7b's format: the supervised policy PPO starts from."""
+    load_adapter_checkpoint: str | None = None
+    """LoRA adapter folder to go on training (with --use_lora); its base must be vla_path."""
+    data_root_dir: str | None = None
+    """Folder of RLDS datasets whose statistics un-normalise actions when the checkpoint has none for dataset_name."""
+    dataset_name: str | None = None
+    """Key of the action statistics (the checkpoint's, or a dataset under data_root_dir). Default: the suite's own."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute precision of trainers and engines; master weights are always float32. auto: bfloat16 on GPUs."""
+    freeze_vision_backbone: bool = False
+    """Do not train the two ViTs; their features are then computed once per training step."""
+
+    # ---- run ----
+    run_root_dir: str = "runs"
+    """Folder that gets one folder per run."""
+    exp_id: str | None = None
+    """Name of the run's folder. Default: made from the main settings and the time."""
+    run_id_note: str | None = None
+    """Appended to the default exp_id."""
+    overwrite: bool = False
+    """Delete an existing run of the same exp_id instead of refusing to start."""
+    seed: int = 0
+    """Everything random is derived from it."""
+    total_episodes: int = 100_000
+    """Environment steps (policy actions) of the whole run, all environments together. The name is the family's."""
+    save_freq: int = 0
+    """Training steps between checkpoints `step_<N>/` (0: none but best and final)."""
+    save_optimizer: bool = True
+    """Write critic, optimizers, schedulers and random states beside each `step_<N>` checkpoint."""
+    use_wandb: bool = False
+    """Log to Weights & Biases too (TensorBoard and metrics.jsonl are always written)."""
+    wandb_project: str | None = None
+    """W&B project (required with --use_wandb)."""
+    wandb_mode: Literal["online", "offline"] = "online"
+    """offline: written to the run's folder, nothing is sent."""
+
+    # ---- world ----
+    task_suite_name: str = "tabletop"
+    """Task suite."""
+    task_ids: tuple[int, ...] = ()
+    """Tasks to train on, by index in the suite. Default: all."""
+    num_steps_wait: int | None = None
+    """Settling steps after each reset, for worlds that have them. Default: the suite's own."""
+    num_trials_per_task: int = 50
+    """Fixed initial states per task in evaluations by this driver (--eval_freq, --eval_final)."""
+    max_env_length: int | None = None
+    """Time limit of an episode in steps. Default: the suite's own."""
+    env_gpu_id: int | None = None
+    """GPU that renders the simulators (EGL). Default: left to the simulator."""
+    num_env_processes: int = 2
+    """Environment processes of each rollout worker."""
+    num_env_groups: int = 2
+    """Groups of environments per worker: while one is in the simulator the engine generates for another."""
+    env_timeout_s: float = 60.0
+    """An environment process that takes longer than this for a step is replaced and its episode dropped."""
+    save_video: bool = False
+    """Write an mp4 of the first episode of each task at every evaluation by this driver."""
+    eval_freq: int = 0
+    """Training steps between greedy evaluations on the fixed initial states (0: none)."""
+    eval_final: bool = False
+    """Evaluate the final policy greedily on the fixed initial states; written to eval_final.json."""
+
+    # ---- rollout ----
+    num_steps: int = 128
+    """Actions per environment and training step (T)."""
+    local_rollout_batch_size: int = 16
+    """Environments per rollout worker (engine)."""
+    temperature: float = 1.0
+    """Sampling temperature of the rollouts; the same in every log-prob of the update."""
+    curriculum_ema_alpha: float = 0.1
+    """Weight of a new result in a task's success EMA, in (0, 1]."""
+    curriculum_tau: float = 0.2
+    """Width of the preference for tasks near 50 % success; larger is more uniform."""
+    curriculum_min_prob: float = 0.02
+    """Smallest sampling probability of a task."""
+    use_curriculum: bool = True
+    """Sample tasks by their success; without it uniformly."""
+
+    # ---- PPO ----
+    num_epochs: int = 1
+    """Passes over each rollout."""
+    local_mini_batch_size: int = 256
+    """Samples per optimizer step on each trainer rank."""
+    per_device_train_batch_size: int = 32
+    """Samples per forward/backward pass on each trainer rank (gradient accumulation makes up the minibatch)."""
+    per_device_forward_batch_size: int | None = None
+    """Samples per pass where no gradient is needed. Default: per_device_train_batch_size."""
+    learning_rate: float = 2e-5
+    """Peak learning rate of the policy (AdamW)."""
+    policy_lr_scheduler_type: SchedulerType = "constant"
+    """Schedule of learning_rate over the run, after the warm-up."""
+    policy_lr_warmup_steps: int = 0
+    """Training steps (not optimizer steps) over which learning_rate rises from 0."""
+    max_grad_norm: float = 1.0
+    """Gradients of policy and critic are clipped to this global norm (0: not clipped)."""
+    cliprange: float = 0.2
+    """PPO clip: the ratio's lower bound is 1 - cliprange."""
+    cliprange_high: float | None = None
+    """Upper bound is 1 + this. Default: cliprange. DAPO: 0.28."""
+    ratio_level: Literal["action", "token"] = "action"
+    """One ratio per action (its 7 log-probs summed) or one per token."""
+    gamma: float = 0.99
+    """Discount per environment step, in [0, 1]."""
+    lam: float = 0.95
+    """GAE lambda, in [0, 1]."""
+    norm_adv: bool = True
+    """Normalise advantages over the whole rollout (all ranks) to mean 0, deviation 1."""
+    bootstrap_truncated: bool = True
+    """Bootstrap episodes cut by the time limit with the value of their last observation."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    beta: float = 0.0
+    """Weight of the KL (k3 estimator) to the initial policy."""
+    max_approx_kl: float | None = None
+    """Skip the rest of a step's policy updates once the minibatch KL over all ranks exceeds this."""
+    old_logprobs: Literal["recompute", "engine"] = "recompute"
+    """Where the ratio's denominator comes from."""
+
+    # ---- critic ----
+    value_model_type: Literal["shared", "vla"] = "shared"
+    """shared: a head on the policy's features at the last prompt token; vla: a backbone of its own, from vla_path."""
+    value_use_lora: bool = True
+    """With value_model_type vla: train a LoRA of lora_rank on the critic's backbone instead of all of it."""
+    value_learning_rate: float = 1e-3
+    """Peak learning rate of the critic (AdamW)."""
+    value_lr_scheduler_type: SchedulerType = "constant"
+    """Schedule of value_learning_rate."""
+    value_init_steps: int = 0
+    """First training steps in which only the critic learns."""
+    num_value_epochs: int | None = None
+    """Passes of the critic over each rollout. Default: num_epochs."""
+    cliprange_value: float = 0.2
+    """Value clip around the old value (0: none)."""
+    vf_coef: float = 1.0
+    """Factor of the value loss."""
+
+    # ---- LoRA ----
+    use_lora: bool = False
+    """Train a LoRA adapter on all linear layers instead of all weights."""
+    lora_rank: int = 32
+    """Rank."""
+    lora_alpha: float | None = None
+    """Scaling is alpha / rank. Default: min(rank, 16), as OpenVLA."""
+    lora_dropout: float = 0.0
+    """Dropout on the adapter's input during updates (makes the first ratio differ from 1)."""
+
+    # ---- best-return checkpoint ----
+    best_min_delta: float = 0.01
+    """The EMA of the episodic return must beat its best by more than this."""
+    best_patience: int = 10
+    """Training steps at least between two best-return checkpoints."""
+
+    # ---- placement ----
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: GPUs if this machine (or the cluster) has any."""
+    actor_num_gpus_per_node: str = "[1]"
+    """Trainer ranks per node as a list, "[8,8]": one GPU each; on CPU one process each."""
+    vllm_num_engines: int = 1
+    """Rollout workers, one vLLM engine each."""
+    vllm_tensor_parallel_size: int = 1
+    """GPUs per engine."""
+    vllm_enforce_eager: bool = False
+    """No CUDA graphs and no compilation in the engines (always so on CPU)."""
+    vllm_sync_backend: Literal["auto", "object_store"] = "auto"
+    """How weights travel from trainers to engines: through Ray's object store."""
+    gpu_memory_utilization: float = 0.9
+    """Share of a GPU's memory that its engine takes."""
+    engine_args: str = "{}"
+    """Further vLLM engine options as JSON, {"max_model_len": 512}; unknown ones are refused."""
+    sync_bucket_mib: int = 256
+    """Size of the pieces in which weights are sent."""
+    sharding_strategy: Literal["full-shard", "shard-grad-op"] = "full-shard"
+    """FSDP: gather weights again for the backward pass (ZeRO-3), or keep them (ZeRO-2)."""
+    offload: bool = False
+    """Keep sharded parameters and optimizer states in CPU memory (GPU trainers)."""
+    enable_gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    trainer_num_threads: int = 1
+    """CPU threads of each trainer rank."""
+    engine_num_threads: int = 1
+    """CPU threads of each engine."""
+    ray_address: str | None = None
+    """Address of a running Ray cluster ("auto": the one on this machine). Default: start one, on loopback."""
+    placement_timeout_s: float = 300.0
+    """How long to wait for the cluster to place the actors."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes derived from the flags, once."""
+
+    exp_dir: str
+    device: str
+    dtype: str
+    trainers_per_node: tuple[int, ...]
+    task_ids: tuple[int, ...]
+    num_trainers: int
+    num_envs: int
+    samples_per_step: int
+    local_samples: int
+    num_minibatches: int
+    num_training_steps: int
+    policy_optimizer_steps: int
+    value_optimizer_steps: int
+
+
+def parse_trainers_per_node(text: str) -> tuple[int, ...]:
+    """Read "[8,8]" or "2" as ranks per node. Raises ValueError if it is no list of positive whole numbers."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f'--actor_num_gpus_per_node {text!r} is not a list such as "[8,8]"') from error
+    counts = value if isinstance(value, list) else [value]
+    if not counts or not all(isinstance(c, int) and c > 0 for c in counts):
+        raise ValueError(f'--actor_num_gpus_per_node {text!r}: give positive whole numbers, "[2]" or "[8,8]"')
+    return tuple(counts)
+
+
+def validate(args: Args) -> None:
+    """Check everything that needs no file, GPU or cluster. Raises one ValueError that lists every problem."""
+    problems = [*_range_problems(args), *_choice_problems(args)]
+    try:
+        num_trainers = sum(parse_trainers_per_node(args.actor_num_gpus_per_node))
+    except ValueError as error:
+        raise_problems([*problems, str(error)])
+    raise_problems([*problems, *_size_problems(args, num_trainers)])
+
+
+def raise_problems(problems: Sequence[str]) -> None:
+    """Raise ValueError with all `problems`, one a line, if there are any."""
+    if problems:
+        raise ValueError(f"{len(problems)} problem(s) with this command line:\n- " + "\n- ".join(problems))
+
+
+def _range_problems(args: Args) -> list[str]:
+    positive = "total_episodes num_steps local_rollout_batch_size num_epochs learning_rate"
+    positive += " local_mini_batch_size per_device_train_batch_size value_learning_rate temperature lora_rank"
+    positive += " num_env_processes num_env_groups env_timeout_s vllm_num_engines vllm_tensor_parallel_size"
+    positive += " sync_bucket_mib trainer_num_threads engine_num_threads placement_timeout_s num_trials_per_task"
+    positive += " per_device_forward_batch_size max_env_length num_value_epochs curriculum_tau cliprange"
+    not_negative = "save_freq eval_freq value_init_steps policy_lr_warmup_steps max_grad_norm cliprange_value vf_coef"
+    not_negative += " entropy_coef beta best_min_delta best_patience curriculum_min_prob num_steps_wait cliprange_high"
+    unit = "gamma lam lora_dropout curriculum_ema_alpha gpu_memory_utilization"
+    problems = []
+    for names, rule, holds in (
+        (positive, "> 0", lambda x: x > 0),
+        (not_negative, ">= 0", lambda x: x >= 0),
+        (unit, "in [0, 1]", lambda x: 0 <= x <= 1),
+    ):
+        for name in names.split():
+            value = getattr(args, name, None)
+            if value is not None and not (math.isfinite(value) and holds(value)):
+                problems.append(f"--{name} {value} must be {rule}")
+    if args.cliprange >= 1:
+        problems.append(f"--cliprange {args.cliprange} must be < 1: the ratio's lower bound is 1 - cliprange")
+    return problems
+
+
+def _choice_problems(args: Args) -> list[str]:
+    problems = []
+    try:
+        suite = get_suite(args.task_suite_name)
+        wrong = [i for i in args.task_ids if not 0 <= i < suite.num_tasks]
+        if wrong:
+            problems.append(f"--task_ids {wrong}: {suite.name} has tasks 0..{suite.num_tasks - 1}")
+        if args.num_trials_per_task > suite.num_init_states:
+            problems.append(f"--num_trials_per_task {args.num_trials_per_task}: {suite.name} has "
+                            f"{suite.num_init_states} fixed initial states a task")  # fmt: skip
+        num_tasks = len(args.task_ids) or suite.num_tasks
+        if args.curriculum_min_prob * num_tasks > 1:
+            problems.append(f"--curriculum_min_prob {args.curriculum_min_prob} x {num_tasks} tasks exceeds 1: "
+                            f"use at most {1 / num_tasks:.3g}")  # fmt: skip
+    except (ValueError, ImportError) as error:
+        problems.append(f"--task_suite_name: {error} (known: {', '.join(known_suites())})")
+    if len(set(args.task_ids)) != len(args.task_ids):
+        problems.append(f"--task_ids {args.task_ids} names a task twice")
+    if args.load_adapter_checkpoint and not args.use_lora:
+        problems.append("--load_adapter_checkpoint needs --use_lora (or merge the adapter first: vla-scripts/merge.py)")
+    if args.use_wandb and not args.wandb_project:
+        problems.append("--use_wandb needs --wandb_project: there is no default project")
+    if args.data_root_dir and not args.dataset_name:
+        problems.append("--data_root_dir needs --dataset_name: which dataset's statistics to use")
+    if args.exp_id and args.run_id_note:
+        problems.append("--run_id_note is appended to the default name only: put it into --exp_id")
+    if args.device == "cpu" and args.offload:
+        problems.append("--offload moves GPU memory to the CPU: it has no meaning with --device cpu")
+    if args.device == "cpu" and args.vllm_tensor_parallel_size > 1:
+        problems.append("--vllm_tensor_parallel_size > 1 needs GPUs")
+    return problems
+
+
+def _size_problems(args: Args, num_trainers: int) -> list[str]:
+    problems = []
+    envs, steps, mini = args.local_rollout_batch_size, args.num_steps, args.local_mini_batch_size
+    if envs % num_trainers:
+        lower = envs // num_trainers * num_trainers
+        problems.append(f"--local_rollout_batch_size {envs} does not divide among {num_trainers} trainer ranks: use "
+                        f"{lower or num_trainers} or {lower + num_trainers}")  # fmt: skip
+        return problems
+    num_envs = envs * args.vllm_num_engines
+    local = steps * num_envs // num_trainers
+    if mini > 0 and local % mini:
+        fits = [d for d in range(1, local + 1) if local % d == 0]
+        near = sorted(sorted(fits, key=lambda d: abs(d - mini))[:2])
+        problems.append(f"--local_mini_batch_size {mini} does not divide the rollout of a rank ({steps} steps x "
+                        f"{num_envs} envs / {num_trainers} ranks = {local}): "
+                        f"use {' or '.join(map(str, near))}")  # fmt: skip
+    micro = args.per_device_train_batch_size
+    if micro > 0 and mini > 0 and mini % micro:
+        problems.append(f"--per_device_train_batch_size {micro} does not divide --local_mini_batch_size {mini}")
+    for name in ("num_env_groups", "num_env_processes"):
+        if getattr(args, name) > envs:
+            problems.append(f"--{name} {getattr(args, name)} exceeds --local_rollout_batch_size {envs}")
+    if args.total_episodes < steps * num_envs:
+        problems.append(f"--total_episodes {args.total_episodes} is less than one rollout ({steps} steps x {num_envs} "
+                        f"envs = {steps * num_envs})")  # fmt: skip
+    return problems
+
+
+def check_files(args: Args, exp_dir: Path) -> None:
+    """Check every folder and option named by the flags (reads headers only). Raises ValueError with all problems."""
+    from utils.vllm_utils import validate_engine_options
+
+    problems = checkpoint_utils.check_model_dir(args.vla_path)
+    if not problems:
+        problems += _statistics_problems(args)
+    if args.load_adapter_checkpoint:
+        adapter_problems = checkpoint_utils.check_adapter_dir(args.load_adapter_checkpoint)
+        if not adapter_problems and not problems:
+            adapter_problems = peft_utils.check_adapter_fits(args.load_adapter_checkpoint, args.vla_path)
+        problems += adapter_problems
+    try:
+        options = json.loads(args.engine_args)
+        problems += validate_engine_options(options)
+    except json.JSONDecodeError as error:
+        problems.append(f"--engine_args is not JSON: {error}")
+    if exp_dir.exists() and any(exp_dir.iterdir()) and not args.overwrite:
+        problems.append(f"{exp_dir} already holds a run: choose another --exp_id or pass --overwrite")
+    raise_problems(problems)
+
+
+def _statistics_problems(args: Args) -> list[str]:
+    try:
+        action_statistics(args)
+    except (ValueError, OSError) as error:
+        return [str(error)]
+    return []
+
+
+def action_statistics(args: Args) -> dict[str, Any]:
+    """q01/q99 statistics of the actions: the dataset's under data_root_dir if given, else the checkpoint's."""
+    if args.data_root_dir and args.dataset_name:
+        from prismatic.vla.datasets.statistics import load_dataset_statistics  # TensorFlow: only where needed
+
+        return load_dataset_statistics(args.data_root_dir, args.dataset_name)["action"]
+    norm_stats = load_norm_stats(args.vla_path)
+    return norm_stats[resolve_unnorm_key(norm_stats, args.task_suite_name, args.dataset_name)]["action"]
+
+
+def make_plan(args: Args) -> Plan:
+    """Derive the run's sizes from validated flags."""
+    per_node = parse_trainers_per_node(args.actor_num_gpus_per_node)
+    num_trainers, num_envs = sum(per_node), args.local_rollout_batch_size * args.vllm_num_engines
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() or args.ray_address else "cpu"
+    local_samples = args.num_steps * num_envs // num_trainers
+    num_minibatches = local_samples // args.local_mini_batch_size
+    num_training_steps = args.total_episodes // (args.num_steps * num_envs)
+    value_epochs = args.num_value_epochs or args.num_epochs
+    return Plan(
+        exp_dir=str(Path(args.run_root_dir) / (args.exp_id or default_exp_id(args))),
+        device=device,
+        dtype=("bfloat16" if device == "cuda" else "float32") if args.dtype == "auto" else args.dtype,
+        trainers_per_node=per_node,
+        task_ids=args.task_ids or tuple(range(get_suite(args.task_suite_name).num_tasks)),
+        num_trainers=num_trainers,
+        num_envs=num_envs,
+        samples_per_step=args.num_steps * num_envs,
+        local_samples=local_samples,
+        num_minibatches=num_minibatches,
+        num_training_steps=num_training_steps,
+        policy_optimizer_steps=max(1, num_training_steps - args.value_init_steps) * num_minibatches * args.num_epochs,
+        value_optimizer_steps=num_training_steps * num_minibatches * value_epochs,
+    )
+
+
+def default_exp_id(args: Args) -> str:
+    """ppo+<model>+<suite>+<lora rank>+lr...+seed...--time: one folder per run."""
+    parts = ["ppo", Path(args.vla_path).name, args.task_suite_name.replace(":", "-")]
+    parts += [f"lora-r{args.lora_rank}"] if args.use_lora else ["full"]
+    parts += [f"lr-{args.learning_rate:g}", f"seed-{args.seed}"]
+    note = f"--{args.run_id_note}" if args.run_id_note else ""
+    return "+".join(parts) + note + datetime.now().strftime("--%Y%m%d-%H%M%S")
+
+
+# ---------------------------------------------------------------------------------------------- training
+@dataclass
+class ExportedWeights:
+    """A complete set of weights in the object store: buckets of named tensors, and all names with shapes."""
+
+    buckets: list[ray.ObjectRef]
+    manifest: list[tuple[str, tuple[int, ...]]]
+
+
+class PolicyTrainer:
+    """One FSDP rank: its shard of policy, critic and optimizer states; `ppo/learner.py` is the update itself."""
+
+    def __init__(self, args: Args, plan: Plan, rank: int) -> None:
+        torch.set_num_threads(args.trainer_num_threads)
+        self.args, self.plan, self.rank = args, plan, rank
+        self.adapter: Any = None
+
+    def address(self) -> tuple[str, int]:
+        """Host and a free port for the process group, asked of rank 0."""
+        return ray_utils.node_address(), ray_utils.free_port()
+
+    def setup(self, master_addr: str, master_port: int) -> dict[str, float]:
+        """Join the process group, load and shard the models, make the optimizers; returns parameter counts."""
+        args, plan = self.args, self.plan
+        os.environ |= {"MASTER_ADDR": master_addr, "MASTER_PORT": str(master_port), "LOCAL_RANK": "0"}
+        os.environ |= {"RANK": str(self.rank), "WORLD_SIZE": str(plan.num_trainers)}
+        self.device = fsdp_utils.setup_distributed(device_type=plan.device).device
+        self.dtype = getattr(torch, plan.dtype)
+        torch.manual_seed(args.seed)  # the same on every rank: what is initialised here must agree
+        policy = self._build_policy()
+        critic = self._build_critic(policy.config.text_config.hidden_size)
+        warmup = args.policy_lr_warmup_steps * plan.num_minibatches * args.num_epochs
+        self.policy = self._trainable(
+            policy, args.learning_rate, args.policy_lr_scheduler_type, warmup, plan.policy_optimizer_steps
+        )
+        self.critic = self._trainable(
+            critic, args.value_learning_rate, args.value_lr_scheduler_type, 0, plan.value_optimizer_steps
+        )
+        self.learner = PPOLearner(
+            args, self.policy, self.critic, load_processor(args.vla_path),
+            reference=self._build_reference(), dtype=self.dtype,
+        )  # fmt: skip
+        torch.manual_seed(args.seed * 1000 + self.rank)
+        return {
+            "policy parameters": sum(p.numel() for p in policy.parameters()),
+            "trained": sum(p.numel() for p in self.policy.parameters),
+            "critic parameters": sum(p.numel() for p in critic.parameters()),
+        }
+
+    def _shard(self, model: torch.nn.Module) -> Any:
+        reshard = self.args.sharding_strategy == "full-shard"
+        return fsdp_utils.shard_model(
+            model, param_dtype=self.dtype, offload=self.args.offload, reshard_after_forward=reshard
+        )
+
+    def _load_model(self) -> Any:
+        model = load_model(self.args.vla_path, dtype=torch.float32, device=self.device)
+        if self.args.enable_gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        return model.eval()
+
+    def _build_policy(self) -> Any:
+        """The sharded policy; with LoRA `self.adapter` is the peft wrapper around it."""
+        args = self.args
+        model = self._load_model()
+        if args.use_lora and args.load_adapter_checkpoint:
+            self.adapter = peft_utils.load_lora(model, args.load_adapter_checkpoint)
+        elif args.use_lora:
+            self.adapter = peft_utils.add_lora(
+                model, rank=args.lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout,
+                freeze_vision_backbone=args.freeze_vision_backbone, base_name=args.vla_path,
+            )  # fmt: skip
+        if args.freeze_vision_backbone:
+            model.vision_backbone.requires_grad_(False)
+        return self._shard(model)
+
+    def _build_reference(self) -> Reference | None:
+        """The frozen initial policy for the KL term: the policy with a fresh adapter off, else a second model."""
+        args = self.args
+        if not args.beta:
+            return None
+        if args.use_lora and not args.load_adapter_checkpoint:
+            return Reference(self.policy.model, self.adapter.disable_adapter)
+        model = self._load_model()
+        if args.load_adapter_checkpoint:
+            peft_utils.load_lora(model, args.load_adapter_checkpoint)
+        return Reference(self._shard(model.requires_grad_(False)))
+
+    def _build_critic(self, hidden_size: int) -> Any:
+        args = self.args
+        if args.value_model_type == "shared":
+            return self._shard(ValueHead(hidden_size).to(self.device))
+        model = self._load_model()
+        if args.value_use_lora:
+            peft_utils.add_lora(model, rank=args.lora_rank, alpha=args.lora_alpha)
+        return self._shard(VLACritic(model).to(self.device))
+
+    def _trainable(self, model: Any, learning_rate: float, schedule: str, warmup: int, total: int) -> Trainable:
+        """AdamW without weight decay; the scheduler counts optimizer steps."""
+        parameters = peft_utils.trainable_parameters(model)
+        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, eps=1e-5, weight_decay=0.0)
+        name = "constant_with_warmup" if schedule == "constant" else schedule
+        scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+        return Trainable(model, parameters, optimizer, scheduler)
+
+    def update(self, shard_refs: Sequence[ray.ObjectRef], step: int) -> dict[str, float | None]:
+        """One training step on this rank's environments; returns metrics averaged over all ranks."""
+        metrics = self.learner.update(Rollout.concat(ray.get(list(shard_refs))), step)
+        metrics["mem/trainer_peak_gib"] = peak_memory_gib(self.device)
+        return metrics
+
+    def export_weights(self) -> ExportedWeights | None:
+        """The engine's weights (LoRA merged in float32) as buckets in the object store, from rank 0.
+
+        A collective: every rank takes part in gathering.
+        """
+        dtype = getattr(torch, self.plan.dtype)
+        tensors = ((name, t.to("cpu", dtype)) for name, t in fsdp_utils.iterate_merged_parameters(self.policy.model))
+        exported = ExportedWeights([], [])
+        for bucket in fsdp_utils.bucketize(tensors, self.args.sync_bucket_mib << 20):
+            if self.rank == 0:
+                exported.buckets.append(ray.put(bucket))
+                exported.manifest += [(name, tuple(tensor.shape)) for name, tensor in bucket]
+        return exported if self.rank == 0 else None
+
+    def save_policy(self, folder: str, json_files: dict[str, Any], overwrite: bool = False) -> None:
+        """Write the adapter (LoRA) or the whole model folder, all or nothing. A collective; rank 0 writes."""
+        state = fsdp_utils.full_state_dict(self.policy.model, trainable_only=self.adapter is not None)
+        if self.rank != 0:
+            return
+        if self.adapter is None:
+            checkpoint_utils.save_model_dir(
+                folder, state, self.args.vla_path, json_files=json_files, overwrite=overwrite
+            )
+            return
+        with checkpoint_utils.atomic_directory(folder, overwrite=overwrite) as partial:
+            peft_utils.save_adapter(self.adapter, state, partial)
+            checkpoint_utils.write_json_files(partial, json_files)
+
+    def save_training_state(self, folder: str) -> None:
+        """Write critic, optimizers, schedulers and this rank's random state with torch.distributed.checkpoint."""
+        fsdp_utils.save_distributed_state(
+            folder,
+            {n: (t.model, t.optimizer) for n, t in (("policy", self.policy), ("critic", self.critic))},
+            {"policy": self.policy.scheduler.state_dict(), "critic": self.critic.scheduler.state_dict()},
+        )
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory of this process in GiB: the allocator's on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+# ---------------------------------------------------------------------------------------------- rollouts
+
+
+class RolloutWorker:
+    """One vLLM engine and the environments it acts in, in one process: no RPC per environment step."""
+
+    def __init__(self, args: Args, plan: Plan, index: int, statistics: dict[str, Any]) -> None:
+        from utils.vllm_utils import ActionEngine, EngineConfig  # imports vLLM, which only this process wants
+
+        self.args, self.plan, self.index = args, plan, index
+        self.processor = load_processor(args.vla_path)
+        self.statistics = statistics
+        self.engine = ActionEngine(
+            EngineConfig(
+                model_dir=args.vla_path,
+                dtype=plan.dtype,
+                tensor_parallel_size=args.vllm_tensor_parallel_size,
+                gpu_memory_utilization=args.gpu_memory_utilization,
+                enforce_eager=args.vllm_enforce_eager or plan.device == "cpu",
+                max_num_seqs=args.local_rollout_batch_size,
+                seed=args.seed,
+                num_threads=args.engine_num_threads,
+                extra=json.loads(args.engine_args),
+            )
+        )
+        self.engine.init_weight_transfer("object_store")
+        self.tokenizer = ActionTokenizer.from_config(OpenVLAConfig.from_pretrained(args.vla_path))
+        self.suite = get_suite(args.task_suite_name)
+        self.collector = self._build_collector()
+        self.sampling_rng = np.random.default_rng((args.seed, index))
+
+    def _build_collector(self) -> Collector:
+        args = self.args
+        options = {"num_steps_wait": args.num_steps_wait, "env_gpu_id": args.env_gpu_id}
+        vector = VectorEnv(
+            args.task_suite_name,
+            args.local_rollout_batch_size,
+            num_processes=args.num_env_processes,
+            image_size=self.processor.image_processor.image_size[0],
+            max_steps=args.max_env_length,
+            step_timeout_s=args.env_timeout_s,
+            env_kwargs={k: v for k, v in options.items() if v is not None},
+        )
+        prompts = [self.processor.prompt_ids(text) for text in self.suite.instructions]
+        return Collector(
+            vector, prompts, self._sample, self._decode, num_groups=args.num_env_groups, seed=(args.seed, self.index)
+        )
+
+    def _sample(self, prompt_ids: list[list[int]], images: np.ndarray) -> Any:
+        return self.engine.generate(
+            prompt_ids, images, temperature=self.args.temperature, seed=int(self.sampling_rng.integers(2**31))
+        )
+
+    def _decode(self, token_ids_BA: np.ndarray) -> np.ndarray:
+        return tokens_to_env_actions(token_ids_BA, self.tokenizer, self.statistics)
+
+    def update_weights(self, exported: ExportedWeights, version: int) -> Any:
+        """Load a complete set of weights into the engine; returns its report (parameters, bytes, version)."""
+        return self.engine.update_weights((ray.get(ref) for ref in exported.buckets), version, exported.manifest)
+
+    def collect(
+        self, task_ids: list[int], step: int
+    ) -> tuple[list[ray.ObjectRef], list[EpisodeResult], dict[str, float]]:
+        """Act `num_steps` times everywhere; returns one rollout shard per trainer, finished episodes, statistics."""
+        self.sampling_rng = np.random.default_rng((self.args.seed, self.index, step))
+        start = time.perf_counter()
+        rollout, episodes = self.collector.collect(self.args.num_steps, iter(task_ids))
+        stats = {
+            "collect_s": time.perf_counter() - start,
+            "generate_s": self.collector.generate_s,
+            "wait_env_s": self.collector.wait_env_s,
+            "num_replaced": float(self.collector.vector.num_replaced),
+            "num_void_steps": float((~rollout.valid_TB).sum()),
+            "mem_gib": peak_memory_gib(torch.device("cpu")),
+        }
+        shards = [ray.put(rollout.shard(rank, self.plan.num_trainers)) for rank in range(self.plan.num_trainers)]
+        return shards, episodes, stats
+
+    def evaluate(self, requests: list[ResetRequest]) -> EvaluationRun:
+        """Run each request once, greedily; the training episodes in progress are given up."""
+
+        def act(images: np.ndarray, task_ids: np.ndarray) -> np.ndarray:
+            prompts = [self.collector.prompts[i] for i in task_ids]
+            return self._decode(self.engine.generate(prompts, images, temperature=1.0, greedy=True).token_ids)
+
+        self.collector.restart()
+        return run_episodes(self.collector.vector, self.args.local_rollout_batch_size, act, requests)
+
+    def close(self) -> None:
+        """End the environment processes and the engine."""
+        self.collector.vector.close()
+        self.engine.close()
+
+
+# ---------------------------------------------------------------------------------------------- driver
+
+
+class Cluster:
+    """Every actor of the run, placed: trainers, rollout workers, curriculum."""
+
+    def __init__(self, args: Args, plan: Plan) -> None:
+        from utils.vllm_utils import engine_env
+
+        self.args, self.plan = args, plan
+        on_gpu = plan.device == "cuda"
+        tensor_parallel = args.vllm_tensor_parallel_size
+        if on_gpu:
+            num_gpus = plan.num_trainers + args.vllm_num_engines * tensor_parallel
+            engines = f"{args.vllm_num_engines} engines x {tensor_parallel}"
+            ray_utils.check_cluster(num_gpus, f"{plan.num_trainers} trainers + {engines}")
+        trainer_gpus, engine_gpus = float(on_gpu), float(on_gpu * tensor_parallel)
+        trainer_bundles = [{"CPU": float(n), "GPU": n * trainer_gpus} for n in plan.trainers_per_node]
+        trainer_group = ray_utils.create_placement_group(
+            trainer_bundles, "STRICT_SPREAD" if len(trainer_bundles) > 1 else "PACK", args.placement_timeout_s
+        )
+        worker_bundle = {"CPU": 1.0 + args.num_env_processes, "GPU": engine_gpus}
+        worker_group = ray_utils.create_placement_group(
+            [worker_bundle] * args.vllm_num_engines, "PACK", args.placement_timeout_s
+        )
+        statistics = action_statistics(args)
+        node_of_rank = [node for node, count in enumerate(plan.trainers_per_node) for _ in range(count)]
+        self.trainers = [
+            ray.remote(PolicyTrainer).options(
+                num_cpus=1, num_gpus=trainer_gpus, scheduling_strategy=ray_utils.in_bundle(trainer_group, node),
+                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(args.trainer_num_threads)}},
+            ).remote(args, plan, rank)
+            for rank, node in enumerate(node_of_rank)
+        ]  # fmt: skip
+        self.workers = [
+            ray.remote(RolloutWorker).options(
+                num_cpus=1, num_gpus=engine_gpus, scheduling_strategy=ray_utils.in_bundle(worker_group, index),
+                runtime_env={"env_vars": engine_env(plan.device, args.engine_num_threads)},
+            ).remote(args, plan, index, statistics)
+            for index in range(args.vllm_num_engines)
+        ]  # fmt: skip
+        self.curriculum = CurriculumManager.options(num_cpus=0).remote(  # type: ignore[attr-defined]
+            task_ids=list(plan.task_ids), ema_alpha=args.curriculum_ema_alpha, tau=args.curriculum_tau,
+            min_prob=args.curriculum_min_prob, seed=args.seed, uniform=not args.use_curriculum,
+        )  # fmt: skip
+
+    def setup(self) -> dict[str, float]:
+        """Start the trainers' process group while the engines load; returns parameter counts."""
+        address = ray.get(self.trainers[0].address.remote())
+        counts = ray_utils.wait_all([t.setup.remote(*address) for t in self.trainers], "loading the trainers' models")
+        return counts[0]
+
+    def push_weights(self, version: int) -> dict[str, float]:
+        """Send the trainers' weights to every engine and check that each has all of them at this version."""
+        exported = ray_utils.wait_all([t.export_weights.remote() for t in self.trainers], "gathering weights")[0]
+        calls = [w.update_weights.remote(exported, version) for w in self.workers]
+        reports = ray_utils.wait_all(calls, f"loading weights of version {version} into the engines")
+        if any(r.num_params != len(exported.manifest) or r.version != version for r in reports):
+            raise RuntimeError(
+                f"sent {len(exported.manifest)} tensors of version {version}, the engines report {reports}"
+            )
+        return {"sync/num_tensors": reports[0].num_params, "sync/mib": reports[0].num_bytes / 2**20}
+
+    def collect(self, step: int) -> tuple[list[list[ray.ObjectRef]], list[EpisodeResult], list[dict[str, float]]]:
+        """One rollout from every worker: shards per trainer, finished episodes, the workers' statistics."""
+        most = self.args.local_rollout_batch_size * (self.args.num_steps + 2)
+        tasks = [ray.get(self.curriculum.get_batch.remote(most)) for _ in self.workers]
+        calls = [w.collect.remote(t, step) for w, t in zip(self.workers, tasks, strict=True)]
+        results = ray_utils.wait_all(calls, f"collecting the rollout of training step {step}")
+        shards = [[result[0][rank] for result in results] for rank in range(self.plan.num_trainers)]
+        episodes = [episode for result in results for episode in result[1]]
+        if episodes:
+            ids, successes = [e.task_id for e in episodes], [e.success for e in episodes]
+            ray.get(self.curriculum.report_results.remote(ids, successes))
+        return shards, episodes, [result[2] for result in results]
+
+    def update(self, shards: list[list[ray.ObjectRef]], step: int) -> dict[str, float | None]:
+        """The PPO update on every rank; the metrics are averages over all of them."""
+        calls = [t.update.remote(s, step) for t, s in zip(self.trainers, shards, strict=True)]
+        results = ray_utils.wait_all(calls, f"updating at training step {step}")
+        peak = max(r["mem/trainer_peak_gib"] for r in results)
+        return results[0] | {"mem/trainer_peak_gib": peak}
+
+    def evaluate(self) -> EvaluationRun:
+        """Greedy episodes from every fixed initial state of the run's tasks, shared among the workers."""
+        requests = evaluation_requests(self.plan.task_ids, self.args.num_trials_per_task)
+        workers = len(self.workers)
+        calls = [w.evaluate.remote(requests[i::workers]) for i, w in enumerate(self.workers)]
+        total = EvaluationRun()
+        for run in ray_utils.wait_all(calls, "evaluating"):
+            total.episodes += run.episodes
+            total.void += run.void
+            total.num_dropped += run.num_dropped
+        return total
+
+    def save(
+        self, folder: Path, metadata: dict[str, Any], *, with_state: bool = False, overwrite: bool = False
+    ) -> None:
+        """Write the policy (adapter or whole model), its metadata, the action statistics and the curriculum."""
+        files = {"metadata.json": metadata}
+        ray_utils.wait_all(
+            [t.save_policy.remote(str(folder), files, overwrite) for t in self.trainers], f"saving {folder}"
+        )
+        if with_state:
+            state_dir = str(folder / "training_state")
+            ray_utils.wait_all([t.save_training_state.remote(state_dir) for t in self.trainers], f"saving {state_dir}")
+        ray.get(self.curriculum.save.remote(str(folder / "curriculum.json")))
+
+    def close(self) -> None:
+        """End the workers' environments and engines; Ray ends the rest."""
+        ray.wait([w.close.remote() for w in self.workers], num_returns=len(self.workers), timeout=20)
+
+
+@dataclass
+class BestReturn:
+    """EMA (0.99) of the episodic return, and when it has beaten its best by enough to be saved."""
+
+    min_delta: float
+    patience: int
+    ema: float | None = None
+    best: float | None = None
+    last_saved_step: int | None = None
+
+    def update(self, episode_returns: Sequence[float], step: int) -> bool:
+        """Take in the returns of the episodes that ended in this step; True if the policy is to be saved."""
+        for value in episode_returns:
+            self.ema = value if self.ema is None else 0.99 * self.ema + 0.01 * value
+        if self.ema is None or (self.last_saved_step is not None and step - self.last_saved_step < self.patience):
+            return False
+        if self.best is not None and self.ema <= self.best + self.min_delta:
+            return False
+        self.best, self.last_saved_step = self.ema, step
+        return True
+
+
+def rollout_metrics(episodes: Sequence[EpisodeResult], worker_stats: Sequence[dict[str, float]]) -> dict[str, float]:
+    """`rollout/` metrics of one step over all workers; success, return and length only if an episode ended."""
+    metrics = {
+        "rollout/num_episodes": float(len(episodes)),
+        "rollout/num_void_steps": sum(s["num_void_steps"] for s in worker_stats),
+        "rollout/num_env_replaced": sum(s["num_replaced"] for s in worker_stats),
+        "time/generate_s": max(s["generate_s"] for s in worker_stats),
+        "time/wait_env_s": max(s["wait_env_s"] for s in worker_stats),
+        "mem/worker_peak_gib": max(s["mem_gib"] for s in worker_stats),
+    }
+    if episodes:
+        metrics["rollout/success_rate"] = float(np.mean([e.success for e in episodes]))
+        metrics["rollout/episode_return"] = float(np.mean([e.episode_return for e in episodes]))
+        metrics["rollout/episode_length"] = float(np.mean([e.length for e in episodes]))
+    return metrics
+
+
+def progress_line(step: int, plan: Plan, metrics: dict[str, float], started: float) -> str:
+    """One line per training step: success, return, KL, clip fraction, explained variance, time split, ETA."""
+
+    def show(name: str, label: str, form: str) -> str:
+        return f"{label} {format(metrics[name], form)}" if name in metrics else f"{label} -"
+
+    elapsed = time.perf_counter() - started
+    eta = format_duration(elapsed / step * (plan.num_training_steps - step))
+    return " | ".join(
+        [
+            f"step {step}/{plan.num_training_steps}",
+            show("rollout/success_rate", "success", ".3f") + f" ({metrics['rollout/num_episodes']:.0f} ep)",
+            show("train/approx_kl_k3", "kl", ".4f"),
+            show("train/clip_fraction", "clip", ".3f"),
+            show("train/explained_variance", "ev", ".2f"),
+            f"sync {metrics['time/sync_s']:.1f} collect {metrics['time/collect_s']:.1f} "
+            f"update {metrics['time/update_s']:.1f} s",
+            f"{metrics['time/env_steps_per_s']:.0f} env steps/s",
+            f"ETA {eta}",
+        ]
+    )
+
+
+class Run:
+    """The run's folder: metrics, checkpoints and their metadata."""
+
+    def __init__(self, args: Args, plan: Plan, cluster: Cluster) -> None:
+        self.args, self.plan, self.cluster = args, plan, cluster
+        self.exp_dir = Path(plan.exp_dir)
+        config = dataclasses.asdict(args)
+        (self.exp_dir / "args.json").write_text(json.dumps(config, indent=2) + "\n")
+        self.writer = MetricWriter(
+            self.exp_dir, use_wandb=args.use_wandb, wandb_project=args.wandb_project, wandb_mode=args.wandb_mode,
+            config=config,
+        )  # fmt: skip
+        self.best = BestReturn(args.best_min_delta, args.best_patience)
+        self.started = time.perf_counter()
+
+    def metadata(self, step: int, episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
+        """What a checkpoint says about itself."""
+        returns = [e.episode_return for e in episodes]
+        return {
+            "timestamp": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "ema_return": self.best.ema,
+            "current_return": float(np.mean(returns)) if returns else None,
+            "training_step": step,
+            "global_step": step * self.plan.samples_per_step,
+            "exp_id": self.exp_dir.name,
+            "vla_path": self.args.vla_path,
+            "task_suite_name": self.args.task_suite_name,
+            "seed": self.args.seed,
+        }
+
+    def report(self, step: int, metrics: dict[str, float | None], episodes: Sequence[EpisodeResult]) -> None:
+        """Write a training step's metrics and line, the curriculum and the checkpoints that are due."""
+        args = self.args
+        is_best = self.best.update([e.episode_return for e in episodes], step)
+        metrics["rollout/ema_return"] = self.best.ema
+        metrics["time/env_steps_total"] = float(step * self.plan.samples_per_step)
+        tasks = ray.get(self.cluster.curriculum.stats.remote())
+        defined = self.writer.write(step, metrics | tasks)
+        logger.info(progress_line(step, self.plan, defined, self.started))
+        ray.get(self.cluster.curriculum.save.remote(str(self.exp_dir / "curriculum.json")))
+        metadata = self.metadata(step, episodes)
+        if is_best:
+            self.cluster.save(self.exp_dir / "best_return", metadata, overwrite=True)
+        if args.save_freq and step % args.save_freq == 0:
+            self.cluster.save(self.exp_dir / f"step_{step}", metadata, with_state=args.save_optimizer)
+
+    def evaluate(self, step: int, file_name: str | None = None) -> dict[str, float]:
+        """Greedy evaluation on the fixed initial states; logged, and written to `file_name` if given."""
+        start = time.perf_counter()
+        suite = get_suite(self.args.task_suite_name)
+        summary = summarize_run(self.cluster.evaluate(), self.plan.task_ids, suite.instructions)
+        overall = summary["overall"]
+        metrics = {"time/eval_s": time.perf_counter() - start, "eval/num_episodes": float(overall["episodes"])}
+        for name, part in [("", overall), *((f"task_{t['task_id']}_", t) for t in summary["per_task"])]:
+            metrics |= {f"eval/{name}success_rate": part["rate"]} if "rate" in part else {}
+        if file_name:
+            (self.exp_dir / file_name).write_text(json.dumps({"training_step": step, **summary}, indent=1) + "\n")
+        logger.info(f"greedy evaluation: {overall['successes']} of {overall['episodes']} episodes succeed")
+        return metrics
+
+    def finish(self, step: int, episodes: Sequence[EpisodeResult]) -> None:
+        """Final evaluation (if asked) and the final model, in the run's own folder."""
+        if self.args.eval_final:
+            self.cluster.push_weights(step)
+            self.writer.write(step, dict(self.evaluate(step, "eval_final.json")))
+        final = self.exp_dir / ".final"
+        self.cluster.save(final, self.metadata(step, episodes), overwrite=True)
+        for file in final.iterdir():
+            os.replace(file, self.exp_dir / file.name)
+        final.rmdir()
+        self.writer.close()
+        logger.info(f"done: {self.exp_dir}")
+
+
+def train(args: Args, plan: Plan, cluster: Cluster, run: Run) -> None:
+    """The training loop."""
+    episodes: list[EpisodeResult] = []
+    timer = PhaseTimer()
+    for step in range(1, plan.num_training_steps + 1):
+        with timer.phase("step"):
+            with timer.phase("sync"):
+                sync = cluster.push_weights(version=step - 1)
+            evaluation = run.evaluate(step - 1) if args.eval_freq and (step - 1) % args.eval_freq == 0 else {}
+            with timer.phase("collect"):
+                shards, episodes, worker_stats = cluster.collect(step)
+            with timer.phase("update"):
+                update = cluster.update(shards, step)
+        seconds = {f"time/{k}_s": v for k, v in timer.pop().items()}
+        metrics = rollout_metrics(episodes, worker_stats) | update | sync | seconds | evaluation
+        metrics["time/env_steps_per_s"] = plan.samples_per_step / seconds["time/step_s"]
+        run.report(step, metrics, episodes)
+    run.finish(plan.num_training_steps, episodes)
+
+
+def main(args: Args) -> None:
+    """Check everything, start the cluster, train, and leave nothing running."""
+    validate(args)
+    plan = make_plan(args)
+    exp_dir = Path(plan.exp_dir)
+    check_files(args, exp_dir)
+    if exp_dir.exists() and args.overwrite:
+        shutil.rmtree(exp_dir)
+    exp_dir.mkdir(parents=True, exist_ok=True)
+    add_log_file(exp_dir / "log.txt")
+    logger.info(f"{plan.num_training_steps} training steps of {plan.samples_per_step} environment steps; {exp_dir}")
+    num_gpus = torch.cuda.device_count() if plan.device == "cuda" else 0
+    ray_utils.start_ray(args.ray_address, num_gpus)
+    try:
+        cluster = Cluster(args, plan)
+        counts = cluster.setup()
+        logger.info(", ".join(f"{k} {v:,.0f}" for k, v in counts.items()))
+        train(args, plan, cluster, Run(args, plan, cluster))
+        cluster.close()
+    finally:
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__, config=(tyro.conf.ConsolidateSubcommandArgs,), use_underscores=True))

@@ -1,0 +1,235 @@
+"""The PPO update on one and two gloo ranks, over a hand-made rollout and the real tiny model."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from ppo.rollout import Rollout
+from tests.distributed import in_ranks
+from utils import fsdp_utils, peft_utils
+
+T, B, SIZE = 6, 4, 28
+
+
+def flags(**changes) -> SimpleNamespace:
+    """The update's flags at their plain values: one epoch, one minibatch of everything."""
+    values = {
+        "seed": 0, "temperature": 1.3, "num_epochs": 1, "num_value_epochs": None, "local_mini_batch_size": T * B,
+        "per_device_train_batch_size": 4, "per_device_forward_batch_size": None, "max_grad_norm": 1.0,
+        "cliprange": 0.2, "cliprange_high": None, "ratio_level": "action", "gamma": 0.9, "lam": 0.8, "norm_adv": True,
+        "bootstrap_truncated": True, "entropy_coef": 0.01, "beta": 0.0, "max_approx_kl": None,
+        "old_logprobs": "recompute", "value_model_type": "shared", "value_init_steps": 0, "cliprange_value": 0.2,
+        "vf_coef": 0.5, "freeze_vision_backbone": False,
+    }  # fmt: skip
+    return SimpleNamespace(**(values | changes))
+
+
+def make_rollout(model_dir: str, seed: int = 0) -> Rollout:
+    """Random observations and actions; an episode that ends well, two cut by the time limit, and a dropped one."""
+    from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
+    from prismatic.extern.hf.processing_prismatic import load_processor
+
+    rng = np.random.default_rng(seed)
+    first = OpenVLAConfig.from_pretrained(model_dir).first_action_token_id
+    processor = load_processor(model_dir)
+    terminated, truncated = torch.zeros(T, B, dtype=torch.bool), torch.zeros(T, B, dtype=torch.bool)
+    valid = torch.ones(T, B, dtype=torch.bool)
+    terminated[2, 0] = truncated[3, 0] = truncated[5, 1] = True
+    valid[:2, 3], terminated[1, 3] = False, True
+
+    def images(*shape: int) -> torch.Tensor:
+        return torch.from_numpy(rng.integers(0, 256, (*shape, SIZE, SIZE, 3), dtype=np.uint8))
+
+    return Rollout(
+        prompts=[processor.prompt_ids("pick up the red block"), processor.prompt_ids("push the plate")],
+        images_TBHWC=images(T, B),
+        action_ids_TBA=torch.from_numpy(rng.integers(0, 256, (T, B, 7))) + first,
+        logprob_TBA=torch.from_numpy(rng.normal(-5.5, 0.1, (T, B, 7)).astype(np.float32)),
+        reward_TB=terminated.float() * valid,
+        terminated_TB=terminated,
+        truncated_TB=truncated,
+        task_id_TB=torch.from_numpy(rng.integers(0, 2, (T, B))),
+        valid_TB=valid,
+        last_images_BHWC=images(B),
+        last_task_id_B=torch.tensor([0, 1, 1, 0]),
+        final_images_KHWC=images(2),
+        final_t_K=torch.tensor([3, 5]),
+        final_b_K=torch.tensor([0, 1]),
+    )
+
+
+def make_learner(model_dir: str, args: SimpleNamespace, lora: bool = False):
+    """Policy, critic and optimizers as the driver builds them; SGD, so that weights show the gradients' size."""
+    from ppo.critic import ValueHead
+    from ppo.learner import PPOLearner, Trainable
+    from prismatic.extern.hf.modeling_prismatic import load_model
+    from prismatic.extern.hf.processing_prismatic import load_processor
+
+    torch.manual_seed(3)
+    model = load_model(model_dir)
+    if lora:
+        peft_utils.add_lora(model, rank=4, freeze_vision_backbone=True)
+    critic = ValueHead(model.config.text_config.hidden_size)
+    with torch.no_grad():
+        for parameter in critic.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+
+    def trainable(module, lr):
+        module = fsdp_utils.shard_model(module, min_unit_params=1)
+        parameters = peft_utils.trainable_parameters(module)
+        optimizer = torch.optim.SGD(parameters, lr=lr)
+        return Trainable(module, parameters, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0, 1))
+
+    return PPOLearner(args, trainable(model, 0.1), trainable(critic, 0.1), load_processor(model_dir))
+
+
+def weights(learner) -> dict[str, torch.Tensor]:
+    parts = {"policy": learner.policy.model, "critic": learner.critic.model}
+    return {
+        f"{k}.{n}": fsdp_utils.full_tensor(p.detach()).clone()
+        for k, m in parts.items()
+        for n, p in m.named_parameters()
+    }
+
+
+def run_and_save(rank: int, model_dir: str, out: str, changes: dict, lora: bool) -> None:
+    """One update; rank 0 writes metrics and the weights after it."""
+    world = dist.get_world_size()
+    args = flags(**({"local_mini_batch_size": T * B // world} | changes))
+    learner = make_learner(model_dir, args, lora)
+    before = weights(learner)
+    metrics = learner.update(make_rollout(model_dir).shard(rank, world), step=1)
+    if rank == 0:
+        torch.save({"metrics": metrics, "weights": weights(learner), "before": before}, f"{out}/{world}.pt")
+
+
+def updated(tmp_path, model_dir, world_size: int, lora: bool = False, **changes) -> dict:
+    in_ranks(world_size, run_and_save, str(model_dir), str(tmp_path), changes, lora)
+    return torch.load(f"{tmp_path}/{world_size}.pt", weights_only=True)
+
+
+def assert_same_update(one: dict, two: dict) -> None:
+    for name in one["metrics"]:
+        if name.startswith("train/"):
+            assert two["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-5, abs=1e-6), name
+    changes = []
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], weight, rtol=1e-5, atol=1e-6, msg=name)
+        changes.append(float((weight - one["before"][name]).abs().max()))
+    assert max(changes) > 1e-3, "the update changed nothing: the comparison shows nothing"
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_two_ranks_give_the_loss_and_weights_of_one(tmp_path, tiny_model_dir, lora):
+    one = updated(tmp_path, tiny_model_dir, 1, lora)
+    two = updated(tmp_path, tiny_model_dir, 2, lora)
+    assert_same_update(one, two)
+
+
+def test_gradient_accumulation_equals_one_large_micro_batch(tmp_path, tiny_model_dir):
+    pieces = updated(tmp_path, tiny_model_dir, 1, per_device_train_batch_size=3)
+    whole = updated(tmp_path, tiny_model_dir, 1, per_device_train_batch_size=T * B)
+    assert_same_update(pieces, whole)
+
+
+def several_checks(rank: int, model_dir: str) -> None:
+    """What needs no second run: ratios, warm-up, frozen vision, invalid samples, old log-probs of the engine."""
+    rollout = make_rollout(model_dir)
+
+    # the ratio is 1 in the first minibatch of the first epoch, and not afterwards
+    learner = make_learner(model_dir, flags(num_epochs=3, local_mini_batch_size=8))
+    metrics = learner.update(rollout, step=1)
+    assert metrics["train/first_minibatch_ratio_max_abs_dev"] < 1e-5
+    assert metrics["train/ratio_max_abs_dev"] > 1e-3
+    assert metrics["train/approx_kl_k3"] > 1e-8
+
+    # critic warm-up: only the critic moves
+    learner = make_learner(model_dir, flags(value_init_steps=1))
+    before, metrics = weights(learner), learner.update(rollout, step=1)
+    changed = {n.split(".")[0] for n, w in weights(learner).items() if not torch.equal(w, before[n])}
+    assert changed == {"critic"} and "train/policy_loss" not in metrics
+    learner.update(rollout, step=2)
+    assert any(not torch.equal(w, before[n]) for n, w in weights(learner).items() if n.startswith("policy"))
+
+    # samples of a dropped episode have no influence, whatever they hold
+    spoilt = dataclasses.replace(
+        rollout, images_TBHWC=rollout.images_TBHWC.clone(), reward_TB=rollout.reward_TB.clone()
+    )
+    spoilt.images_TBHWC[:2, 3] = 7
+    spoilt.reward_TB[:2, 3] = 1e6
+    results = []
+    for data in (rollout, spoilt):
+        learner = make_learner(model_dir, flags())
+        learner.update(data, step=1)
+        results.append(weights(learner))
+    for name in results[0]:
+        torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-5, atol=1e-7, msg=name)
+
+    # a frozen vision backbone: features cached once give the same policy gradient as computed every time
+    results = []
+    for freeze in (True, False):
+        learner = make_learner(model_dir, flags(freeze_vision_backbone=freeze), lora=True)
+        learner.policy.model.vision_backbone.requires_grad_(False)
+        learner.update(rollout, step=1)
+        results.append({n: w for n, w in weights(learner).items() if "vision" not in n})
+    for name in results[0]:
+        torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_ratio_warmup_dropped_episodes_and_cached_vision_features(tiny_model_dir):
+    in_ranks(1, several_checks, str(tiny_model_dir))
+
+
+def advantages_by_hand(rank: int, model_dir: str) -> None:
+    """prepare() puts the value of the real next observation where GAE needs it, against an explicit loop."""
+    from ppo.learner import Averages
+
+    rollout, args = make_rollout(model_dir), flags(norm_adv=False)
+    learner = make_learner(model_dir, args)
+    batch = learner.prepare(rollout, Averages())
+
+    def value_of(image, task) -> float:
+        ids, mask = learner.processor.collate_prompts([rollout.prompts[int(task)]])
+        pixels = learner.processor.image_processor.normalize(image[None])
+        hidden = learner.policy.model.forward_actions(ids, mask, pixel_values=pixels).prompt_hidden_BD
+        return float(learner.critic.model(hidden))
+
+    with torch.no_grad():
+        for b in (0, 1, 2):
+            advantage = 0.0
+            for t in reversed(range(T)):
+                value = value_of(rollout.images_TBHWC[t, b], rollout.task_id_TB[t, b])
+                if rollout.terminated_TB[t, b]:
+                    target, advantage = float(rollout.reward_TB[t, b]), 0.0
+                elif rollout.truncated_TB[t, b]:
+                    row = 0 if b == 0 else 1
+                    target, advantage = (
+                        args.gamma * value_of(rollout.final_images_KHWC[row], rollout.task_id_TB[t, b]),
+                        0.0,
+                    )
+                elif t == T - 1:
+                    target = args.gamma * value_of(rollout.last_images_BHWC[b], rollout.last_task_id_B[b])
+                else:
+                    target = args.gamma * value_of(rollout.images_TBHWC[t + 1, b], rollout.task_id_TB[t + 1, b])
+                advantage = target - value + args.gamma * args.lam * advantage
+                assert batch.advantage_N[t * B + b] == pytest.approx(advantage, abs=1e-5), (t, b)
+
+
+def test_advantages_use_the_real_last_observation_of_truncated_episodes(tiny_model_dir):
+    in_ranks(1, advantages_by_hand, str(tiny_model_dir))
+
+
+def non_finite(rank: int, model_dir: str) -> None:
+    rollout = make_rollout(model_dir)
+    rollout.reward_TB[0, 0] = float("nan")
+    learner = make_learner(model_dir, flags(norm_adv=False, local_mini_batch_size=T * B // 2))
+    with pytest.raises(FloatingPointError, match="critic is nan at training step 4, rank"):
+        learner.update(rollout.shard(rank, dist.get_world_size()), step=4)
+
+
+def test_a_nan_on_one_rank_stops_every_rank_before_the_optimizer(tiny_model_dir):
+    in_ranks(2, non_finite, str(tiny_model_dir))
