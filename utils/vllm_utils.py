@@ -40,6 +40,8 @@ MAX_TEXT_TOKENS = 112
 # KV cache blocks; the CPU attention wants multiples of 32.
 BLOCK_SIZE = 32
 MAX_BATCHED_TOKENS = 16384
+# vLLM refuses more than 2 and silently raises what is below 0.01.
+TEMPERATURE_RANGE = (0.01, 2.0)
 # Options this module sets because the results would be wrong or the calls fail otherwise.
 OWN_OPTIONS = {
     "model": "EngineConfig.model_dir",
@@ -290,8 +292,9 @@ class ActionEngine:
         expected = (len(prompt_ids), size, size, 3)
         if images.dtype != np.uint8 or images.shape != expected:
             raise ValueError(f"images are {images.dtype} {images.shape}: they must be uint8 {expected} (B, H, W, 3)")
-        if not greedy and not temperature > 0:
-            raise ValueError(f"temperature is {temperature}: it must be positive; pass greedy=True for the best token")
+        low, high = TEMPERATURE_RANGE
+        if not greedy and not low <= temperature <= high:
+            raise ValueError(f"temperature is {temperature}: it must be in [{low}, {high}]; greedy=True is the best token")
         if not all(prompt_ids):
             raise ValueError("a prompt is empty: it must at least hold BOS")
 
@@ -338,7 +341,7 @@ class ActionEngine:
         return self._receiver.update(({"weights": bucket} for bucket in buckets), manifest, version)
 
     def receive_weights(self, update_infos: Sequence[dict[str, Any]], version: int) -> WeightUpdateReport:
-        """Receive a complete state dict over `nccl` or `ipc`: vLLM's own update infos (names, dtype_names, shapes, ...).
+        """Receive a complete state dict over `nccl` or `ipc`: vLLM's update infos (names, dtype_names, shapes).
 
         The trainer must send at the same time and in the same order. The names are checked first, as above.
         """
