@@ -1,6 +1,6 @@
 """The whole loop on one CPU machine: demonstrations, fine-tuning, PPO, merge, evaluations, and a report.
 
-    bash scripts/quickstart.sh [--seed 0] [--run_dir runs/quickstart]
+    bash scripts/quickstart.sh --seed 0 --run_dir runs/quickstart
 
 does the set-up and calls this. Each stage is a command that works by itself (it is logged in full); its output goes to
 RUN_DIR/logs. Ends with a table, `summary.json` and `report.html` in RUN_DIR. Nothing in an existing RUN_DIR is touched

@@ -1,0 +1,247 @@
+"""Command lines in scripts/, README and docs parse; every flag is read; the flag lists are frozen.
+
+After a wanted change of flags: `UPDATE_FLAGS=1 .venv/bin/python -m pytest tests/test_docs.py -k frozen`.
+"""
+
+import ast
+import dataclasses
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import tyro
+
+ROOT = Path(__file__).parent.parent
+PROGRAMS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("vla-scripts/*.py")]
+    if "tyro.cli(" in path.read_text()
+)
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FLAG_LISTS = ROOT / "tests/data"
+
+
+class ParsedError(Exception):
+    """Carries what a program's own tyro.cli call made of its command line."""
+
+    def __init__(self, args):
+        self.args_object = args
+
+
+def parse(program: str, argv: list[str], monkeypatch) -> object:
+    """Run a program's __main__ up to the point where its flags are parsed, with its own tyro settings."""
+
+    real_cli = tyro.cli
+
+    def cli(args_type, **options):
+        raise ParsedError(real_cli(args_type, **options))
+
+    monkeypatch.setattr(tyro, "cli", cli)
+    monkeypatch.setattr(sys, "argv", [program, *argv])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises((ParsedError, SystemExit)) as raised:
+        runpy.run_path(str(ROOT / program), run_name="__main__")
+    monkeypatch.undo()
+    if isinstance(raised.value, SystemExit):
+        assert "--help" in argv and raised.value.code == 0, f"{program} {argv}"
+        return None
+    return raised.value.args_object
+
+
+@cache
+def args_class(program: str) -> type:
+    """The dataclass of a program's flags."""
+    return runpy.run_path(str(ROOT / program), run_name="not_main")["Args"]
+
+
+def find_commands(text: str) -> list[str]:
+    """Lines of a document's code blocks, continuation lines joined."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.M | re.S)
+    return [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
+def split_command(line: str) -> list[str] | None:
+    """Words of a line that calls one of our programs or scripts, from its name on; None for other lines."""
+    try:
+        words = shlex.split(line, comments=True)
+    except ValueError:
+        return None
+    for i, word in enumerate(words):
+        if word in PROGRAMS or re.fullmatch(r"scripts/\w+\.sh", word):
+            return words[i:]
+    return None
+
+
+def documented_commands() -> list[tuple[str, list[str]]]:
+    """(file, words) of every command line in README and docs, and of the programs' own docstrings."""
+    found = []
+    for doc in DOCS:
+        for line in find_commands(doc.read_text()):
+            if words := split_command(line):
+                found.append((doc.name, words))
+    for program in PROGRAMS:
+        docstring = ast.get_docstring(ast.parse((ROOT / program).read_text())) or ""
+        lines = re.findall(r"^    (.+)$", docstring.replace("\\\n", " "), flags=re.M)
+        found += [(program, words) for line in lines if (words := split_command(line)) and "..." not in words]
+    return found
+
+
+COMMANDS = documented_commands()
+
+
+def run_script(script: str, argv: list[str], checkout: Path) -> list[list[str]]:
+    """What `.venv/bin/python` is called with when a launch script runs in a checkout without set-up."""
+    (checkout / "scripts").mkdir(exist_ok=True)
+    shutil.copy(ROOT / script, checkout / script)
+    (checkout / "scripts/setup_env.sh").write_text("exit 0\n")
+    python = checkout / ".venv/bin/python"
+    python.parent.mkdir(parents=True, exist_ok=True)
+    python.write_text(
+        f'#!{sys.executable}\nimport json, sys\nopen("calls", "a").write(json.dumps(sys.argv[1:]) + "\\n")'
+    )
+    python.chmod(0o755)
+    for tool in ("ruff", "mypy"):
+        (python.parent / tool).write_text("#!/bin/sh\n")
+        (python.parent / tool).chmod(0o755)
+    done = subprocess.run(["bash", script, *argv], cwd=checkout, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    calls = [json.loads(line) for line in (checkout / "calls").read_text().splitlines()]
+    (checkout / "calls").unlink()
+    return calls
+
+
+LAUNCHES = {
+    "scripts/quickstart.sh": ["--seed", "3"],
+    "scripts/train_tabletop_cpu.sh": ["--vla_path", "runs/quickstart/sft", "--seed", "1"],
+    "scripts/train_libero_spatial.sh": ["0,1,2,3", "0 1 2"],
+    "scripts/eval_libero.sh": ["runs/model"],
+    "scripts/test.sh": ["tests/ppo"],
+}
+NO_PROGRAM = {"scripts/setup_env.sh", "scripts/lock_requirements.sh"}
+
+
+def test_documents_hold_commands():
+    assert len([doc for doc, _ in COMMANDS if doc == "README.md"]) >= 8
+    programs = {words[0] for _, words in COMMANDS}
+    assert {"scripts/quickstart.sh", "scripts/test.sh", "ppo_vllm_ray_fsdp_vla.py", "vla-scripts/merge.py"} <= programs
+
+
+@pytest.mark.parametrize(("doc", "words"), COMMANDS, ids=lambda value: value if isinstance(value, str) else value[0])
+def test_documented_command_parses(doc, words, monkeypatch, tmp_path):
+    if words[0] in PROGRAMS:
+        parse(words[0], words[1:], monkeypatch)
+    elif words[0] not in NO_PROGRAM:
+        for program, *argv in run_script(words[0], words[1:], tmp_path):
+            if program in PROGRAMS:
+                parse(program, argv, monkeypatch)
+    else:
+        assert (ROOT / words[0]).exists()
+
+
+@pytest.mark.parametrize("script", sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("scripts/*.sh")))
+def test_launch_script_parses(script, monkeypatch, tmp_path):
+    if script in NO_PROGRAM:
+        return
+    calls = run_script(script, LAUNCHES[script], tmp_path)
+    assert calls
+    for program, *argv in calls:
+        if program in PROGRAMS:
+            parse(program, argv, monkeypatch)
+        else:
+            assert (program, argv[0]) == ("-m", "pytest") and argv[-1] == "tests/ppo"
+
+
+@pytest.mark.parametrize(("gpus", "trainers", "engines"), [("0,1", 1, 1), ("4,5,6", 2, 1), ("0,1,2,3,4,5,6,7", 6, 2)])
+def test_libero_launch_sizes_divide(gpus, trainers, engines, monkeypatch, tmp_path):
+    (call,) = run_script("scripts/train_libero_spatial.sh", [gpus, "0 5"], tmp_path)
+    args = parse(call[0], call[1:], monkeypatch)
+    assert args.task_ids == (0, 5) and args.use_lora
+    assert json.loads(args.actor_num_gpus_per_node) == [trainers] and args.vllm_num_engines == engines
+    assert args.local_rollout_batch_size % trainers == 0
+    per_rank = args.num_steps * args.local_rollout_batch_size * engines // trainers
+    assert per_rank % args.local_mini_batch_size == 0
+    assert args.local_mini_batch_size % args.per_device_train_batch_size == 0
+
+
+def test_tabletop_launch_is_the_real_thing(monkeypatch, tmp_path):
+    (call,) = run_script("scripts/train_tabletop_cpu.sh", ["--vla_path", "x", "--learning_rate", "0.125"], tmp_path)
+    args = parse(call[0], call[1:], monkeypatch)
+    assert args.use_lora and args.value_init_steps > 0
+    assert args.learning_rate == 0.125  # what the user adds wins
+
+
+@cache
+def attributes_read(owner: str) -> set[str]:
+    """Attributes read from something whose name matches `owner`, outside the functions that only validate."""
+    names = set()
+    files = [p for p in ROOT.rglob("*.py") if not {".venv", "tests"} & set(p.relative_to(ROOT).parts)]
+    for file in files:
+        tree = ast.parse(file.read_text())
+        validating = {
+            id(node)
+            for function in ast.walk(tree)
+            if isinstance(function, ast.FunctionDef) and re.search(r"validate|problems", function.name)
+            for node in ast.walk(function)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and id(node) not in validating:
+                name = node.value.id if isinstance(node.value, ast.Name) else getattr(node.value, "attr", "")
+                if re.fullmatch(owner, name):
+                    names.add(node.attr)
+    return names
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_flag_is_read(program):
+    cls = args_class(program)
+    own = set(vars(cls)["__annotations__"])
+    inherited = {field.name for field in dataclasses.fields(cls)} - own
+    unread = (own - attributes_read("args|arguments")) | (inherited - attributes_read("args|arguments|config"))
+    assert not unread, f"flags of {program} that nothing reads: {sorted(unread)}"
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_flag_is_documented(program):
+    source = (ROOT / program).read_text()
+    (cls,) = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "Args"]
+    for node, following in zip(cls.body, [*cls.body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign):
+            documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+            assert documented, f"{program}: --{node.target.id} has no docstring"
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_flag_list_is_frozen(program):
+    file = FLAG_LISTS / f"flags_{Path(program).stem}.txt"
+    present = "".join(f"{field.name}\n" for field in dataclasses.fields(args_class(program)))
+    if os.environ.get("UPDATE_FLAGS"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(present)
+    assert file.read_text() == present, "flags changed: tell users, then UPDATE_FLAGS=1 (see the module's docstring)"
+
+
+def test_links_in_documents_lead_somewhere():
+    for doc in DOCS:
+        for target in re.findall(r"\]\(([^)#]+)\)", doc.read_text()):
+            if not target.startswith("http"):
+                assert (doc.parent / target).exists(), f"{doc.name}: {target}"
+
+
+def test_every_metric_is_documented():
+    known = set(re.findall(r"\w+/[\w<>]+", (ROOT / "docs/METRICS.md").read_text()))
+    written = set()
+    for name in ("ppo_vllm_ray_fsdp_vla.py", "ppo/learner.py", "vla-scripts/finetune.py"):
+        source = (ROOT / name).read_text()
+        written |= set(re.findall(r'"((?:rollout|train|eval|curriculum|time|mem|sync)/\w+)"', source))
+        prefix = "time/trainer_" if name == "ppo/learner.py" else "time/"
+        written |= {f"{prefix}{phase}_s" for phase in re.findall(r'\.phase\("(\w+)"\)', source)}
+    assert len(written) > 30
+    assert not written - known, f"not in docs/METRICS.md: {sorted(written - known)}"
