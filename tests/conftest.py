@@ -19,8 +19,15 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from prismatic.extern.hf.tiny_prismatic import TinyVLAConfig, save_tiny_vla
 
     output_dir = tmp_path_factory.mktemp("models") / "tiny"
-    sizes: dict[str, Any] = {"vision_dim": 32, "vision_depth": 3, "vision_heads": 2, "llm_dim": 64, "llm_depth": 2, "llm_heads": 2}
-    save_tiny_vla(TinyVLAConfig(seed=0, image_size=28, patch_size=14, llm_mlp_dim=128, **sizes), output_dir)
+    vision: dict[str, Any] = {
+        "image_size": 28,
+        "patch_size": 14,
+        "vision_dim": 32,
+        "vision_depth": 3,
+        "vision_heads": 2,
+    }
+    llm: dict[str, Any] = {"llm_dim": 64, "llm_depth": 2, "llm_heads": 2, "llm_mlp_dim": 128}
+    save_tiny_vla(TinyVLAConfig(seed=0, **vision, **llm), output_dir)
     action = {
         "q01": [-1.0, -0.5, -0.9, 0.0, 0.0, -0.25, 0.0],
         "q99": [1.0, 0.5, 0.3, 0.0, 0.0, 0.25, 1.0],

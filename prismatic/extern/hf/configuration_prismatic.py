@@ -78,6 +78,13 @@ class OpenVLAConfig(PreTrainedConfig):
         super().__init__(**{"tie_word_embeddings": False, **kwargs})
         self.pad_token_id = pad_token_id
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields to save. `timm_model_kwargs` only where it is used: openvla-7b's file does not have it."""
+        fields = super().to_dict()
+        if fields.get("timm_model_kwargs") is None:
+            fields.pop("timm_model_kwargs", None)
+        return fields
+
     def _check_vision_lists(self, num_vits: int) -> None:
         lists: dict[str, list[Any]] = {
             "timm_override_act_layers": self.timm_override_act_layers,
