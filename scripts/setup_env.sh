@@ -132,7 +132,9 @@ install_packages() {
     export UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-180}
     local install=("$UV" pip install --python "$VENV/bin/python" --no-deps)
     [ -t 2 ] || install+=(--quiet) # on a terminal uv shows its progress
-    { "${install[@]}" -r "$requirements" && "${install[@]}" --no-build-isolation --editable .; } ||
+    # Byte code now: else each of the dozen processes of a run compiles torch, vllm and tensorflow for itself where
+    # PYTHONDONTWRITEBYTECODE is set or .venv is read-only (6 s of CPU for tensorflow alone).
+    { "${install[@]}" --compile-bytecode -r "$requirements" && "${install[@]}" --no-build-isolation --editable .; } ||
         fail "the packages could not be installed (uv's message is above)" \
             "no network: nothing can be installed; behind a proxy set HTTPS_PROXY, with a mirror UV_DEFAULT_INDEX" \
             "slow network: set UV_HTTP_TIMEOUT=600; disk full: point UV_CACHE_DIR elsewhere" \
