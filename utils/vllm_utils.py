@@ -294,7 +294,7 @@ class ActionEngine:
             raise ValueError(f"images are {images.dtype} {images.shape}: they must be uint8 {expected} (B, H, W, 3)")
         low, high = TEMPERATURE_RANGE
         if not greedy and not low <= temperature <= high:
-            raise ValueError(f"temperature is {temperature}: it must be in [{low}, {high}]; greedy=True is the best token")
+            raise ValueError(f"temperature is {temperature}: it must be in [{low}, {high}], or greedy=True")
         if not all(prompt_ids):
             raise ValueError("a prompt is empty: it must at least hold BOS")
 
