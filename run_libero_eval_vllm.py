@@ -9,7 +9,7 @@ Writes a new folder under --local_log_dir: `eval.log`, `results.json` (per task 
 `evaluate(args)` does the same from Python. The engine runs in this process, the environments in others.
 """
 
-# Environment processes may import this file again: torch, transformers and vllm are imported where they are used.
+# torch, transformers and vllm are imported where they are used: --help and bad flags answer at once.
 import contextlib
 import datetime
 import json

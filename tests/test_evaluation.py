@@ -13,6 +13,7 @@ import pytest
 
 import run_libero_eval_vllm as script
 from ppo.envs.base import ResetRequest, TaskSuite
+from ppo.envs.vector import VectorEnv
 from ppo.evaluation import (
     EpisodeResult,
     EvaluationRun,
@@ -165,6 +166,18 @@ def test_dropped_episodes_run_again_or_are_void_and_are_counted():
     assert results["overall"]["dropped_attempts"] == 4
     assert [row["void"] for row in results["per_task"]] == [0, 1, 0]
     assert results["void_episodes"] == [{"task_id": 1, "init_state_id": 2, "seed": 102}]
+
+
+def test_real_environments_that_die_lose_no_episode(tmp_path):
+    options = {"num_processes": 2, "image_size": 4, "env_kwargs": {"marker": str(tmp_path / "died")}}
+    requests = evaluation_requests([0, 1], 3)
+    with VectorEnv("tests.dying_world:SUITE", 4, **options) as vector_env:
+        run = run_episodes(vector_env, 4, echo, requests)
+        assert vector_env.num_replaced == 1
+    assert Counter((e.task_id, e.init_state_id) for e in run.episodes) == {(t, s): 1 for t in (0, 1) for s in range(3)}
+    assert all(e.success and e.length == 3 and e.episode_return == 3.0 for e in run.episodes)
+    # Every environment of the process that died loses its episode: (0, 1) and whatever its neighbour played.
+    assert 1 <= run.num_dropped <= 2 and not run.void
 
 
 def test_the_same_episode_twice_is_refused():
@@ -345,7 +358,7 @@ def test_engine_arguments_must_be_a_json_object(tmp_path, engine_args):
 
 # ---- the whole script: vLLM, tabletop, a random tiny policy; in a process of its own, as vLLM changes its process ----
 
-TWO_RUNS = """
+THREE_RUNS = """
 import sys
 from pathlib import Path
 from run_libero_eval_vllm import Args, evaluate
@@ -361,8 +374,8 @@ if __name__ == "__main__":
 def runs(tiny_model_dir, tmp_path_factory):
     """Results of three evaluations by note, read back from their folders."""
     folder = tmp_path_factory.mktemp("evaluations")
-    (folder / "two_runs.py").write_text(TWO_RUNS)
-    command = [sys.executable, str(folder / "two_runs.py"), str(tiny_model_dir), str(folder / "logs")]
+    (folder / "three_runs.py").write_text(THREE_RUNS)
+    command = [sys.executable, str(folder / "three_runs.py"), str(tiny_model_dir), str(folder / "logs")]
     env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, env=script.os.environ | env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
