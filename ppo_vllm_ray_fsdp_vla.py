@@ -761,8 +761,8 @@ class Cluster:
             ).remote(args, plan, index, statistics)
             for index in range(args.vllm_num_engines)
         ]  # fmt: skip
-        self.curriculum = CurriculumManager.options(num_cpus=0).remote(  # type: ignore[attr-defined]
-            task_ids=list(plan.task_ids), ema_alpha=args.curriculum_ema_alpha, tau=args.curriculum_tau,
+        self.curriculum = ray.remote(CurriculumManager).options(num_cpus=0).remote(
+            list(plan.task_ids), ema_alpha=args.curriculum_ema_alpha, tau=args.curriculum_tau,
             min_prob=args.curriculum_min_prob, seed=args.seed, uniform=not args.use_curriculum,
         )  # fmt: skip
 
@@ -932,7 +932,8 @@ class Run:
         metrics["rollout/ema_return"] = self.best.ema
         metrics["time/env_steps_total"] = float(step * self.plan.samples_per_step)
         tasks = ray.get(self.cluster.curriculum.stats.remote())
-        defined = self.writer.write(step, metrics | tasks)
+        curriculum = {f"curriculum/task_{t}_{k}": v for t, stats in tasks.items() for k, v in stats.items()}
+        defined = self.writer.write(step, metrics | curriculum)
         logger.info(progress_line(step, self.plan, defined, self.started))
         ray.get(self.cluster.curriculum.save.remote(str(self.exp_dir / "curriculum.json")))
         metadata = self.metadata(step, episodes)

@@ -82,7 +82,7 @@ class Averages:
     def add_shares(self, shares: dict[str, Tensor], is_last: bool) -> None:
         """Add a micro-batch's shares of its minibatch's means; the last micro-batch closes the observation."""
         for name, share in shares.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(share)
+            self._sums[name] = self._sums.get(name, 0.0) + float(share.detach())
             self._sums[f"{name}#"] = self._sums.get(f"{name}#", 0.0) + float(is_last)
 
     def add_maximum(self, name: str, value: Tensor | float) -> None:

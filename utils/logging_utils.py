@@ -5,11 +5,14 @@ import json
 import logging
 import math
 import os
+import sys
 import time
+import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.logging import RichHandler
 
 
@@ -17,7 +20,9 @@ def get_logger(name: str) -> logging.Logger:
     """Return a logger that writes to the console through rich; its level comes from `PPO_VLA_LOG_LEVEL` (INFO)."""
     root = logging.getLogger("ppo_vla")
     if not root.handlers:
-        handler = RichHandler(show_path=False, log_time_format="%H:%M:%S", markup=False)
+        # in a file or a pipe a message is one line, however long
+        console = Console(stderr=True, width=None if sys.stderr.isatty() else 200)
+        handler = RichHandler(console=console, show_path=False, log_time_format="%H:%M:%S", markup=False)
         handler.setFormatter(logging.Formatter("%(message)s"))
         root.addHandler(handler)
         root.setLevel(os.environ.get("PPO_VLA_LOG_LEVEL", "INFO"))
@@ -70,7 +75,9 @@ class MetricWriter:
         wandb_mode: str = "online",
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # imports tensorboard: a second, only where written
+        # TensorBoard imports all of TensorFlow (5 s) where it is installed, unless this module says that it is not.
+        sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
+        from torch.utils.tensorboard import SummaryWriter
 
         self._tensorboard = SummaryWriter(str(exp_dir))
         self._jsonl = (Path(exp_dir) / "metrics.jsonl").open("a")

@@ -103,8 +103,9 @@ def run_and_save(rank: int, model_dir: str, out: str, changes: dict, lora: bool)
     learner = make_learner(model_dir, args, lora)
     before = weights(learner)
     metrics = learner.update(make_rollout(model_dir).shard(rank, world), step=1)
+    after = weights(learner)  # gathers: every rank takes part
     if rank == 0:
-        torch.save({"metrics": metrics, "weights": weights(learner), "before": before}, f"{out}/{world}.pt")
+        torch.save({"metrics": metrics, "weights": after, "before": before}, f"{out}/{world}.pt")
 
 
 def updated(tmp_path, model_dir, world_size: int, lora: bool = False, **changes) -> dict:
