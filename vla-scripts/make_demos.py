@@ -182,7 +182,7 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    arguments = tyro.cli(Args, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
+    arguments = tyro.cli(Args, description=__doc__, use_underscores=True)
     try:
         main(arguments)
     except ValueError as error:
