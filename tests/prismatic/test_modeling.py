@@ -1,5 +1,6 @@
 """The model against an independent forward of the same weights, and what must not change its numbers."""
 
+import copy
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -310,16 +311,26 @@ def test_lora_on_the_head_is_part_of_the_sliced_logits(tiny_model_dir, batch) ->
     first = model.config.first_action_token_id
     whole = inner.language_model.lm_head(hidden)[..., first : first + 256]
     torch.testing.assert_close(inner._action_logits(hidden), whole, **TOLERANCE)
+    # Trained adapters are float32 on a bfloat16 model.
+    half = copy.deepcopy(inner)
+    half.language_model.lm_head.base_layer.bfloat16()
+    torch.testing.assert_close(half._action_logits(hidden.bfloat16()), whole, rtol=0.05, atol=0.2)
     merged = wrapped.merge_and_unload().forward_actions(*inputs, pixel_values=batch.pixels).logits_BAV
     torch.testing.assert_close(adapted, merged, rtol=1e-3, atol=1e-3)
     assert (adapted - plain).abs().max() > 0.1
 
 
-def test_dora_on_the_head_goes_through_its_own_forward(tiny_model_dir, batch) -> None:
+@pytest.mark.parametrize("variant", ["use_dora", "lora_bias"])
+def test_other_adapters_on_the_head_go_through_their_own_forward(tiny_model_dir, batch, variant: str) -> None:
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=4, target_modules=["lm_head"], use_dora=True, init_lora_weights=False)
+    options = {variant: True, "init_lora_weights": variant == "lora_bias"}
+    config = LoraConfig(r=4, target_modules=["lm_head"], **options)
     inner = get_peft_model(shaken_model(tiny_model_dir), config).base_model.model
+    with torch.no_grad():  # as initialised, both equal plain LoRA
+        for parameter in inner.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.rand(parameter.shape))
     hidden = torch.randn(2, 3, inner.config.text_config.hidden_size)
     first = inner.config.first_action_token_id
     whole = inner.language_model.lm_head(hidden)[..., first : first + 256]

@@ -124,7 +124,7 @@ def test_the_7b_configuration_has_its_published_names_and_size() -> None:
     assert shapes["vision_backbone.fused_featurizer.blocks.26.mlp.fc1.weight"] == (4304, 1152)
     assert shapes["language_model.lm_head.weight"] == (32064, 4096)
     assert model.vision_backbone.num_patches == 256
-    assert model.config.first_action_token_id == 31744
+    assert model.config.first_action_token_id == 31744 and "timm_model_kwargs" not in model.config.to_dict()
     # SigLIP as OpenVLA ran it: the exact GELU, where later SigLIPs of timm have the tanh form.
     assert all(isinstance(block.mlp.act, torch.nn.GELU) for block in model.vision_backbone.fused_featurizer.blocks)
     assert model.vision_backbone.fused_featurizer.blocks[0].mlp.act.approximate == "none"

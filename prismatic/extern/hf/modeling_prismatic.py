@@ -395,7 +395,9 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             return logits
         for name in lm_head.active_adapters:
             if name in lm_head.lora_A:
-                low_rank = lm_head.lora_A[name](lm_head.lora_dropout[name](hidden_BAD))
+                # The adapter may be float32 on a bfloat16 model.
+                adapter_input = hidden_BAD.to(lm_head.lora_A[name].weight.dtype)
+                low_rank = lm_head.lora_A[name](lm_head.lora_dropout[name](adapter_input))
                 delta = F.linear(low_rank.float(), lm_head.lora_B[name].weight[rows].float())
                 logits = logits + delta * lm_head.scaling[name]
         return logits
@@ -403,8 +405,10 @@ class OpenVLAForActionPrediction(PreTrainedModel):
 
 def _is_plain_lora(module: nn.Module) -> bool:
     """Whether `module` is peft's LoRA on a linear layer and nothing else. By attributes, so peft need not be there."""
-    is_lora = isinstance(getattr(module, "base_layer", None), nn.Linear) and hasattr(module, "lora_B")
-    return is_lora and not getattr(module, "lora_variant", None)
+    lora_b: Any = getattr(module, "lora_B", None)
+    if lora_b is None or not isinstance(getattr(module, "base_layer", None), nn.Linear):
+        return False
+    return not getattr(module, "lora_variant", None) and all(layer.bias is None for layer in lora_b.values())
 
 
 def _append_tokens(ids_BL: Tensor, lengths_B: Tensor, tail_BA: Tensor) -> Tensor:

@@ -43,8 +43,12 @@ def count_patches(config: OpenVLAConfig) -> int:
 def read_pixel_statistics(model_dir: str | Path) -> tuple[Tensor, Tensor]:
     """Means and standard deviations (num_vits, 3) of `preprocessor_config.json`, for pixels scaled to [0, 1]."""
     settings = json.loads((Path(model_dir) / "preprocessor_config.json").read_text())
+    # openvla-7b was trained with its `tvf_normalize_params` (the means and stds rounded to bfloat16), not with `means`.
+    rows = settings.get("tvf_normalize_params")
+    means = [row["mean"] for row in rows] if rows else settings["means"]
+    stds = [row["std"] for row in rows] if rows else settings["stds"]
     # A device context of the model loader must not catch these.
-    return tuple(torch.tensor(settings[key], dtype=torch.float32, device="cpu") for key in ("means", "stds"))
+    return tuple(torch.tensor(values, dtype=torch.float32, device="cpu") for values in (means, stds))
 
 
 class OpenVLAProcessingInfo(BaseProcessingInfo):
