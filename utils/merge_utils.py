@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from utils.checkpoint_utils import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX_NAME, check_adapter_dir, weight_files
 
 PEFT_PREFIX = "base_model.model."
-FINGERPRINT_KEY = "base_fingerprint"  # in an adapter folder's metadata.json
+BASE_RECORD = "base_model.json"  # in an adapter folder: path and fingerprint of the model it was trained on
 FINGERPRINT_SAMPLES = 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Options that the merged weights do not depend on, or that are read below. Any other option that is set is refused.
@@ -214,9 +214,8 @@ def base_mismatches(adapter: LoraAdapter, base_dir: str | Path) -> list[str]:
         problems += _shape_problem(name, tuple(adapter.tensor(key).shape), shapes)
     if not problems:
         problems += _frozen_problems(adapter, base_dir)
-    recorded = recorded_fingerprint(adapter.folder)
-    if recorded and not problems and recorded != (actual := base_fingerprint(base_dir)):
-        problems.append(f"the adapter was trained on weights with fingerprint {recorded}, the base has {actual}")
+    if not problems:
+        problems += fingerprint_problems(adapter.folder, base_dir)
     return problems
 
 
@@ -240,10 +239,24 @@ def _shape_problem(name: str, wanted: tuple[int, ...], shapes: Mapping[str, tupl
     return []
 
 
+def record_base(adapter_dir: str | Path, base_dir: str | Path) -> None:
+    """Write into an adapter folder which model it was trained on."""
+    record = {"path": str(base_dir), "fingerprint": base_fingerprint(base_dir)}
+    (Path(adapter_dir) / BASE_RECORD).write_text(json.dumps(record, indent=2) + "\n")
+
+
 def recorded_fingerprint(adapter_dir: str | Path) -> str | None:
-    """`base_fingerprint` of the adapter folder's metadata.json, if there is one."""
-    file = Path(adapter_dir) / "metadata.json"
-    return json.loads(file.read_text()).get(FINGERPRINT_KEY) if file.exists() else None
+    """`base_fingerprint` of the model that the adapter was trained on, if the folder says so (`record_base`)."""
+    file = Path(adapter_dir) / BASE_RECORD
+    return json.loads(file.read_text()).get("fingerprint") if file.exists() else None
+
+
+def fingerprint_problems(adapter_dir: str | Path, base_dir: str | Path) -> list[str]:
+    """Whether `base_dir` holds other weights than those that the adapter was trained on; empty if unknown."""
+    recorded = recorded_fingerprint(adapter_dir)
+    if recorded is None or recorded == (actual := base_fingerprint(base_dir)):
+        return []
+    return [f"the adapter was trained on weights with fingerprint {recorded}, {base_dir} has {actual}"]
 
 
 def base_fingerprint(model_dir: str | Path) -> str:

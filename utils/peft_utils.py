@@ -7,6 +7,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from utils.checkpoint_utils import read_shapes
+from utils.merge_utils import fingerprint_problems, record_base
 
 
 def lora_target_modules(model: nn.Module, *, freeze_vision_backbone: bool) -> list[str]:
@@ -57,7 +58,7 @@ def load_lora(model: nn.Module, adapter_dir: str | Path) -> PeftModel:
 
 
 def check_adapter_fits(adapter_dir: str | Path, model_dir: str | Path) -> list[str]:
-    """Problems that show the adapter was made for another base: names or shapes that the base does not have."""
+    """Problems that show the adapter was made for another base: names, shapes or (if recorded) other weights."""
     from safetensors import safe_open
 
     base = read_shapes(model_dir)
@@ -71,6 +72,8 @@ def check_adapter_fits(adapter_dir: str | Path, model_dir: str | Path) -> list[s
             wrong = target is None or (shape[1] != target[1] if kind[0] == "A" else shape[0] != target[0])
             if wrong:
                 problems.append(f"{key} {shape} does not fit {model_dir} ({name}.weight is {target})")
+    if not problems:
+        problems = fingerprint_problems(adapter_dir, model_dir)
     if len(problems) > 3:
         problems = [*problems[:3], f"... and {len(problems) - 3} more tensors"]
     return [f"{adapter_dir} is an adapter for another base: {p}" for p in problems]
@@ -81,10 +84,15 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-
 def save_adapter(wrapper: PeftModel, full_state: dict[str, torch.Tensor], folder: str | Path) -> None:
-    """Write peft's two adapter files from a gathered state dict of the (sharded) model inside `wrapper`."""
+    """Write peft's two adapter files from a gathered state dict of the (sharded) model inside `wrapper`.
+
+    Records the base beside them (path and fingerprint), if it was loaded from a folder that is still there.
+    """
     prefixed = {f"base_model.model.{name}": tensor for name, tensor in full_state.items()}
     wrapper.save_pretrained(str(folder), state_dict=prefixed)
+    base_dir = getattr(wrapper.get_base_model(), "name_or_path", "")
+    if (Path(base_dir) / "config.json").exists():
+        record_base(folder, base_dir)
     # peft adds a model card full of placeholders
     (Path(folder) / "README.md").unlink(missing_ok=True)

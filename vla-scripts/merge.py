@@ -34,7 +34,6 @@ from utils.checkpoint_utils import atomic_directory, check_adapter_dir, check_mo
 from utils.logging_utils import get_logger
 from utils.merge_utils import (
     DTYPES,
-    FINGERPRINT_KEY,
     LoraAdapter,
     base_fingerprint,
     base_mismatches,
@@ -116,7 +115,7 @@ def merge(args: Args) -> dict[str, Any]:
     validate(args)
     adapter = load_adapter(args.adapter_dir)
     if recorded_fingerprint(args.adapter_dir) is None:
-        logger.warning("%s records no %s: only names and shapes are checked", args.adapter_dir, FINGERPRINT_KEY)
+        logger.warning("%s does not record its base: only names and shapes are checked", args.adapter_dir)
     with atomic_directory(args.output_dir, overwrite=args.overwrite) as folder:
         num_tensors = merge_weights(args.vla_path, adapter, folder, DTYPES[args.dtype])
         logger.info("merged %d matrices, wrote %d tensors as %s", len(adapter.scaling), num_tensors, args.dtype)
@@ -150,7 +149,7 @@ def _metadata(args: Args, adapter: LoraAdapter, num_tensors: int) -> dict[str, A
         "num_tensors": num_tensors,
         "num_merged_matrices": len(adapter.scaling),
         "num_replaced_tensors": len(adapter.replaced),
-        FINGERPRINT_KEY: base_fingerprint(args.vla_path),
+        "base_fingerprint": base_fingerprint(args.vla_path),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
     }
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from prismatic.extern.hf.modeling_prismatic import load_model
-from utils import merge_utils
+from utils import merge_utils, peft_utils
 from utils.checkpoint_utils import INDEX_NAME, WEIGHTS_NAME, check_model_dir
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -254,7 +254,7 @@ def test_adapter_for_another_base_is_refused(merge_script, tiny_model_dir, adapt
 def test_fingerprint_tells_bases_of_one_shape_apart(merge_script, tiny_model_dir, adapter, tmp_path):
     folder = shutil.copytree(adapter[0], tmp_path / "adapter")
     fingerprint = merge_utils.base_fingerprint(tiny_model_dir)
-    (folder / "metadata.json").write_text(json.dumps({"base_fingerprint": fingerprint}))
+    merge_utils.record_base(folder, tiny_model_dir)
     sharded = shard(tiny_model_dir, tmp_path / "sharded")
     assert merge_utils.base_fingerprint(sharded) == fingerprint
     merge_script.validate(merge_script.Args(sharded, folder, tmp_path / "merged"))
@@ -290,7 +290,7 @@ def test_all_problems_are_reported_at_once(merge_script, tiny_model_dir, tmp_pat
 
 MEMORY_SCRIPT = """
 import resource, sys, torch
-from utils import merge_utils
+from utils import merge_utils, peft_utils
 adapter = merge_utils.load_adapter(sys.argv[2])
 merge_utils.matrix_error(next(iter(adapter.scaling)), torch.ones(1024, 1024), adapter, torch.ones(1024, 1024))
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -360,3 +360,14 @@ def test_merged_folder_loads_as_base_plus_adapter(merge_script, tiny_model_dir, 
         logits = [m.eval().forward_actions(ids, mask, actions, pixel_values=pixels)[0] for m in (merged, wrapped, base)]
     torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-4)
     assert (logits[0] - logits[2]).abs().max() > 1e-2  # the adapter does something
+
+
+def test_adapters_that_we_save_know_their_base(tiny_model_dir, tmp_path):
+    model = load_model(tiny_model_dir)
+    wrapper = peft_utils.add_lora(model, rank=2)
+    peft_utils.save_adapter(wrapper, dict(model.state_dict()), tmp_path / "adapter")
+    assert peft_utils.check_adapter_fits(tmp_path / "adapter", tiny_model_dir) == []
+    other = shutil.copytree(tiny_model_dir, tmp_path / "other")
+    corrupt(other, f"{ATTENTION}.weight")
+    (problem,) = peft_utils.check_adapter_fits(tmp_path / "adapter", other)
+    assert "adapter for another base" in problem and "fingerprint" in problem
