@@ -40,6 +40,10 @@ MARKER = "quickstart.json"  # in every run's folder: only a folder with this fil
 NUM_TAIL_LINES = 25
 SHOWN = re.compile(r"step \d+/\d+ .*")  # lines of a stage's log that the console shows too
 NUM_CLIP_PAIRS = 4
+SHOWN_PPO_FLAGS = (
+    "num_steps", "local_rollout_batch_size", "num_epochs", "local_mini_batch_size", "learning_rate",
+    "value_learning_rate", "value_init_steps", "lora_rank", "temperature", "cliprange", "ratio_level", "gamma", "lam",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,11 @@ class Args:
     """Replace an earlier quick start in --run_dir."""
 
 
-# Every hyper-parameter of the quick start, by command; docs/RECIPE.md says how they were found.
+# The quick start's hyper-parameters; PPO's are in its launch script. docs/RECIPE.md says how they were found.
 DEMOS = {"num_episodes": 1000}
 FINETUNE = {"max_steps": 500}
-PPO = {"use_lora": True, "value_init_steps": 2}
+PPO_TITLE = "PPO with LoRA"
+PPO_SCRIPT = "scripts/train_tabletop_cpu.sh"
 
 
 @dataclass(frozen=True)
@@ -129,17 +134,17 @@ def make_stages(args: Args) -> list[Stage]:
           "output_dir": paths.sft, **FINETUNE, **seed}),
         ("eval_sft", "evaluation of the supervised policy", "run_libero_eval_vllm.py",
          {"pretrained_checkpoint": paths.sft, "task_suite_name": SUITE, "local_log_dir": paths.evaluation("sft")}),
-        ("ppo", "PPO with LoRA", "ppo_vllm_ray_fsdp_vla.py",
-         {"vla_path": paths.sft, "task_suite_name": SUITE, "run_root_dir": args.run_dir, "exp_id": paths.ppo.name,
-          "eval_final": True, **PPO, **seed}),
+        ("ppo", PPO_TITLE, PPO_SCRIPT,
+         {"vla_path": paths.sft, "run_root_dir": args.run_dir, "exp_id": paths.ppo.name, "eval_final": True, **seed}),
         ("merge", "merge", "vla-scripts/merge.py",
          {"vla_path": paths.sft, "adapter_dir": paths.ppo, "output_dir": paths.merged}),
         ("eval_merged", "evaluation of the merged model", "run_libero_eval_vllm.py",
          {"pretrained_checkpoint": paths.merged, "task_suite_name": SUITE,
           "local_log_dir": paths.evaluation("merged")}),
     ]  # fmt: skip
+    programs = {".py": sys.executable, ".sh": "bash"}
     return [
-        Stage(name, title, (sys.executable, str(ROOT / script), *flags(values)))
+        Stage(name, title, (programs[script[-3:]], str(ROOT / script), *flags(values)))
         for name, title, script, values in commands
     ]
 
@@ -164,7 +169,7 @@ def validate(args: Args) -> None:
 def child_environment() -> dict[str, str]:
     """Variables of every stage: unbuffered, unwrapped logs; nothing reaches for the network."""
     quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "VLLM_NO_USAGE_STATS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-    offline = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+    offline = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     return os.environ | quiet | offline | {"PYTHONUNBUFFERED": "1", "COLUMNS": "180", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -287,6 +292,7 @@ def replay(model_dir: Path, label: str, episodes: Sequence[dict[str, Any]], work
     Initial state and noise are the evaluation's, so that the outcome is too; an episode that ends otherwise (the engine
     rounds differently) is logged.
     """
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # before transformers is imported: it shows a bar per model
     from ppo.envs.base import ResetRequest, get_suite
     from prismatic.extern.hf.modeling_prismatic import load_model
     from prismatic.extern.hf.processing_prismatic import load_processor
@@ -328,7 +334,7 @@ def make_clips(paths: Paths) -> tuple[Clip, ...]:
     return tuple(clip for pair in zip(before, after, strict=True) for clip in pair)
 
 
-def make_report(args: Args, summary: dict[str, Any], stage_s: dict[str, float], ppo_s: float) -> str:
+def make_report(args: Args, summary: dict[str, Any], stage_s: dict[str, float], clips: tuple[Clip, ...]) -> str:
     """Return the report's HTML."""
     paths = Paths(args.run_dir)
     metrics = read_metrics(paths.ppo)
@@ -338,9 +344,10 @@ def make_report(args: Args, summary: dict[str, Any], stage_s: dict[str, float], 
         for line in training
         if "rollout/success_rate" in line
     )
-    steps = {int(line["step"]): int(line["time/env_steps_total"]) for line in training}
-    settings = {f"{name}.{key}": value for name, values in (("make_demos", DEMOS), ("finetune", FINETUNE), ("ppo", PPO))
-                for key, value in values.items()}  # fmt: skip
+    ppo_args = json.loads((paths.ppo / "args.json").read_text())
+    warmup_steps = [int(line["time/env_steps_total"]) for line in training[: ppo_args["value_init_steps"]]]
+    settings = {f"make_demos {k}": v for k, v in DEMOS.items()} | {f"finetune {k}": v for k, v in FINETUNE.items()}
+    settings |= {f"PPO {name}": ppo_args[name] for name in SHOWN_PPO_FLAGS}
     return render_report(
         ReportData(
             title=f"PPO on a small OpenVLA policy: {SUITE}, seed {args.seed}",
@@ -350,11 +357,11 @@ def make_report(args: Args, summary: dict[str, Any], stage_s: dict[str, float], 
             after=read_evaluation("after PPO", json.loads((paths.ppo / "eval_final.json").read_text())),
             merged_success_rate=summary["merged_success_rate"],
             curve=curve,
-            warmup_env_steps=steps.get(PPO["value_init_steps"], 0),
+            warmup_env_steps=max(warmup_steps, default=0),
             ppo_env_steps=summary["ppo_env_steps"],
             stage_s=stage_s,
-            ppo_phase_s=ppo_phases(metrics, ppo_s),
-            clips=make_clips(paths),
+            ppo_phase_s=ppo_phases(metrics, stage_s[PPO_TITLE]),
+            clips=clips,
             settings={"command": f"bash scripts/quickstart.sh --seed {args.seed}"}
             | {name: str(value) for name, value in settings.items()},
         )
@@ -385,11 +392,12 @@ def main(args: Args) -> None:
     (paths.run_dir / MARKER).write_text(json.dumps({key: str(value) for key, value in asdict(args).items()}) + "\n")
     logger.info("quick start in %s, logs in %s", paths.run_dir, paths.run_dir / "logs")
     stage_s = run_stages(make_stages(args), paths.run_dir)
-    ppo_s = stage_s["PPO with LoRA"]
-    wall_s = time.perf_counter() - started
-    summary = summarize(args, ppo_s, wall_s)
-    (paths.run_dir / "report.html").write_text(make_report(args, summary, stage_s, ppo_s))
-    summary["wall_s"] = round(time.perf_counter() - started, 1)
+    logger.info("playing %d episodes again for the report", 2 * NUM_CLIP_PAIRS)
+    replay_started = time.perf_counter()
+    clips = make_clips(paths)
+    stage_s["episodes for this report"] = time.perf_counter() - replay_started
+    summary = summarize(args, stage_s[PPO_TITLE], time.perf_counter() - started)
+    (paths.run_dir / "report.html").write_text(make_report(args, summary, stage_s, clips))
     (paths.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     show_table(summary, paths)
 

@@ -2,6 +2,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -57,8 +58,22 @@ def finished(tmp_path):
          "time/sync_s": 0.2, "time/env_steps_total": 128.0, "rollout/num_episodes": 4.0, "rollout/success_rate": 0.5},
         {"step": 2, "time/eval_s": 5.0},
     ]  # fmt: skip
+    ppo_args = dict.fromkeys(quickstart.SHOWN_PPO_FLAGS, 0.123) | {"value_init_steps": 1}
+    (tmp_path / "ppo/args.json").write_text(json.dumps(ppo_args))
     (tmp_path / "ppo/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return tmp_path
+
+
+def test_replay_plays_the_evaluated_episode_with_the_model(tiny_model_dir, tmp_path):
+    def episode(task_id: int, success: bool) -> dict:
+        return {"task_id": task_id, "init_state_id": 3, "seed": 9, "success": success}
+
+    clips = quickstart.replay(tiny_model_dir, "random", [episode(0, False), episode(7, False)], tmp_path)
+    assert [clip.success for clip in clips] == [False, False]  # a random policy
+    assert "red block" in clips[0].instruction and "purple ball" in clips[1].instruction
+    assert all(b"ftyp" in clip.mp4[:12] and len(clip.mp4) > 2000 for clip in clips)
+    again = quickstart.replay(tiny_model_dir, "random", [episode(0, False)], tmp_path)
+    assert again[0].mp4 == clips[0].mp4
 
 
 def test_flags_spell_booleans_as_tyro_wants_them():
@@ -81,7 +96,7 @@ def test_stages_hand_folders_on_and_take_the_seed(tmp_path):
     assert value("merge", "--output_dir") == value("eval_merged", "--pretrained_checkpoint")
     assert [value(name, "--seed") for name in ("demos", "finetune", "ppo")] == ["5", "5", "5"]
     assert "--seed" not in stages["eval_sft"] + stages["eval_merged"]  # the same episodes whatever the seed
-    assert "--use_lora" in stages["ppo"] and int(value("ppo", "--value_init_steps")) > 0
+    assert stages["ppo"][:2] == ("bash", str(ROOT / "scripts/train_tabletop_cpu.sh"))  # see test_docs.py
 
 
 def test_validate_names_every_problem_and_protects_folders(tmp_path, monkeypatch):
@@ -182,13 +197,15 @@ def test_ppo_phases_add_up_to_the_stage(finished):
     assert phases["greedy evaluation"] == 5.0
 
 
-def test_report_is_made_from_the_files(finished, monkeypatch):
-    monkeypatch.setattr(quickstart, "make_clips", lambda paths: ())
+def test_report_is_made_from_the_files(finished):
     args = quickstart.Args(seed=4, run_dir=finished)
     summary = quickstart.summarize(args, 20.0, 30.0)
-    page = quickstart.make_report(args, summary, {"PPO with LoRA": 20.0}, 20.0)
-    for text in ("seed 4", "25.0 %", "100.0 %", "75.0 %", "do 1", "128 steps: 50.0 % of 4 episodes", "--seed 4"):
+    page = quickstart.make_report(args, summary, {quickstart.PPO_TITLE: 20.0}, ())
+    texts = ("seed 4", "25.0 %", "100.0 %", "75.0 %", "do 1", "128 steps: 50.0 % of 4 episodes", "--seed 4", "0.123")
+    for text in texts:
         assert text in page, text
+    shaded = re.search(r'<rect x="40" y="12" width="([\d.]+)"', page)  # one warm-up step of two, 800 pixels wide
+    assert float(shaded[1]) == pytest.approx((800 - 14 - 40) / 2)
 
 
 def test_chosen_episodes_are_those_that_ppo_turned_one_per_task_first():
