@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
 from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction, load_model, register_openvla
 from prismatic.extern.hf.processing_prismatic import PrismaticProcessor, load_processor
-from prismatic.extern.hf.tiny_prismatic import TinyVLAConfig, build_tiny_vla
+from prismatic.extern.hf.tiny_prismatic import TinyVLAConfig, build_tiny_vla, sincos_position_2d
 
 BFLOAT16_IMAGENET = {"mean": [0.484375, 0.455078125, 0.40625], "std": [0.228515625, 0.2236328125, 0.224609375]}
 HALVES = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
@@ -213,6 +213,15 @@ def test_the_seed_decides_the_weights_and_leaves_the_callers_generator_alone() -
     assert torch.equal(torch.rand(1), expected)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["language_model.lm_head.weight"], other["language_model.lm_head.weight"])
+
+
+def test_a_fresh_model_keeps_timms_and_torchs_initialisation_and_sees_positions() -> None:
+    model, _ = build_tiny_vla(TinyVLAConfig(image_size=28, vision_dim=16, vision_heads=2, vision_depth=2, llm_depth=1))
+    for featurizer in model.vision_backbone.featurizers:
+        assert torch.equal(featurizer.pos_embed, sincos_position_2d(2, 16))
+        assert featurizer.blocks[0].attn.qkv.weight.std().item() == pytest.approx(0.02, rel=0.2)
+    assert torch.equal(model.vision_backbone.featurizer.blocks[0].ls1.scale_factor, torch.ones(16))
+    assert model.projector.fc1.bias.abs().min() > 0  # transformers' own rule would make it zero
 
 
 def test_make_tiny_vla_writes_a_complete_folder_and_never_over_another(tmp_path: Path) -> None:
