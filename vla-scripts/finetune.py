@@ -178,8 +178,7 @@ def _combination_problems(args: Args) -> list[str]:
 def check_files(args: Args) -> list[str]:
     """All problems of the folders that the arguments name: model, datasets, run. Reads headers and JSON only."""
     problems = checkpoint_utils.check_model_dir(args.vla_path)
-    if not _combination_problems(args):
-        problems += check_mixture(args.data_root_dir, args.dataset_name)
+    problems += check_mixture(args.data_root_dir, args.dataset_name)
     exp_dir = run_dir(args)
     if exp_dir.exists() and any(exp_dir.iterdir()) and not args.overwrite:
         problems.append(f"{exp_dir} exists and is not empty: choose another --output_dir, or pass --overwrite")
@@ -426,7 +425,7 @@ def prepare_run(args: Args, exp_dir: Path) -> MetricWriter:
 def main(args: Args) -> Path:
     """Fine-tune and return the run's folder. Raises ValueError with all problems of the arguments at once."""
     problems = validate(args)
-    problems += check_files(args)
+    problems += [problem for problem in check_files(args) if problem not in problems]
     if problems:
         raise ValueError(f"{len(problems)} problem(s) with this command line:\n- " + "\n- ".join(problems))
     if args.num_threads is not None:
