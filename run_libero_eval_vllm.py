@@ -127,7 +127,7 @@ def _unnorm_problems(args: Args) -> list[str]:
     try:
         resolve_unnorm_key(load_norm_stats(args.pretrained_checkpoint), args.task_suite_name, args.unnorm_key)
     except ValueError as error:
-        return [f"--unnorm_key {args.unnorm_key}: {error}"]
+        return [f"{args.pretrained_checkpoint}: {error}"]
     return []
 
 
@@ -341,7 +341,7 @@ def evaluate(args: Args) -> dict[str, Any]:
         logger.info("evaluating %s in %s", args.pretrained_checkpoint, run_dir)
         results = _evaluate(args, run_dir)
         (run_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        report(results)
+        report(results, run_dir / "eval.log")
     return results
 
 
@@ -404,8 +404,8 @@ def _describe(args: Args, run_dir: Path, unnorm_key: str) -> dict[str, Any]:
     }
 
 
-def report(results: dict[str, Any]) -> None:
-    """Show the table on the console and log one line per task, so that the text log holds the numbers too."""
+def report(results: dict[str, Any], text_log: Path) -> None:
+    """Show the table on the console, append it to the text log, and log what needs attention."""
     table = Table(title=f"{results['task_suite_name']}: {results['checkpoint']}")
     for column in ("task", "instruction", "success", "rate", "95 % interval", "mean steps"):
         table.add_column(column)
@@ -415,9 +415,9 @@ def report(results: dict[str, Any]) -> None:
         interval = "{:.3f} .. {:.3f}".format(*row["wilson_95"]) if "rate" in row else "-"
         length = f"{row['mean_length']:.1f}" if "rate" in row else "-"
         table.add_row(str(row["task_id"]), row["instruction"], count, rate, interval, length)
-        numbers = f"{count}, rate {rate} ({interval}), {length} steps"
-        logger.info("task %s: %s %s", row["task_id"], numbers, row["instruction"])
     Console().print(table)
+    with text_log.open("a") as file:
+        Console(file=file, width=120).print(table)
     overall = results["overall"]
     if overall["void"] or overall["dropped_attempts"]:
         logger.warning(

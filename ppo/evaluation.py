@@ -241,7 +241,7 @@ def wilson_interval(successes: int, episodes: int, z: float = 1.959963984540054)
     centre = rate + z2 / (2 * episodes)
     spread = z * math.sqrt(rate * (1 - rate) / episodes + z2 / (4 * episodes * episodes))
     low, high = ((centre + sign * spread) / (1 + z2 / episodes) for sign in (-1, 1))
-    return max(0.0, low), min(1.0, high)
+    return (0.0 if successes == 0 else low), (1.0 if successes == episodes else high)  # exact, not 1e-18
 
 
 def summarize(episodes: Sequence[EpisodeResult]) -> dict[str, Any]:

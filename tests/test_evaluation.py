@@ -219,6 +219,7 @@ def test_wilson_interval_equals_published_values(successes, episodes, low, high)
 def test_wilson_interval_is_symmetric_and_undefined_without_episodes():
     low, high = wilson_interval(29 - 1, 29)
     assert (1 - high, 1 - low) == pytest.approx(wilson_interval(1, 29))
+    assert wilson_interval(0, 250)[0] == 0.0 and wilson_interval(250, 250)[1] == 1.0
     with pytest.raises(ValueError, match="no rate"):
         wilson_interval(0, 0)
 
@@ -399,7 +400,8 @@ def test_whole_evaluation_visits_every_initial_state_once(runs, tiny_model_dir):
         outcome = "success" if episode["success"] else "failure"
         assert outcome in episode["video"] and (folder / episode["video"]).stat().st_size > 0
     log = (folder / "eval.log").read_text()
-    assert "task 1: " in log and "task all: " in log and results["run_dir"] in log
+    assert suite.instructions[6] in log and results["run_dir"] in log
+    assert log.count("0.000 .. 0.658") == 2  # the intervals of 0 of 2 episodes, in the table
 
 
 def test_greedy_evaluation_is_deterministic_and_sampling_differs(runs):
