@@ -302,25 +302,21 @@ class VectorEnv:
 
     def _wait(self, ids: list[int], *, wait_for_start: bool) -> None:
         """Until each has an outcome; without `wait_for_start` those of a process that starts for long are voided."""
-        while True:
-            missing = [i for i in ids if self._slots[i].outcome is None]
-            starting = [p for p in {self._process_of(i) for i in missing} if not p.is_ready]
-            give_up = float("inf")
+        while missing := [i for i in ids if self._slots[i].outcome is None]:
+            starting = [p for p in map(self._process_of, missing) if not p.is_ready]
+            until = float("inf")
             if starting and not wait_for_start:
-                give_up = min(p.started_at for p in starting) + self.replacement_wait_s
-                if time.monotonic() >= give_up:
-                    missing = self._void_waiting(missing)
-            if not missing:
-                return
-            self._poll(give_up)
+                until = min(p.started_at for p in starting) + self.replacement_wait_s
+            self._poll(until)
+            if not wait_for_start:
+                self._void_waiting(missing)
 
-    def _void_waiting(self, ids: list[int]) -> list[int]:
-        """Report as void, for now, what waits for the start of a replacement; returns the others."""
-        others = []
+    def _void_waiting(self, ids: list[int]) -> None:
+        """Report as void, for now, what has waited long enough for the start of a replacement."""
         for env_id in ids:
             process, slot = self._process_of(env_id), self._slots[env_id]
-            if process.is_ready or time.monotonic() < process.started_at + self.replacement_wait_s:
-                others.append(env_id)
+            still_waits = time.monotonic() < process.started_at + self.replacement_wait_s
+            if process.is_ready or still_waits or slot.outcome is not None:
                 continue
             waiting = [[c for c in commands if c.env_id != env_id] for commands in process.backlog]
             process.backlog = [commands for commands in waiting if commands]
@@ -328,7 +324,6 @@ class VectorEnv:
             slot.outcome = Outcome(env_id, slot.request.task_id, dropped=True)
             slot.lost = True
             self._board.images[env_id] = 0
-        return others
 
     def _poll(self, until: float) -> None:
         """Take in what the processes say, wait for them at most until then; replace the dead and the hanging."""
