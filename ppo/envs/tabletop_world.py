@@ -22,7 +22,7 @@ SLIP_PROBABILITY = 0.4
 """Chance per moving step that a loosely held or lightly pressed object slips out of the fingers."""
 SLIP_SCATTER = 0.08
 """Standard deviation per axis of how far a slipped object rolls, in table units."""
-SCATTER_PER_HEIGHT = 2.0
+SCATTER_PER_HEIGHT = 1.8
 """Standard deviation per axis of where a dropped object comes to rest, per unit of height above FIRM_HEIGHT."""
 TARGET_RADIUS = 0.13
 """An object's centre is on a receptacle when it is this close to the receptacle's centre."""
@@ -35,7 +35,7 @@ NUM_SCENE_OBJECTS, NUM_SCENE_RECEPTACLES = 3, 2
 
 @dataclass(frozen=True)
 class Task:
-    """One language task: `verb` is "pick" (lift, carry, release) or "push" (press down and slide, never lifted)."""
+    """One language task: `verb` is "pick" (grasp, carry, release) or "push" (press down, slide, rise)."""
 
     verb: str
     target: str
@@ -66,12 +66,16 @@ TASKS = (
 
 @dataclass
 class Item:
-    """A thing on the table. `position` is (x, y) of its centre, `height` that of its underside."""
+    """A thing on the table.
+
+    `position` is (x, y) of its centre, `height` that of its underside; `moved_by` says how the gripper took hold of it
+    last: "grasp" (between the fingers), "press" (under closed fingers), or "" (not at all).
+    """
 
     name: str
     position: np.ndarray
     height: float = 0.0
-    was_lifted: bool = False
+    moved_by: str = ""
 
 
 @dataclass
@@ -129,7 +133,7 @@ class World:
         target, receptacle = self.item(task.target), self.item(task.receptacle)
         if self.held is target or np.hypot(*(target.position - receptacle.position)) > TARGET_RADIUS:
             return False
-        return target.was_lifted == (task.verb == "pick") and (task.verb == "push" or not self.closed)
+        return target.moved_by == {"pick": "grasp", "push": "press"}[task.verb]
 
     def _carry(self) -> None:
         """Let the held object follow the gripper; a pressed one stays behind once the fingers rise."""
@@ -142,7 +146,6 @@ class World:
             self.firm = bool(self.gripper[2] <= FIRM_HEIGHT)
         else:
             self.held.height = float(self.gripper[2])
-            self.held.was_lifted |= bool(self.gripper[2] > FIRM_HEIGHT)
         self.held.position = self.gripper[:2].copy()
 
     def _reachable(self) -> Item | None:
@@ -156,11 +159,15 @@ class World:
         """Close the fingers around what is between them."""
         self.held, self.pressed = self._reachable(), False
         self.firm = bool(self.gripper[2] <= FIRM_HEIGHT)
+        if self.held is not None:
+            self.held.moved_by = "grasp"
         self._carry()
 
     def _press(self) -> None:
         """Closed fingers that come down onto an object press it to the table."""
         self.held, self.pressed = self._reachable(), True
+        if self.held is not None:
+            self.held.moved_by = "press"
         self._carry()
 
     def _let_go(self, offset: np.ndarray) -> None:

@@ -1,0 +1,193 @@
+"""Make the base model of the tabletop quick start: it sees and reads, and has never seen one of the ten tasks.
+
+    python vla-scripts/make_base_model.py --output_dir assets/tabletop-base --seed 0
+
+A random tiny OpenVLA policy (vla-scripts/make_tiny_vla.py's) learns to answer questions about single pictures
+(ppo/envs/tabletop_pretraining.py) in the action-token format: where a named thing is, how high the gripper is, what it
+holds, one step towards a thing. Frames are drawn first, by `--num_workers` processes, and kept in the device's memory.
+The command writes a complete model folder and `pretraining.jsonl`, its log: settings, losses, and the answers' accuracy
+on frames that were not trained on. A GPU needs minutes; a CPU takes hours.
+"""
+
+import json
+import math
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ppo.envs.tabletop_pretraining import instructions, make_frame
+from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
+from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
+from prismatic.extern.hf.tiny_prismatic import TinyVLAConfig, build_tiny_vla, validate_tiny
+from utils.logging_utils import get_logger
+
+logger = get_logger(__name__)
+
+# Small, because the quick start's two cores pay for every token: 16 patches, a prompt of about 15 tokens.
+BASE_SIZES = TinyVLAConfig(
+    vision_dim=64, vision_heads=2, llm_dim=128, llm_depth=3, llm_mlp_dim=384, extra_words=("ball", "gripper", "height")
+)
+NUM_HELD_OUT = 2048
+# Frames of one unit of work; its number and the seed decide what they show.
+CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Args:
+    """Pre-train a tiny policy on questions about tabletop pictures."""
+
+    output_dir: str
+    """Folder to write; it must not exist."""
+    model: TinyVLAConfig = field(default_factory=lambda: BASE_SIZES)
+    """Sizes of the policy; the default is the quick start's, about 1.5 million parameters."""
+    kinds: tuple[str, ...] = ("point", "move", "height", "hold", "carry")
+    """Kinds of questions; each frame has one of each."""
+    num_frames: int = 512_000
+    """Frames to draw, at least 4096."""
+    num_updates: int = 7000
+    """Optimizer steps."""
+    batch_size: int = 1024
+    """Questions per optimizer step."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW (300 steps of warm-up, then a cosine to zero)."""
+    weight_decay: float = 0.02
+    """Weight decay of AdamW."""
+    seed: int = 0
+    """Decides the frames and their order; the weights' first values are `--model.seed`'s."""
+    num_workers: int = 15
+    """Processes that draw frames."""
+    max_time_s: float = math.inf
+    """Wall-clock limit of the updates in seconds; the learning rate reaches zero then if that comes first."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Torch device."""
+
+
+@dataclass
+class Questions:
+    """All frames and their questions on one device; N frames, K questions each, M texts, L prompt tokens, A = 7."""
+
+    image_NHWC: Tensor
+    text_NK: Tensor
+    answer_NKA: Tensor
+    prompt_ML: Tensor
+    mask_ML: Tensor
+
+
+def _draw_chunk(job: tuple[int, int, int, tuple[str, ...]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    seed, chunk, image_size, kinds = job
+    rng = np.random.default_rng((seed, chunk))
+    frames = [make_frame(rng, image_size, kinds) for _ in range(CHUNK)]
+    number = {text: index for index, text in enumerate(instructions())}
+    texts = np.array([[number[text] for text in frame.instructions] for frame in frames])
+    return np.stack([frame.image for frame in frames]), texts, np.stack([frame.answers for frame in frames])
+
+
+def draw_questions(args: Args, model: OpenVLAForActionPrediction, processor: PrismaticProcessor) -> Questions:
+    """Draw all frames in parallel and turn their questions into tokens on the device."""
+    jobs = [(args.seed, chunk, args.model.image_size, args.kinds) for chunk in range(args.num_frames // CHUNK)]
+    with multiprocessing.get_context("fork").Pool(args.num_workers) as pool:
+        images, texts, answers = zip(*pool.imap(_draw_chunk, jobs), strict=True)
+    answer_ids = model.action_tokenizer.encode(np.concatenate(answers))
+    arrays = (np.concatenate(images), np.concatenate(texts), answer_ids)
+    prompts = processor.collate_prompts([processor.prompt_ids(text) for text in instructions()])
+    tensors = [torch.from_numpy(array) for array in arrays]
+    return Questions(*(tensor.to(args.device) for tensor in (*tensors, *prompts)))
+
+
+def answer_logits(forward: Callable, processor: PrismaticProcessor, data: Questions, pick: Tensor) -> Tensor:
+    """Logits (B, 7, 256) of the chosen questions; `pick` (B,) counts them frame by frame."""
+    num_kinds = data.text_NK.shape[1]
+    frame, kind = pick // num_kinds, pick % num_kinds
+    pixels = processor.image_processor.normalize(data.image_NHWC[frame])
+    text, answer_BA = data.text_NK[frame, kind], data.answer_NKA[frame, kind]
+    return forward(data.prompt_ML[text], data.mask_ML[text], answer_BA, pixel_values=pixels).logits_BAV
+
+
+def targets(model: OpenVLAForActionPrediction, data: Questions, pick: Tensor) -> Tensor:
+    """Action indices (B, 7) of the chosen questions' answers."""
+    num_kinds = data.text_NK.shape[1]
+    return data.answer_NKA[pick // num_kinds, pick % num_kinds] - model.config.first_action_token_id
+
+
+@torch.no_grad()
+def held_out_accuracy(
+    model: OpenVLAForActionPrediction, processor: PrismaticProcessor, data: Questions, kinds: tuple[str, ...]
+) -> dict[str, float]:
+    """Per kind of question, the share of held-out answers with all tokens right; of "point", the mean bins off."""
+    pick = torch.arange(NUM_HELD_OUT * len(kinds), device=data.answer_NKA.device)
+    parts = [answer_logits(model.forward_actions, processor, data, part).argmax(-1) for part in pick.split(4096)]
+    predicted = torch.cat(parts)
+    error = (predicted - targets(model, data, pick)).abs()
+    result = {}
+    for index, kind in enumerate(kinds):
+        mine = error[index :: len(kinds)].float()
+        value = mine[:, :3].mean() if kind == "point" else (mine.amax(1) == 0).float().mean()
+        result[f"held_out/{kind}"] = round(value.item(), 4)
+    return result
+
+
+def train(args: Args, model: OpenVLAForActionPrediction, processor: PrismaticProcessor, data: Questions) -> list[dict]:
+    """Train in place; returns the log's rows."""
+    on_gpu = args.device == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=on_gpu)
+    generator = torch.Generator(device=args.device).manual_seed(args.seed)
+    num_questions = data.answer_NKA.shape[0] * len(args.kinds)
+    start, rows = time.monotonic(), []
+    forward = torch.compile(model.forward_actions) if on_gpu else model.forward_actions
+    for update in range(args.num_updates):
+        progress = max(update / args.num_updates, (time.monotonic() - start) / args.max_time_s)
+        if progress >= 1.0:
+            break
+        rate = args.learning_rate * min(1.0, (update + 1) / 300) * 0.5 * (1.0 + math.cos(math.pi * progress))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        first = NUM_HELD_OUT * len(args.kinds)
+        pick = torch.randint(first, num_questions, (args.batch_size,), generator=generator, device=args.device)
+        logits = answer_logits(forward, processor, data, pick)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets(model, data, pick).flatten())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if update % 500 == 499 or update == args.num_updates - 1:
+            accuracy = held_out_accuracy(model, processor, data, args.kinds)
+            seconds = round(time.monotonic() - start, 1)
+            rows.append({"update": update + 1, "loss": round(loss.item(), 5), "seconds": seconds, **accuracy})
+            logger.info("%s", rows[-1])
+    return rows
+
+
+def main(args: Args) -> None:
+    """Draw, train, save."""
+    validate_tiny(args.model)
+    output_dir = Path(args.output_dir)
+    if output_dir.exists():
+        raise ValueError(f"--output_dir {output_dir} exists already: remove it or name another folder")
+    torch.backends.cuda.matmul.allow_tf32 = True
+    model, processor = build_tiny_vla(args.model)
+    model.to(args.device)
+    started = time.monotonic()
+    data = draw_questions(args, model, processor)
+    draw_s = time.monotonic() - started
+    logger.info("%d frames in %.0f s; %d parameters", len(data.image_NHWC), draw_s, model.num_parameters())
+    rows = train(args, model, processor, data)
+    model.to("cpu").save_pretrained(output_dir)
+    processor.save_pretrained(output_dir)
+    (output_dir / "dataset_statistics.json").write_text("{}\n")
+    settings = {"command": " ".join(sys.argv), "settings": asdict(args), "torch": torch.__version__}
+    lines = [json.dumps(row) for row in (settings, *rows)]
+    (output_dir / "pretraining.jsonl").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
