@@ -46,16 +46,16 @@ import numpy as np
 import ray
 import torch
 import tyro
-from ppo.critic import ValueHead, VLACritic
-from ppo.envs.vector import VectorEnv
-from ppo.utils.curriculum import CurriculumManager
 from transformers import get_scheduler
 
 from ppo.collector import Collector
+from ppo.critic import ValueHead, VLACritic
 from ppo.envs.base import ResetRequest, get_suite, known_suites
+from ppo.envs.vector import VectorEnv
 from ppo.evaluation import EpisodeResult, EvaluationRun, evaluation_requests, run_episodes, summarize_run
 from ppo.learner import PPOLearner, Reference, Trainable
 from ppo.rollout import Rollout
+from ppo.utils.curriculum import CurriculumManager
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
 from prismatic.extern.hf.modeling_prismatic import load_model
 from prismatic.extern.hf.processing_prismatic import load_processor
@@ -118,8 +118,8 @@ class Args:
     """Tasks to train on, by index in the suite. Default: all."""
     num_steps_wait: int | None = None
     """Settling steps after each reset, for worlds that have them. Default: the suite's own."""
-    num_trials_per_task: int = 50
-    """Fixed initial states per task in evaluations by this driver (--eval_freq, --eval_final)."""
+    num_trials_per_task: int | None = None
+    """Fixed initial states per task in evaluations by this driver (--eval_freq, --eval_final). Default: all."""
     max_env_length: int | None = None
     """Time limit of an episode in steps. Default: the suite's own."""
     env_gpu_id: int | None = None
@@ -340,7 +340,7 @@ def _choice_problems(args: Args) -> list[str]:
         wrong = [i for i in args.task_ids if not 0 <= i < suite.num_tasks]
         if wrong:
             problems.append(f"--task_ids {wrong}: {suite.name} has tasks 0..{suite.num_tasks - 1}")
-        if args.num_trials_per_task > suite.num_init_states:
+        if (args.num_trials_per_task or 0) > suite.num_init_states:
             problems.append(f"--num_trials_per_task {args.num_trials_per_task}: {suite.name} has "
                             f"{suite.num_init_states} fixed initial states a task")  # fmt: skip
         num_tasks = len(args.task_ids) or suite.num_tasks
@@ -378,7 +378,7 @@ def _size_problems(args: Args, num_trainers: int) -> list[str]:
     local = steps * num_envs // num_trainers
     if mini > 0 and local % mini:
         fits = [d for d in range(1, local + 1) if local % d == 0]
-        near = sorted(sorted(fits, key=lambda d: abs(d - mini))[:2])
+        near = [d for d in fits if d < mini][-1:] + [d for d in fits if d > mini][:1]
         problems.append(f"--local_mini_batch_size {mini} does not divide the rollout of a rank ({steps} steps x "
                         f"{num_envs} envs / {num_trainers} ranks = {local}): "
                         f"use {' or '.join(map(str, near))}")  # fmt: skip

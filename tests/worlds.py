@@ -1,0 +1,39 @@
+"""A world in which a random policy is rewarded half of the time, so that a few PPO steps show whether it learns."""
+
+import numpy as np
+
+from ppo.envs.base import ResetRequest, StepResult, TaskSuite
+
+LENGTH = 4
+
+
+class PushRight:
+    """Reward 1 for each action with dx > 0 (task 0) or dx < 0 (task 1); a success is an episode with 3 of 4 such."""
+
+    def __init__(self, image_size: int, max_steps: int | None = None, seed: int = 0) -> None:
+        self.image_size, self.max_steps = image_size, max_steps or LENGTH
+
+    def reset(self, request: ResetRequest) -> np.ndarray:
+        self.sign = 1.0 if request.task_id == 0 else -1.0
+        self.rng = np.random.default_rng(request.seed)
+        self.num_steps = self.num_right = 0
+        return self._image()
+
+    def step(self, action: np.ndarray) -> StepResult:
+        right = bool(self.sign * action[0] > 0)
+        self.num_steps, self.num_right = self.num_steps + 1, self.num_right + right
+        ended = self.num_steps >= self.max_steps
+        success = ended and self.num_right >= 3
+        return StepResult(self._image(), float(right), success, ended and not success, success)
+
+    def render(self, size: int) -> np.ndarray:
+        return np.zeros((size, size, 3), dtype=np.uint8)
+
+    def close(self) -> None:
+        pass
+
+    def _image(self) -> np.ndarray:
+        return self.rng.integers(0, 256, (self.image_size, self.image_size, 3), dtype=np.uint8)
+
+
+SUITE = TaskSuite("push_right", ("push the red block", "pick up the plate"), LENGTH, 5, PushRight)
