@@ -79,7 +79,7 @@ def now() -> float:
 def watch_engine(engine: ActionEngine) -> Stopwatch:
     """Time the parts of vLLM's in-process engine; tied to vLLM 0.26's attribute names, used here only."""
     watch = Stopwatch()
-    llm_engine = engine._llm.llm_engine
+    llm_engine: Any = engine._llm.llm_engine
     core = llm_engine.engine_core.engine_core
     runner = core.model_executor.driver_worker.worker.model_runner
     watch.wrap(engine, "_request", "rendering")

@@ -187,6 +187,10 @@ class ActionEngine:
         register()
         self._model_config = OpenVLAConfig.from_pretrained(config.model_dir)
         self._num_patches = count_patches(self._model_config)
+        self._max_model_len = config.max_model_len or min(
+            self._num_patches + MAX_TEXT_TOKENS + NUM_ACTION_TOKENS,
+            self._model_config.text_config.max_position_embeddings,
+        )
         self._llm = LLM(**self._engine_arguments())
         self._receiver = WeightReceiver(self._llm, read_shapes(config.model_dir), config.weight_transfer_backend)
         self._num_requests = 0
@@ -198,14 +202,15 @@ class ActionEngine:
         return self._receiver.version
 
     def _engine_arguments(self) -> dict[str, Any]:
-        config = self.config
-        max_model_len = config.max_model_len or self._num_patches + MAX_TEXT_TOKENS + NUM_ACTION_TOKENS
+        config, max_model_len = self.config, self._max_model_len
         arguments: dict[str, Any] = {
             "model": config.model_dir,
             "skip_tokenizer_init": True,
             "generation_config": "vllm",
             "dtype": config.dtype,
             "tensor_parallel_size": config.tensor_parallel_size,
+            # Not left to vLLM: inside a Ray placement group it would start Ray workers and ask for bundles of its own.
+            "distributed_executor_backend": "uni" if config.tensor_parallel_size == 1 else "mp",
             "gpu_memory_utilization": config.gpu_memory_utilization,
             "enforce_eager": config.enforce_eager,
             "max_model_len": max_model_len,
@@ -221,18 +226,19 @@ class ActionEngine:
             "enable_sleep_mode": config.enable_sleep_mode and not self._is_cpu,
             "weight_transfer_config": _weight_transfer_config(config.weight_transfer_backend),
         }
-        kv_cache_bytes = config.kv_cache_memory_bytes or (self._kv_cache_bytes(max_model_len) if self._is_cpu else None)
+        kv_cache_bytes = config.kv_cache_memory_bytes or (self._kv_cache_bytes() if self._is_cpu else None)
         if kv_cache_bytes:
             arguments["kv_cache_memory_bytes"] = kv_cache_bytes
         return arguments | config.extra
 
-    def _kv_cache_bytes(self, max_model_len: int) -> int:
+    def _kv_cache_bytes(self) -> int:
         """KV cache for max_num_seqs full sequences, and one block that vLLM keeps for itself."""
         llama = self._model_config.text_config
-        head_dim = getattr(llama, "head_dim", None) or llama.hidden_size // llama.num_attention_heads
-        bytes_per_token = 2 * llama.num_hidden_layers * llama.num_key_value_heads * head_dim
+        head_dim = llama.head_dim or llama.hidden_size // llama.num_attention_heads
+        num_heads = llama.num_key_value_heads or llama.num_attention_heads
+        bytes_per_token = 2 * llama.num_hidden_layers * num_heads * head_dim
         bytes_per_token *= getattr(torch, self.config.dtype).itemsize
-        num_blocks = self.config.max_num_seqs * -(-max_model_len // BLOCK_SIZE) + 2
+        num_blocks = self.config.max_num_seqs * -(-self._max_model_len // BLOCK_SIZE) + 2
         return num_blocks * BLOCK_SIZE * bytes_per_token
 
     def generate(
@@ -260,7 +266,7 @@ class ActionEngine:
         pixels = torch.from_numpy(np.ascontiguousarray(images))
         token_ids = np.empty((len(prompt_ids), NUM_ACTION_TOKENS), np.int64)
         logprobs = np.empty((len(prompt_ids), NUM_ACTION_TOKENS), np.float32)
-        engine = self._llm.llm_engine
+        engine: Any = self._llm.llm_engine
         pending = {str(row) for row in range(len(prompt_ids))}
         try:
             for row, ids in enumerate(prompt_ids):
@@ -295,8 +301,13 @@ class ActionEngine:
         low, high = TEMPERATURE_RANGE
         if not greedy and not low <= temperature <= high:
             raise ValueError(f"temperature is {temperature}: it must be in [{low}, {high}], or greedy=True")
-        if not all(prompt_ids):
-            raise ValueError("a prompt is empty: it must at least hold BOS")
+        lengths = [len(ids) for ids in prompt_ids]
+        longest = self._max_model_len - self._num_patches - NUM_ACTION_TOKENS
+        if not lengths or min(lengths) < 1 or max(lengths) > longest:
+            raise ValueError(
+                f"prompts have {min(lengths, default=0)} to {max(lengths, default=0)} tokens: each must have 1 (BOS) "
+                f"to {longest}; for longer ones set EngineConfig.max_model_len (now {self._max_model_len})"
+            )
 
     def _sampling_params(self, num_requests: int, temperature: float, greedy: bool, seed: int | None) -> Sequence[Any]:
         from vllm import SamplingParams

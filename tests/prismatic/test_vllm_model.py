@@ -1,5 +1,7 @@
 """The vLLM model and its engine against the Hugging Face model on the same weights: one engine, in a Ray actor."""
 
+import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,19 +52,32 @@ class EngineActor(ActionEngine):
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_model_dir: Path) -> Iterator[Any]:
+def model_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with pixel statistics that differ from `means` and `stds`, as openvla-7b's file has them."""
+    folder = shutil.copytree(tiny_model_dir, tmp_path_factory.mktemp("engine") / "model")
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    settings["tvf_normalize_params"] = [
+        {"inplace": False, "mean": [0.4, 0.45, 0.5], "std": [0.3, 0.2, 0.25]},
+        {"inplace": False, "mean": [0.55, 0.6, 0.5], "std": [0.5, 0.4, 0.6]},
+    ]
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(model_dir: Path) -> Iterator[Any]:
     start_ray(None, num_gpus=0, num_cpu_slots=4)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers cannot import this module
     actor_class = ray.remote(num_cpus=1, runtime_env={"env_vars": engine_env("cpu")})(EngineActor)
-    actor = actor_class.remote(EngineConfig(str(tiny_model_dir), max_num_seqs=8))
+    actor = actor_class.remote(EngineConfig(str(model_dir), max_num_seqs=8))
     yield actor
     ray.get(actor.close.remote())
     ray.shutdown()
 
 
 @pytest.fixture(scope="module")
-def processor(tiny_model_dir: Path) -> PrismaticProcessor:
-    return load_processor(tiny_model_dir)
+def processor(model_dir: Path) -> PrismaticProcessor:
+    return load_processor(model_dir)
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +88,8 @@ def prompts(processor: PrismaticProcessor) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def images(tiny_model_dir: Path) -> np.ndarray:
-    size = load_model(tiny_model_dir).config.image_sizes[0]
+def images(model_dir: Path) -> np.ndarray:
+    size = load_model(model_dir).config.image_sizes[0]
     return np.random.default_rng(0).integers(0, 256, (len(INSTRUCTIONS), size, size, 3), dtype=np.uint8)
 
 
@@ -120,8 +135,8 @@ def send(engine: Any, weights: list[tuple[str, Tensor]], version: int) -> Any:
 
 
 @pytest.mark.parametrize(("temperature", "greedy"), [(1.0, True), (1.0, False), (1.5, False)])
-def test_engine_equals_trainer(engine, processor, prompts, images, tiny_model_dir, temperature, greedy) -> None:
-    model = load_model(tiny_model_dir)
+def test_engine_equals_trainer(engine, processor, prompts, images, model_dir, temperature, greedy) -> None:
+    model = load_model(model_dir)
     send(engine, state_of(model), 1)
     generation = generate(engine, prompts, images, temperature=temperature, greedy=greedy, seed=3)
     logprobs, best = trainer_scores(model, processor, prompts, images, generation, temperature)
@@ -167,8 +182,8 @@ def test_samples_follow_the_reported_probabilities(engine, prompts, images) -> N
     assert (np.abs(counts / num - probabilities) < 5 * deviation + 1e-6).all()
 
 
-def test_only_action_tokens_and_more_requests_than_slots(engine, prompts, images, tiny_model_dir) -> None:
-    config = load_model(tiny_model_dir).config
+def test_only_action_tokens_and_more_requests_than_slots(engine, prompts, images, model_dir) -> None:
+    config = load_model(model_dir).config
     generation = generate(engine, prompts * 3, np.concatenate([images] * 3), temperature=2.0, seed=2)
     assert generation.token_ids.shape == (24, 7) and generation.logprobs.dtype == np.float32
     indices = generation.token_ids - config.first_action_token_id
@@ -180,8 +195,8 @@ def test_usual_vllm_input_gives_the_same_tokens(engine, prompts, images) -> None
     np.testing.assert_array_equal(ray.get(engine.generate_stock.remote(prompts, images)), expected)
 
 
-def test_update_brings_every_parameter(engine, processor, prompts, images, tiny_model_dir) -> None:
-    base, model = load_model(tiny_model_dir), perturbed_model(tiny_model_dir)
+def test_update_brings_every_parameter(engine, processor, prompts, images, model_dir) -> None:
+    base, model = load_model(model_dir), perturbed_model(model_dir)
     send(engine, state_of(base), 1)
     old = generate(engine, prompts, images, temperature=1.0, greedy=True)
     report = send(engine, state_of(model), 2)
@@ -198,9 +213,9 @@ def test_update_brings_every_parameter(engine, processor, prompts, images, tiny_
     assert ray.get(engine.version.remote()) == 2
 
 
-def test_update_brings_lora_merged(engine, processor, prompts, images, tiny_model_dir) -> None:
+def test_update_brings_lora_merged(engine, processor, prompts, images, model_dir) -> None:
     layers = ["q_proj", "v_proj", "down_proj", "fc2", "qkv", "lm_head"]
-    lora = get_peft_model(load_model(tiny_model_dir), LoraConfig(r=4, lora_alpha=8, target_modules=layers))
+    lora = get_peft_model(load_model(model_dir), LoraConfig(r=4, lora_alpha=8, target_modules=layers))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in lora.named_parameters():
@@ -216,12 +231,12 @@ def test_update_brings_lora_merged(engine, processor, prompts, images, tiny_mode
     assert np.abs(before.logprobs - skipped).max() > 100 * TOLERANCE
 
 
-def test_incomplete_update_is_refused_before_anything_changes(engine, prompts, images, tiny_model_dir) -> None:
-    base = state_of(load_model(tiny_model_dir))
+def test_incomplete_update_is_refused_before_anything_changes(engine, prompts, images, model_dir) -> None:
+    base = state_of(load_model(model_dir))
     send(engine, base, 4)
     expected = generate(engine, prompts, images, temperature=1.0, greedy=True)
     missing = "language_model.model.layers.1.self_attn.v_proj.weight"
-    without = [(name, tensor) for name, tensor in state_of(perturbed_model(tiny_model_dir)) if name != missing]
+    without = [(name, tensor) for name, tensor in state_of(perturbed_model(model_dir)) if name != missing]
     with pytest.raises(WeightUpdateError, match=f"1 missing: {missing}"):
         send(engine, without, 5)
     with pytest.raises(WeightUpdateError, match="1 unexpected: head.weight"):
@@ -237,8 +252,8 @@ def test_incomplete_update_is_refused_before_anything_changes(engine, prompts, i
     )
 
 
-def test_update_that_breaks_off_is_named_and_recovers(engine, processor, prompts, images, tiny_model_dir) -> None:
-    model = perturbed_model(tiny_model_dir, seed=1)
+def test_update_that_breaks_off_is_named_and_recovers(engine, processor, prompts, images, model_dir) -> None:
+    model = perturbed_model(model_dir, seed=1)
     weights = state_of(model)
     # Between the parts of a fused layer, the worst place: vLLM has counted q but neither k nor v.
     num_sent = 1 + [name for name, _ in weights].index("language_model.model.layers.0.self_attn.q_proj.weight")
@@ -262,5 +277,7 @@ def test_wrong_inputs_are_named(engine, prompts, images) -> None:
         generate(engine, prompts, images, temperature=0)
     with pytest.raises(ValueError, match="temperature is 5"):
         generate(engine, prompts, images, temperature=5)
+    with pytest.raises(ValueError, match="0 to 130 tokens.*max_model_len"):
+        generate(engine, [[], [1] * 130], images[:2], temperature=1)
     with pytest.raises(ValueError, match="nccl"):
         ray.get(engine.init_weight_transfer.remote("nccl", {}))

@@ -12,6 +12,7 @@ def register() -> None:
     """Tell vLLM about the model, its configuration class and the `object_store` weight transfer; may be repeated."""
     from vllm import ModelRegistry
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    from vllm.platforms import current_platform
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
     from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
@@ -21,6 +22,10 @@ def register() -> None:
     ModelRegistry.register_model(ARCHITECTURE, OpenVLAForActionPrediction)
     # vLLM prefers its own table to AutoConfig; there is no public way to replace an entry.
     _CONFIG_REGISTRY[OpenVLAConfig.model_type] = OpenVLAConfig
+    if current_platform.is_cpu():
+        from prismatic.extern.vllm.cpu_ops import register_cpu_ops
+
+        register_cpu_ops()
     if OBJECT_STORE not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(
             OBJECT_STORE, "prismatic.extern.vllm.weight_transfer", "ObjectStoreWeightTransferEngine"

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -47,8 +47,9 @@ def read_pixel_statistics(model_dir: str | Path) -> tuple[Tensor, Tensor]:
     rows = settings.get("tvf_normalize_params")
     means = [row["mean"] for row in rows] if rows else settings["means"]
     stds = [row["std"] for row in rows] if rows else settings["stds"]
-    # A device context of the model loader must not catch these.
-    return tuple(torch.tensor(values, dtype=torch.float32, device="cpu") for values in (means, stds))
+    # On CPU by name: the model loader's device context would put them elsewhere.
+    cpu = torch.device("cpu")
+    return torch.tensor(means, dtype=torch.float32, device=cpu), torch.tensor(stds, dtype=torch.float32, device=cpu)
 
 
 class OpenVLAProcessingInfo(BaseProcessingInfo):
@@ -139,23 +140,23 @@ class OpenVLAForActionPrediction(nn.Module, SupportsMultiModal):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        config: OpenVLAConfig = vllm_config.model_config.hf_config
+        config = cast(OpenVLAConfig, vllm_config.model_config.hf_config)
         means, stds = read_pixel_statistics(vllm_config.model_config.model)
         # Plain attributes: as buffers they would look to vLLM's weight reload like weights that never came.
         self._pixel_scale, self._pixel_shift = 1.0 / (255.0 * stds), -means / stds
-        with self._mark_tower_model(vllm_config, IMAGE):
+        with self._mark_tower_model(vllm_config, IMAGE):  # type: ignore[operator]
             self.vision_backbone = PrismaticVisionBackbone(config)
             self.projector = PrismaticProjector(
                 bool(config.use_fused_vision_backbone), self.vision_backbone.embed_dim, config.text_config.hidden_size
             )
-        with self._mark_language_model(vllm_config):
-            self.language_model = init_vllm_registered_model(
+        with self._mark_language_model(vllm_config):  # type: ignore[operator]
+            self.language_model: Any = init_vllm_registered_model(
                 vllm_config=vllm_config,
                 hf_config=config.text_config,
                 prefix=maybe_prefix(prefix, "language_model"),
                 architectures=["LlamaForCausalLM"],
             )
-        self.configure_mm_token_handling(config.text_config.vocab_size, [config.pad_token_id])
+        self.configure_mm_token_handling(config.text_config.vocab_size, [config.pad_token_id])  # type: ignore[operator]
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
 
     def normalize_pixels(self, pixels_BHWC: Tensor) -> Tensor:
