@@ -17,7 +17,12 @@ from prismatic.vla.datasets.dataset import ActionCollator, RLDSDataset, iterate_
 from prismatic.vla.datasets.rlds import RawEpisode, frame_decoder, iterate_episodes
 from prismatic.vla.datasets.schema import check_dataset_dir, read_features
 from prismatic.vla.datasets.sources import Reading, index_stream
-from prismatic.vla.datasets.statistics import compute_statistics, content_key, dataset_statistics
+from prismatic.vla.datasets.statistics import (
+    compute_statistics,
+    content_key,
+    dataset_statistics,
+    load_dataset_statistics,
+)
 from prismatic.vla.datasets.transforms import (
     LIBERO,
     DatasetTransform,
@@ -237,6 +242,15 @@ def test_statistics_are_cached_by_content(data_root: Path, tmp_path: Path, monke
     assert content_key(folder, LIBERO) != key
 
 
+def test_statistics_of_one_dataset_by_name(data_root: Path) -> None:
+    wanted = dataset_statistics(mixtures.dataset_dir(data_root, "tabletop_no_noops"), LIBERO)
+    assert load_dataset_statistics(data_root, "tabletop") == wanted
+    with pytest.raises(ValueError, match="is a mixture: name one of libero_small_no_noops, tabletop_no_noops"):
+        load_dataset_statistics(data_root, "libero_small_no_noops,tabletop")
+    with pytest.raises(ValueError, match="is not a directory"):
+        load_dataset_statistics(data_root, "libero_goal_no_noops")
+
+
 def test_statistics_refuse_what_cannot_be_learned_from() -> None:
     with pytest.raises(ValueError, match="no transitions"):
         compute_statistics([], LIBERO)
@@ -341,8 +355,10 @@ def test_ranks_are_disjoint_and_complete(data_root: Path, cache_gib: float) -> N
 
 def test_training_epochs_are_fresh_permutations_shared_by_the_ranks(data_root: Path) -> None:
     everything = sorted(fingerprints("libero_small_no_noops"))
-    ranks = [iter(make_dataset(data_root, "libero_small_no_noops", rank=r, world_size=2, seed=3)) for r in range(2)]
-    epochs = [[fingerprint(next(rank)) for _ in range(10) for rank in ranks] for _ in range(3)]
+    # Three ranks do not divide the 20 transitions: an epoch ends in the middle of a round.
+    ranks = [iter(make_dataset(data_root, "libero_small_no_noops", rank=r, world_size=3, seed=3)) for r in range(3)]
+    order = [fingerprint(next(rank)) for _ in range(20) for rank in ranks]
+    epochs = [order[:20], order[20:40], order[40:]]
     assert all(sorted(epoch) == everything for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from prismatic.vla.datasets.mixtures import check_mixture, dataset_dir, resolve_mixture
 from prismatic.vla.datasets.rlds import RawEpisode, iterate_episodes
 from prismatic.vla.datasets.schema import shard_files
-from prismatic.vla.datasets.transforms import DatasetTransform
+from prismatic.vla.datasets.transforms import DatasetTransform, get_transform
 
 logger = logging.getLogger("ppo_vla.data")
 
@@ -92,3 +93,17 @@ def dataset_statistics(dataset_dir: str | Path, transform: DatasetTransform, *, 
     except OSError as error:
         logger.warning("cannot cache the statistics in %s (%s): they are computed again next time", cache, error)
     return statistics
+
+
+def load_dataset_statistics(data_root_dir: str | Path, dataset_name: str) -> dict[str, Any]:
+    """Statistics of the one dataset that `dataset_name` means; tensorflow is imported only if they are not cached.
+
+    Raises ValueError if it cannot be read, or means several datasets: an action is un-normalised with one's numbers.
+    """
+    problems = check_mixture(data_root_dir, dataset_name)
+    if problems:
+        raise ValueError("\n".join(problems))
+    names = [name for name, _ in resolve_mixture(dataset_name)]
+    if len(names) > 1:
+        raise ValueError(f"--dataset_name {dataset_name} is a mixture: name one of {', '.join(names)}")
+    return dataset_statistics(dataset_dir(data_root_dir, names[0]), get_transform(names[0]))
