@@ -54,7 +54,7 @@ class ToyEnv:
                     time.sleep(0.01)
         self.num_steps += 1
         success = bool(action[1] == 1)
-        image = self.render(4 if self.image_error else self.image_size)
+        image = self.render(1 if self.image_error else self.image_size)
         return StepResult(image, float(action[2]), success, self.num_steps >= self.max_steps, success)
 
     def render(self, size):
@@ -315,11 +315,12 @@ def test_a_start_that_hangs_once_is_tried_again(tmp_path, log):
         assert vector.num_replaced == 1 and "made no progress for 5 s while starting" in log[0]
 
 
-def test_an_image_of_the_wrong_size_is_an_error_not_a_broadcast():
+def test_an_image_of_the_wrong_size_is_an_error_not_a_broadcast(log):
     with toy(1, 1, env_kwargs={"image_error": True}) as vector:
         vector.reset([0], requests(0))
         vector.send([0], actions(1), requests(1))
         assert vector.receive([0]).dropped.all()
+        assert "a uint8 image of shape (1, 1, 3): " in log[0]
 
 
 def _children():
