@@ -54,6 +54,7 @@ from ppo.envs.base import ResetRequest, get_suite, known_suites
 from ppo.envs.vector import VectorEnv
 from ppo.evaluation import EpisodeResult, EvaluationRun, evaluation_requests, run_episodes, summarize_run
 from ppo.learner import PPOLearner, Reference, Trainable
+from ppo.reporting import BestReturn, progress_line, rollout_metrics
 from ppo.rollout import Rollout
 from ppo.utils.curriculum import CurriculumManager
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
@@ -62,7 +63,8 @@ from prismatic.extern.hf.processing_prismatic import load_processor
 from prismatic.vla.action_normalization import load_norm_stats, resolve_unnorm_key, tokens_to_env_actions
 from prismatic.vla.action_tokenizer import ActionTokenizer
 from utils import checkpoint_utils, fsdp_utils, peft_utils, ray_utils
-from utils.logging_utils import MetricWriter, PhaseTimer, add_log_file, format_duration, get_logger
+from utils.logging_utils import MetricWriter, PhaseTimer, add_log_file, get_logger
+from utils.video_utils import EpisodeRecorder
 
 logger = get_logger("driver")
 
@@ -131,7 +133,7 @@ class Args:
     env_timeout_s: float = 60.0
     """An environment process that takes longer than this for a step is replaced and its episode dropped."""
     save_video: bool = False
-    """Write an mp4 of the first episode of each task at every evaluation by this driver."""
+    """At every evaluation by this driver write the first success and failure of each task (and worker) as mp4."""
     eval_freq: int = 0
     """Training steps between greedy evaluations on the fixed initial states (0: none)."""
     eval_final: bool = False
@@ -274,7 +276,6 @@ class Plan:
     num_trainers: int
     num_envs: int
     samples_per_step: int
-    local_samples: int
     num_minibatches: int
     num_training_steps: int
     policy_optimizer_steps: int
@@ -311,7 +312,7 @@ def raise_problems(problems: Sequence[str]) -> None:
 
 def _range_problems(args: Args) -> list[str]:
     positive = "total_episodes num_steps local_rollout_batch_size num_epochs learning_rate"
-    positive += " local_mini_batch_size per_device_train_batch_size value_learning_rate temperature lora_rank"
+    positive += " local_mini_batch_size per_device_train_batch_size value_learning_rate lora_rank"
     positive += " num_env_processes num_env_groups env_timeout_s vllm_num_engines vllm_tensor_parallel_size"
     positive += " sync_bucket_mib trainer_num_threads engine_num_threads placement_timeout_s num_trials_per_task"
     positive += " per_device_forward_batch_size max_env_length num_value_epochs curriculum_tau cliprange"
@@ -328,6 +329,8 @@ def _range_problems(args: Args) -> list[str]:
             value = getattr(args, name, None)
             if value is not None and not (math.isfinite(value) and holds(value)):
                 problems.append(f"--{name} {value} must be {rule}")
+    if not 0.01 <= args.temperature <= 2:
+        problems.append(f"--temperature {args.temperature} must be in [0.01, 2], vLLM's limits")
     if args.cliprange >= 1:
         problems.append(f"--cliprange {args.cliprange} must be < 1: the ratio's lower bound is 1 - cliprange")
     return problems
@@ -454,7 +457,6 @@ def make_plan(args: Args) -> Plan:
         num_trainers=num_trainers,
         num_envs=num_envs,
         samples_per_step=args.num_steps * num_envs,
-        local_samples=local_samples,
         num_minibatches=num_minibatches,
         num_training_steps=num_training_steps,
         policy_optimizer_steps=max(1, num_training_steps - args.value_init_steps) * num_minibatches * args.num_epochs,
@@ -638,6 +640,7 @@ class RolloutWorker:
         self.args, self.plan, self.index = args, plan, index
         self.processor = load_processor(args.vla_path)
         self.statistics = statistics
+        backend = "object_store" if args.vllm_sync_backend == "auto" else args.vllm_sync_backend
         self.engine = ActionEngine(
             EngineConfig(
                 model_dir=args.vla_path,
@@ -648,10 +651,11 @@ class RolloutWorker:
                 max_num_seqs=args.local_rollout_batch_size,
                 seed=args.seed,
                 num_threads=args.engine_num_threads,
+                weight_transfer_backend=backend,
                 extra=json.loads(args.engine_args),
             )
         )
-        self.engine.init_weight_transfer("object_store")
+        self.engine.init_weight_transfer(backend)
         self.tokenizer = ActionTokenizer.from_config(OpenVLAConfig.from_pretrained(args.vla_path))
         self.suite = get_suite(args.task_suite_name)
         self.collector = self._build_collector()
@@ -704,15 +708,21 @@ class RolloutWorker:
         shards = [ray.put(rollout.shard(rank, self.plan.num_trainers)) for rank in range(self.plan.num_trainers)]
         return shards, episodes, stats
 
-    def evaluate(self, requests: list[ResetRequest]) -> EvaluationRun:
-        """Run each request once, greedily; the training episodes in progress are given up."""
+    def evaluate(self, requests: list[ResetRequest], video_dir: str | None = None) -> EvaluationRun:
+        """Run each request once, greedily; the training episodes in progress are given up.
+
+        With `video_dir` the first success and the first failure of each task are written there as mp4.
+        """
 
         def act(images: np.ndarray, task_ids: np.ndarray) -> np.ndarray:
             prompts = [self.collector.prompts[i] for i in task_ids]
             return self._decode(self.engine.generate(prompts, images, temperature=1.0, greedy=True).token_ids)
 
         self.collector.restart()
-        return run_episodes(self.collector.vector, self.args.local_rollout_batch_size, act, requests)
+        recorder = EpisodeRecorder(Path(video_dir), ("success", "failure"), max_per_task=1) if video_dir else None
+        return run_episodes(
+            self.collector.vector, self.args.local_rollout_batch_size, act, requests, observer=recorder
+        )
 
     def close(self) -> None:
         """End the environment processes and the engine."""
@@ -750,14 +760,14 @@ class Cluster:
         self.trainers = [
             ray.remote(PolicyTrainer).options(
                 num_cpus=1, num_gpus=trainer_gpus, scheduling_strategy=ray_utils.in_bundle(trainer_group, node),
-                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(args.trainer_num_threads)}},
+                runtime_env=ray_utils.actor_env(OMP_NUM_THREADS=str(args.trainer_num_threads)),
             ).remote(args, plan, rank)
             for rank, node in enumerate(node_of_rank)
         ]  # fmt: skip
         self.workers = [
             ray.remote(RolloutWorker).options(
                 num_cpus=1, num_gpus=engine_gpus, scheduling_strategy=ray_utils.in_bundle(worker_group, index),
-                runtime_env={"env_vars": engine_env(plan.device, args.engine_num_threads)},
+                runtime_env=ray_utils.actor_env(**engine_env(plan.device, args.engine_num_threads)),
             ).remote(args, plan, index, statistics)
             for index in range(args.vllm_num_engines)
         ]  # fmt: skip
@@ -803,11 +813,13 @@ class Cluster:
         peak = max(r["mem/trainer_peak_gib"] for r in results)
         return results[0] | {"mem/trainer_peak_gib": peak}
 
-    def evaluate(self) -> EvaluationRun:
+    def evaluate(self, video_dir: Path | None) -> EvaluationRun:
         """Greedy episodes from every fixed initial state of the run's tasks, shared among the workers."""
-        requests = evaluation_requests(self.plan.task_ids, self.args.num_trials_per_task)
+        num_states = self.args.num_trials_per_task or get_suite(self.args.task_suite_name).num_init_states
+        requests = evaluation_requests(self.plan.task_ids, num_states)
         workers = len(self.workers)
-        calls = [w.evaluate.remote(requests[i::workers]) for i, w in enumerate(self.workers)]
+        folders = [str(video_dir / f"worker_{i}") if video_dir else None for i in range(workers)]
+        calls = [w.evaluate.remote(requests[i::workers], folders[i]) for i, w in enumerate(self.workers)]
         total = EvaluationRun()
         for run in ray_utils.wait_all(calls, "evaluating"):
             total.episodes += run.episodes
@@ -831,68 +843,6 @@ class Cluster:
     def close(self) -> None:
         """End the workers' environments and engines; Ray ends the rest."""
         ray.wait([w.close.remote() for w in self.workers], num_returns=len(self.workers), timeout=20)
-
-
-@dataclass
-class BestReturn:
-    """EMA (0.99) of the episodic return, and when it has beaten its best by enough to be saved."""
-
-    min_delta: float
-    patience: int
-    ema: float | None = None
-    best: float | None = None
-    last_saved_step: int | None = None
-
-    def update(self, episode_returns: Sequence[float], step: int) -> bool:
-        """Take in the returns of the episodes that ended in this step; True if the policy is to be saved."""
-        for value in episode_returns:
-            self.ema = value if self.ema is None else 0.99 * self.ema + 0.01 * value
-        if self.ema is None or (self.last_saved_step is not None and step - self.last_saved_step < self.patience):
-            return False
-        if self.best is not None and self.ema <= self.best + self.min_delta:
-            return False
-        self.best, self.last_saved_step = self.ema, step
-        return True
-
-
-def rollout_metrics(episodes: Sequence[EpisodeResult], worker_stats: Sequence[dict[str, float]]) -> dict[str, float]:
-    """`rollout/` metrics of one step over all workers; success, return and length only if an episode ended."""
-    metrics = {
-        "rollout/num_episodes": float(len(episodes)),
-        "rollout/num_void_steps": sum(s["num_void_steps"] for s in worker_stats),
-        "rollout/num_env_replaced": sum(s["num_replaced"] for s in worker_stats),
-        "time/generate_s": max(s["generate_s"] for s in worker_stats),
-        "time/wait_env_s": max(s["wait_env_s"] for s in worker_stats),
-        "mem/worker_peak_gib": max(s["mem_gib"] for s in worker_stats),
-    }
-    if episodes:
-        metrics["rollout/success_rate"] = float(np.mean([e.success for e in episodes]))
-        metrics["rollout/episode_return"] = float(np.mean([e.episode_return for e in episodes]))
-        metrics["rollout/episode_length"] = float(np.mean([e.length for e in episodes]))
-    return metrics
-
-
-def progress_line(step: int, plan: Plan, metrics: dict[str, float], started: float) -> str:
-    """One line per training step: success, return, KL, clip fraction, explained variance, time split, ETA."""
-
-    def show(name: str, label: str, form: str) -> str:
-        return f"{label} {format(metrics[name], form)}" if name in metrics else f"{label} -"
-
-    elapsed = time.perf_counter() - started
-    eta = format_duration(elapsed / step * (plan.num_training_steps - step))
-    return " | ".join(
-        [
-            f"step {step}/{plan.num_training_steps}",
-            show("rollout/success_rate", "success", ".3f") + f" ({metrics['rollout/num_episodes']:.0f} ep)",
-            show("train/approx_kl_k3", "kl", ".4f"),
-            show("train/clip_fraction", "clip", ".3f"),
-            show("train/explained_variance", "ev", ".2f"),
-            f"sync {metrics['time/sync_s']:.1f} collect {metrics['time/collect_s']:.1f} "
-            f"update {metrics['time/update_s']:.1f} s",
-            f"{metrics['time/env_steps_per_s']:.0f} env steps/s",
-            f"ETA {eta}",
-        ]
-    )
 
 
 class Run:
@@ -934,7 +884,7 @@ class Run:
         tasks = ray.get(self.cluster.curriculum.stats.remote())
         curriculum = {f"curriculum/task_{t}_{k}": v for t, stats in tasks.items() for k, v in stats.items()}
         defined = self.writer.write(step, metrics | curriculum)
-        logger.info(progress_line(step, self.plan, defined, self.started))
+        logger.info(progress_line(step, self.plan.num_training_steps, defined, time.perf_counter() - self.started))
         ray.get(self.cluster.curriculum.save.remote(str(self.exp_dir / "curriculum.json")))
         metadata = self.metadata(step, episodes)
         if is_best:
@@ -946,7 +896,8 @@ class Run:
         """Greedy evaluation on the fixed initial states; logged, and written to `file_name` if given."""
         start = time.perf_counter()
         suite = get_suite(self.args.task_suite_name)
-        summary = summarize_run(self.cluster.evaluate(), self.plan.task_ids, suite.instructions)
+        video_dir = self.exp_dir / "videos" / f"step_{step}" if self.args.save_video else None
+        summary = summarize_run(self.cluster.evaluate(video_dir), self.plan.task_ids, suite.instructions)
         overall = summary["overall"]
         metrics = {"time/eval_s": time.perf_counter() - start, "eval/num_episodes": float(overall["episodes"])}
         for name, part in [("", overall), *((f"task_{t['task_id']}_", t) for t in summary["per_task"])]:

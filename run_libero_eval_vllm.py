@@ -18,9 +18,8 @@ import os
 import platform
 import re
 import time
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,9 +29,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from ppo.envs.base import ResetRequest, TaskSuite, get_suite
-from ppo.evaluation import EVALUATION_SEED, EpisodeResult, evaluation_requests, run_episodes, summarize_run
+from ppo.envs.base import TaskSuite, get_suite
+from ppo.evaluation import EVALUATION_SEED, evaluation_requests, run_episodes, summarize_run
 from utils.logging_utils import get_logger
+from utils.video_utils import EpisodeRecorder
 
 logger = get_logger(__name__)
 
@@ -136,7 +136,10 @@ def _range_problems(args: Args) -> list[str]:
     positive += ["max_videos_per_task", "vllm_tensor_parallel_size"]
     values = {name: getattr(args, name) for name in positive}
     problems = [f"--{n} {v} must be positive" for n, v in values.items() if v is not None and v <= 0]
-    problems += [f"--{n} {getattr(args, n)} must be 0 or more" for n in ("temperature", "seed") if getattr(args, n) < 0]
+    if args.seed < 0:
+        problems.append(f"--seed {args.seed} must be 0 or more")
+    if args.temperature != 0 and not 0.01 <= args.temperature <= 2:
+        problems.append(f"--temperature {args.temperature} must be 0 (greedy) or in [0.01, 2], vLLM's limits")
     if not 0 < args.video_fps <= 100:
         problems.append(f"--video_fps {args.video_fps} must be above 0 and at most 100")
     if not 0 < args.gpu_memory_utilization <= 1:
@@ -280,48 +283,10 @@ def device_type() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@dataclass
-class Recorder:
-    """Keeps the frames of running episodes and writes those that --save_video asks for (an EpisodeObserver).
-
-    Memory: one uint8 image per step of every running episode that may still be written.
-    """
-
-    args: Args
-    folder: Path
-    frames: dict[int, list[np.ndarray]] = field(default_factory=dict)
-    num_saved: Counter = field(default_factory=Counter)
-    files: dict[tuple[int, int | None], str] = field(default_factory=dict)
-
-    def _wanted(self, task_id: int, success: bool) -> bool:
-        kind = "successes" if success else "failures"
-        num_left = self.args.max_videos_per_task - self.num_saved[task_id, success]
-        return self.args.save_video in ("all", kind) and num_left > 0
-
-    def start(self, env_id: int, request: ResetRequest, image: np.ndarray) -> None:
-        """Begin an episode's frames."""
-        self.frames.pop(env_id, None)
-        if self._wanted(request.task_id, True) or self._wanted(request.task_id, False):
-            self.frames[env_id] = [image]
-
-    def step(self, env_id: int, image: np.ndarray) -> None:
-        """Add a frame."""
-        if env_id in self.frames:
-            self.frames[env_id].append(image)
-
-    def end(self, env_id: int, result: EpisodeResult) -> None:
-        """Write the episode if it is wanted: task_03-episode_007-success.mp4 in the videos folder."""
-        from utils.video_utils import save_video
-
-        frames = self.frames.pop(env_id, None)
-        if frames is None or not self._wanted(result.task_id, result.success):
-            return
-        self.num_saved[result.task_id, result.success] += 1
-        outcome = "success" if result.success else "failure"
-        file = self.folder / f"task_{result.task_id:02d}-episode_{result.init_state_id:03d}-{outcome}.mp4"
-        self.folder.mkdir(exist_ok=True)
-        save_video(file, frames, self.args.video_fps)
-        self.files[result.task_id, result.init_state_id] = f"{self.folder.name}/{file.name}"
+def recorder_for(args: Args, folder: Path) -> EpisodeRecorder:
+    """The recorder that --save_video asks for."""
+    outcomes = {"none": (), "failures": ("failure",), "successes": ("success",), "all": ("success", "failure")}
+    return EpisodeRecorder(folder, outcomes[args.save_video], args.max_videos_per_task, args.video_fps)
 
 
 def evaluate(args: Args) -> dict[str, Any]:
@@ -353,7 +318,7 @@ def _evaluate(args: Args, run_dir: Path) -> dict[str, Any]:
     task_ids = sorted(args.task_ids) or list(range(suite.num_tasks))
     requests = evaluation_requests(task_ids, args.num_trials_per_task, args.seed)
     num_envs = min(args.num_envs, len(requests))
-    recorder = Recorder(args, run_dir / "videos")
+    recorder = recorder_for(args, run_dir / "videos")
     with VectorEnv(
         args.task_suite_name,
         num_envs,

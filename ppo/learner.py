@@ -53,13 +53,14 @@ class Batch:
 
     def __getitem__(self, index: Tensor | slice) -> "Batch":
         """The samples at `index`."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return Batch(**{k: None if v is None else v[index] for k, v in fields.items()})
 
     def to(self, device: torch.device) -> "Batch":
         """Everything but the images on `device`; those follow micro-batch by micro-batch."""
-        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "images_NHWC"}
-        return dataclasses.replace(self, **{k: None if v is None else v.to(device) for k, v in moved.items()})
+        fields = [f.name for f in dataclasses.fields(self) if f.name != "images_NHWC" and getattr(self, f.name) is not None]
+        moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in fields}
+        return dataclasses.replace(self, **moved)
 
     def __len__(self) -> int:
         """Number of samples."""

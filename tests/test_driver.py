@@ -200,12 +200,3 @@ def test_an_adapter_for_another_base_is_refused(tiny_model_dir, tmp_path):
     )
     with pytest.raises(ValueError, match="is an adapter for another base"):
         driver.check_files(args, tmp_path / "run")
-
-
-def test_best_return_is_saved_on_a_strict_improvement_and_not_too_often():
-    best = driver.BestReturn(min_delta=0.01, patience=3)
-    assert not best.update([], 1)
-    assert best.update([0.5], 2)
-    assert not best.update([1.0] * 50, 3) and not best.update([1.0] * 50, 4), "patience"
-    assert best.update([1.0], 5) and best.ema == pytest.approx(1.0 - 0.5 * 0.99**101)
-    assert not best.update([0.0], 9), "worse"

@@ -281,7 +281,7 @@ def test_center_crop_keeps_the_middle_nine_tenths_of_the_area():
 
 def test_videos_show_the_wanted_episodes_and_say_how_they_ended(tmp_path):
     args = args_for(tmp_path, save_video="failures", max_videos_per_task=1, video_fps=5)
-    recorder = script.Recorder(args, tmp_path / "videos")
+    recorder = script.recorder_for(args, tmp_path / "videos")
 
     def episode(env_id, task_id, state, success):
         recorder.start(env_id, ResetRequest(task_id, state, 0), np.zeros((30, 31, 3), np.uint8))
@@ -299,7 +299,7 @@ def test_videos_show_the_wanted_episodes_and_say_how_they_ended(tmp_path):
 
 
 def test_recording_keeps_no_frames_when_nothing_can_be_wanted(tmp_path):
-    recorder = script.Recorder(args_for(tmp_path), tmp_path / "videos")
+    recorder = script.recorder_for(args_for(tmp_path), tmp_path / "videos")
     recorder.start(0, ResetRequest(0, 0, 0), np.zeros((8, 8, 3), np.uint8))
     assert recorder.frames == {}
 

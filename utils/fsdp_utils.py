@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -152,10 +152,11 @@ def iterate_merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _merge_lora(weight: Tensor, layer: nn.Module) -> Tensor:
     """W + sum over active adapters of scaling * B @ A, accumulated in float32."""
     merged = weight.to(torch.float32, copy=True)
-    for adapter in layer.active_adapters:  # type: ignore[union-attr]
-        down = full_tensor(layer.lora_A[adapter].weight.detach()).float()  # type: ignore[index,union-attr]
-        up = full_tensor(layer.lora_B[adapter].weight.detach()).float()  # type: ignore[index,union-attr]
-        merged.add_(up @ down, alpha=layer.scaling[adapter])  # type: ignore[index,union-attr]
+    lora: Any = layer
+    for adapter in lora.active_adapters:
+        down = full_tensor(lora.lora_A[adapter].weight.detach()).float()
+        up = full_tensor(lora.lora_B[adapter].weight.detach()).float()
+        merged.add_(up @ down, alpha=lora.scaling[adapter])
     return merged.to(weight.dtype)
 
 

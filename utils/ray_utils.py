@@ -16,6 +16,22 @@ logger = get_logger(__name__)
 # A laptop has two cores and six processes of ours, most of them waiting: Ray counts these as slots, not as cores.
 LOCAL_CPU_SLOTS = 64
 
+# Chatter of libraries that says nothing about the run; PPO_VLA_LOG_LEVEL=DEBUG lets it through.
+QUIET_ENV = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TQDM_DISABLE": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "PYTHONWARNINGS": "ignore::FutureWarning",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+
+
+def actor_env(**variables: str) -> dict[str, dict[str, str]]:
+    """Runtime environment of an actor: `variables`, and quiet libraries unless everything is to be shown."""
+    quiet = {} if os.environ.get("PPO_VLA_LOG_LEVEL") == "DEBUG" else QUIET_ENV
+    return {"env_vars": quiet | variables}
+
 
 def start_ray(address: str | None, num_gpus: int, num_cpu_slots: int = LOCAL_CPU_SLOTS) -> None:
     """Connect to a running cluster (`address`), or start one on this machine bound to the loopback interface.
@@ -24,7 +40,6 @@ def start_ray(address: str | None, num_gpus: int, num_cpu_slots: int = LOCAL_CPU
     actor, so slots do not have to be cores.
     """
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else Ray writes a token into the home directory
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address:
         ray.init(address=address, log_to_driver=True)

@@ -1,7 +1,10 @@
 """Episodes as mp4 files that any browser plays (H.264, yuv420p), written with imageio's own ffmpeg."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import imageio.v2 as imageio
 import numpy as np
@@ -27,3 +30,48 @@ def save_video(file: str | Path, frames_THWC: Sequence[np.ndarray], fps: float =
         for frame in held:
             large = np.repeat(np.repeat(frame, factor, axis=0), factor, axis=1)
             writer.append_data(np.pad(large, padding, mode="edge"))  # type: ignore[attr-defined]
+
+
+@dataclass
+class EpisodeRecorder:
+    """Keeps the frames of running episodes and writes those that are wanted (an `ppo.evaluation.EpisodeObserver`).
+
+    Memory: one uint8 image per step of every running episode that may still be written.
+
+    folder: made when the first video is written. outcomes: "success", "failure" or both. max_per_task: videos of each
+    task and outcome. files: what was written, by (task id, initial state id).
+    """
+
+    folder: Path
+    outcomes: Collection[str]
+    max_per_task: int
+    fps: float = 10.0
+    frames: dict[int, list[np.ndarray]] = field(default_factory=dict)
+    num_saved: Counter = field(default_factory=Counter)
+    files: dict[tuple[int, int | None], str] = field(default_factory=dict)
+
+    def _wanted(self, task_id: int, outcome: str) -> bool:
+        return outcome in self.outcomes and self.num_saved[task_id, outcome] < self.max_per_task
+
+    def start(self, env_id: int, request: Any, image: np.ndarray) -> None:
+        """Begin an episode's frames."""
+        self.frames.pop(env_id, None)
+        if any(self._wanted(request.task_id, outcome) for outcome in self.outcomes):
+            self.frames[env_id] = [image]
+
+    def step(self, env_id: int, image: np.ndarray) -> None:
+        """Add a frame."""
+        if env_id in self.frames:
+            self.frames[env_id].append(image)
+
+    def end(self, env_id: int, result: Any) -> None:
+        """Write the episode if it is wanted: task_03-episode_007-success.mp4."""
+        frames = self.frames.pop(env_id, None)
+        outcome = "success" if result.success else "failure"
+        if frames is None or not self._wanted(result.task_id, outcome):
+            return
+        self.num_saved[result.task_id, outcome] += 1
+        file = self.folder / f"task_{result.task_id:02d}-episode_{result.init_state_id:03d}-{outcome}.mp4"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_video(file, frames, self.fps)
+        self.files[result.task_id, result.init_state_id] = f"{self.folder.name}/{file.name}"

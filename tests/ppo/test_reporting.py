@@ -1,0 +1,35 @@
+"""The console line, the rollout's metrics and the choice of the best policy."""
+
+import pytest
+
+from ppo.evaluation import EpisodeResult
+from ppo.reporting import BestReturn, progress_line, rollout_metrics
+
+WORKER = {"num_void_steps": 2.0, "num_replaced": 1.0, "generate_s": 3.0, "wait_env_s": 0.5, "mem_gib": 1.5}
+
+
+def test_success_and_return_are_absent_when_no_episode_ended():
+    metrics = rollout_metrics([], [WORKER, WORKER | {"generate_s": 4.0}])
+    assert metrics["rollout/num_episodes"] == 0 and "rollout/success_rate" not in metrics
+    assert metrics["rollout/num_void_steps"] == 4 and metrics["time/generate_s"] == 4.0
+
+
+def test_rates_are_over_the_episodes_that_ended():
+    ended = [EpisodeResult(0, None, 1, True, 4, 1.0), EpisodeResult(2, None, 2, False, 10, 0.0)]
+    metrics = rollout_metrics(ended, [WORKER])
+    assert metrics["rollout/success_rate"] == 0.5 and metrics["rollout/episode_length"] == 7.0
+
+
+def test_the_line_has_the_eta_and_a_dash_for_what_is_undefined():
+    metrics = {"rollout/num_episodes": 0.0, "time/sync_s": 0.1, "time/collect_s": 2.0, "time/update_s": 1.0}
+    line = progress_line(2, 10, metrics | {"time/env_steps_per_s": 99.7}, elapsed_s=20.0)
+    assert "step 2/10" in line and "success - (0 ep)" in line and "ETA 1:20" in line and "100 env steps/s" in line
+
+
+def test_best_return_is_saved_on_a_strict_improvement_and_not_too_often():
+    best = BestReturn(min_delta=0.01, patience=3)
+    assert not best.update([], 1)
+    assert best.update([0.5], 2)
+    assert not best.update([1.0] * 50, 3) and not best.update([1.0] * 50, 4), "patience"
+    assert best.update([1.0], 5) and best.ema == pytest.approx(1.0 - 0.5 * 0.99**101)
+    assert not best.update([0.0], 9), "worse"
