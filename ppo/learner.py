@@ -53,13 +53,17 @@ class Batch:
 
     def __getitem__(self, index: Tensor | slice) -> "Batch":
         """The samples at `index`."""
-        fields: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Batch(**{k: None if v is None else v[index] for k, v in fields.items()})
+        taken: dict[str, Any] = {name: value[index] for name, value in self._tensors().items()}
+        return dataclasses.replace(self, **taken)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The fields that are there."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in fields.items() if value is not None}
 
     def to(self, device: torch.device) -> "Batch":
         """Everything but the images on `device`; those follow micro-batch by micro-batch."""
-        fields = [f.name for f in dataclasses.fields(self) if f.name != "images_NHWC" and getattr(self, f.name) is not None]
-        moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in fields}
+        moved: dict[str, Any] = {n: v.to(device) for n, v in self._tensors().items() if n != "images_NHWC"}
         return dataclasses.replace(self, **moved)
 
     def __len__(self) -> int:
