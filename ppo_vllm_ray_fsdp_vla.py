@@ -522,10 +522,10 @@ class PolicyTrainer:
             "critic parameters": sum(p.numel() for p in critic.parameters()),
         }
 
-    def _shard(self, model: torch.nn.Module) -> Any:
+    def _shard(self, model: torch.nn.Module, dtype: torch.dtype | None = None) -> Any:
         reshard = self.args.sharding_strategy == "full-shard"
         return fsdp_utils.shard_model(
-            model, param_dtype=self.dtype, offload=self.args.offload, reshard_after_forward=reshard
+            model, param_dtype=dtype or self.dtype, offload=self.args.offload, reshard_after_forward=reshard
         )
 
     def _load_model(self) -> Any:
@@ -564,7 +564,7 @@ class PolicyTrainer:
     def _build_critic(self, hidden_size: int) -> Any:
         args = self.args
         if args.value_model_type == "shared":
-            return self._shard(ValueHead(hidden_size).to(self.device))
+            return self._shard(ValueHead(hidden_size).to(self.device), torch.float32)
         model = self._load_model()
         if args.value_use_lora:
             peft_utils.add_lora(model, rank=args.lora_rank, alpha=args.lora_alpha)

@@ -36,4 +36,18 @@ class PushRight:
         return self.rng.integers(0, 256, (self.image_size, self.image_size, 3), dtype=np.uint8)
 
 
+class Mortal(PushRight):
+    """Dies in the third step of every fourth episode or so."""
+
+    def step(self, action: np.ndarray) -> StepResult:
+        if self.num_steps == 2 and self.doomed:
+            raise RuntimeError("the simulator died")
+        return super().step(action)
+
+    def reset(self, request: ResetRequest) -> np.ndarray:
+        self.doomed = request.seed % 4 == 0
+        return super().reset(request)
+
+
 SUITE = TaskSuite("push_right", ("push the red block", "pick up the plate"), LENGTH, 5, PushRight)
+MORTAL_SUITE = TaskSuite("mortal", SUITE.instructions, LENGTH, 5, Mortal)

@@ -1,0 +1,104 @@
+"""The collector over real environment processes, against the same episodes stepped one by one."""
+
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from ppo.collector import Collector
+from ppo.envs.base import ResetRequest
+from ppo.envs.vector import VectorEnv
+from tests.worlds import PushRight
+
+SIZE, T, B = 8, 7, 5
+PROMPTS = [[1, 2], [1, 3, 4]]
+
+
+def token_for(prompt: list[int], image: np.ndarray) -> int:
+    """A policy that depends on every input: 0 (dx < 0) or 1 (dx > 0) in the first token."""
+    return (int(image.sum()) + sum(prompt)) % 2
+
+
+def generate(prompt_ids, images):
+    tokens = np.zeros((len(images), 7), dtype=np.int64)
+    tokens[:, 0] = [token_for(p, i) for p, i in zip(prompt_ids, images, strict=True)]
+    return SimpleNamespace(token_ids=tokens, logprobs=-tokens.astype(np.float32) - 1.0)
+
+
+def decode(token_ids):
+    actions = np.zeros((len(token_ids), 7), dtype=np.float32)
+    actions[:, 0] = 2.0 * token_ids[:, 0] - 1.0
+    return actions
+
+
+@pytest.fixture
+def collector():
+    with VectorEnv("tests.worlds:SUITE", B, num_processes=2, image_size=SIZE) as vector:
+        yield Collector(vector, PROMPTS, generate, decode, num_groups=2, seed=(11, 0))
+
+
+def expected_steps(requests: list[ResetRequest], num_steps: int):
+    """(observation, task, token, reward, terminated, truncated, final image or None) of one environment, serially."""
+    env, todo = PushRight(SIZE), iter(requests)
+    request = next(todo)
+    image = env.reset(request)
+    for _ in range(num_steps):
+        token = token_for(PROMPTS[request.task_id], image)
+        result = env.step(decode(np.array([[token] + [0] * 6]))[0])
+        final = result.image if result.truncated else None
+        yield image, request.task_id, token, result.reward, result.terminated, result.truncated, final
+        image = result.image
+        if result.terminated or result.truncated:
+            request = next(todo)
+            image = env.reset(request)
+
+
+def test_two_rollouts_hold_what_serial_environments_do_and_each_episode_its_task(collector, monkeypatch):
+    requests: dict[int, list[ResetRequest]] = {b: [] for b in range(B)}
+    original = collector._request
+
+    def remembered(env_id, tasks):
+        requests[env_id].append(original(env_id, tasks))
+        return requests[env_id][-1]
+
+    monkeypatch.setattr(collector, "_request", remembered)
+    tasks = itertools.cycle([0, 1, 1])
+    collected = [collector.collect(T, tasks) for _ in range(2)]
+    assert len({r.seed for rs in requests.values() for r in rs}) == sum(map(len, requests.values())), "seeds repeat"
+    num_episodes = num_truncated = 0
+    for b in range(B):
+        for number, step in enumerate(expected_steps(requests[b], 2 * T)):
+            image, task, token, reward, terminated, truncated, final = step
+            rollout, t = collected[number // T][0], number % T
+            np.testing.assert_array_equal(rollout.images_TBHWC[t, b].numpy(), image)
+            assert int(rollout.task_id_TB[t, b]) == task and int(rollout.action_ids_TBA[t, b, 0]) == token
+            assert float(rollout.logprob_TBA[t, b, 0]) == -token - 1.0
+            assert float(rollout.reward_TB[t, b]) == reward
+            assert (bool(rollout.terminated_TB[t, b]), bool(rollout.truncated_TB[t, b])) == (terminated, truncated)
+            num_episodes, num_truncated = num_episodes + (terminated or truncated), num_truncated + truncated
+            if truncated:
+                row = ((rollout.final_t_K == t) & (rollout.final_b_K == b)).nonzero().item()
+                np.testing.assert_array_equal(rollout.final_images_KHWC[row].numpy(), final)
+    records = collected[0][1] + collected[1][1]
+    assert len(records) == num_episodes > 10 and num_truncated > 0
+    played = {(r.task_id, r.seed) for r in records}
+    assert played <= {(r.task_id, r.seed) for rs in requests.values() for r in rs}
+    first, second = collected[0][0], collected[1][0]
+    np.testing.assert_array_equal(first.last_images_BHWC.numpy(), second.images_TBHWC[0].numpy())
+    np.testing.assert_array_equal(first.last_task_id_B.numpy(), second.task_id_TB[0].numpy())
+
+
+def test_a_dropped_episode_is_invalid_from_its_start_and_reported_nowhere():
+    with VectorEnv("tests.worlds:MORTAL_SUITE", 2, num_processes=2, image_size=SIZE) as vector:
+        collector = Collector(vector, PROMPTS, generate, decode, num_groups=1, seed=(0, 0))
+        rollout, records = collector.collect(12, itertools.repeat(0))
+    assert vector.num_replaced >= 1
+    void = ~rollout.valid_TB
+    assert void.any() and not void.all()
+    for b in range(2):
+        for t in np.flatnonzero(void[:, b].numpy()):
+            begins = t == 0 or bool(rollout.done_TB[t - 1, b])
+            assert begins or void[t - 1, b], "a void step follows a valid one of the same episode"
+    counted = int((rollout.done_TB & rollout.valid_TB).sum())
+    assert len(records) == counted > 0
