@@ -175,6 +175,18 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tiny_model_dir: Pat
     assert all(torch.equal(before[n], p) for n, p in finetuner.model.named_parameters())
 
 
+def test_bfloat16_compute_keeps_float32_master_weights(tiny_model_dir: Path, data_root: Path, tmp_path: Path) -> None:
+    out = run(tiny_model_dir, data_root, tmp_path / "bf16", dtype="bfloat16", learning_rate=1e-6)
+    exact = run(tiny_model_dir, data_root, tmp_path / "fp32", learning_rate=1e-6)
+    losses, wanted = ([m["train/loss"] for m in read_metrics(folder)] for folder in (out, exact))
+    assert losses == pytest.approx(wanted, rel=0.02) and losses != wanted, "bfloat16 was really used"
+    name = "language_model.model.layers.0.mlp.up_proj.weight"
+    before, after = weights(tiny_model_dir)[name], weights(out)[name]
+    # Steps of 1e-6 are far below bfloat16's resolution of these weights.
+    assert after.dtype == torch.float32 and 0 < (after - before).abs().max() < 1e-5
+    assert (after != before).float().mean() > 0.9
+
+
 def test_action_metrics_by_hand() -> None:
     tokenizer = ActionTokenizer(400)
     labels = torch.tensor([*range(200, 207), 2, *range(300, 307), 2])
