@@ -35,6 +35,7 @@ import math
 import os
 import resource
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -304,10 +305,14 @@ def validate(args: Args) -> None:
     raise_problems([*problems, *_size_problems(args, num_trainers)])
 
 
+class CommandLineError(ValueError):
+    """Flags, files or folders that cannot work; the message lists every problem."""
+
+
 def raise_problems(problems: Sequence[str]) -> None:
-    """Raise ValueError with all `problems`, one a line, if there are any."""
+    """Raise CommandLineError with all `problems`, one a line, if there are any."""
     if problems:
-        raise ValueError(f"{len(problems)} problem(s) with this command line:\n- " + "\n- ".join(problems))
+        raise CommandLineError(f"{len(problems)} problem(s) with this command line:\n- " + "\n- ".join(problems))
 
 
 def _range_problems(args: Args) -> list[str]:
@@ -965,4 +970,8 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__, config=(tyro.conf.ConsolidateSubcommandArgs,), use_underscores=True))
+    try:
+        main(tyro.cli(Args, description=__doc__, use_underscores=True))
+    except CommandLineError as problem:
+        logger.error("%s", problem)
+        sys.exit(2)

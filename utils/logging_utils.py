@@ -20,10 +20,14 @@ def get_logger(name: str) -> logging.Logger:
     """Return a logger that writes to the console through rich; its level comes from `PPO_VLA_LOG_LEVEL` (INFO)."""
     root = logging.getLogger("ppo_vla")
     if not root.handlers:
-        # in a file or a pipe a message is one line, however long
-        console = Console(stderr=True, width=None if sys.stderr.isatty() else 200)
-        handler = RichHandler(console=console, show_path=False, log_time_format="%H:%M:%S", markup=False)
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler: logging.Handler
+        if sys.stderr.isatty():
+            console = Console(stderr=True)
+            handler = RichHandler(console=console, show_path=False, log_time_format="%H:%M:%S", markup=False)
+            handler.setFormatter(logging.Formatter("%(message)s"))
+        else:  # in a file or a pipe a message is one line, however long
+            handler = logging.StreamHandler()
+            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
         root.addHandler(handler)
         root.setLevel(os.environ.get("PPO_VLA_LOG_LEVEL", "INFO"))
         root.propagate = False
