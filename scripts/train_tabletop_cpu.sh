@@ -10,11 +10,22 @@ bash scripts/setup_env.sh --quiet
 exec .venv/bin/python ppo_vllm_ray_fsdp_vla.py \
     --task_suite_name tabletop \
     --device cpu \
+    --actor_num_gpus_per_node "[2]" \
+    --engine_num_threads 2 \
     --use_lora \
-    --lora_rank 16 \
-    --total_episodes 65536 \
+    --lora_rank 32 \
+    --freeze_vision_backbone \
+    --total_episodes 40960 \
     --num_steps 16 \
     --local_rollout_batch_size 64 \
-    --value_init_steps 3 \
-    --temperature 0.4 \
+    --local_mini_batch_size 128 \
+    --per_device_train_batch_size 128 \
+    --value_init_steps 2 \
+    --learning_rate 1e-3 \
+    --policy_lr_scheduler_type linear \
+    --policy_lr_warmup_steps 3 \
+    --value_learning_rate 1e-3 \
+    --gamma 0.99 \
+    --lam 0.95 \
+    --temperature 1.0 \
     "$@"

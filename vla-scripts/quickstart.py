@@ -59,8 +59,11 @@ class Args:
 
 
 # The quick start's hyper-parameters; PPO's are in its launch script. docs/RECIPE.md says how they were found.
-DEMOS = {"num_episodes": 1000}
-FINETUNE = {"max_steps": 500}
+DEMOS = {"num_episodes": 1000, "imperfection": 0.85, "image_size": 56}
+FINETUNE = {
+    "max_steps": 400, "per_device_train_batch_size": 64, "learning_rate": 5e-4, "lr_scheduler_type": "cosine",
+    "warmup_steps": 20, "freeze_vision_backbone": True, "image_aug": False, "save_freq": 0, "num_threads": 2,
+}  # fmt: skip
 PPO_TITLE = "PPO with LoRA"
 PPO_SCRIPT = "scripts/train_tabletop_cpu.sh"
 
