@@ -15,16 +15,16 @@ exec .venv/bin/python ppo_vllm_ray_fsdp_vla.py \
     --use_lora \
     --lora_rank 32 \
     --freeze_vision_backbone \
-    --total_episodes 40960 \
+    --total_episodes 32768 \
     --num_steps 16 \
     --local_rollout_batch_size 64 \
     --local_mini_batch_size 128 \
     --per_device_train_batch_size 128 \
     --value_init_steps 2 \
-    --learning_rate 1e-3 \
+    --learning_rate 1.2e-3 \
     --policy_lr_scheduler_type linear \
     --policy_lr_warmup_steps 3 \
-    --value_learning_rate 1e-3 \
+    --value_learning_rate 3e-3 \
     --gamma 0.99 \
     --lam 0.95 \
     --temperature 1.0 \
