@@ -128,7 +128,7 @@ def test_fixed_states_never_change():
     digest = hashlib.sha256()
     for task in range(len(TASKS)):
         for state in range(NUM_INIT_STATES):
-            env.reset(ResetRequest(task, state, seed=state))
+            env.reset(ResetRequest(task, state, seed=state + 3))
             items = [*env.world.objects, *env.world.receptacles]
             digest.update(repr([(i.name, np.round(i.position, 6).tolist()) for i in items]).encode())
             digest.update(repr(np.round(env.world.gripper, 6).tolist()).encode())
@@ -158,6 +158,7 @@ def test_an_episode_is_reproducible_and_its_seed_decides_the_noise():
         ((0.3, 0.5, 0.0), False, CLOSE, True),
         ((0.3, 0.5, CONTACT_HEIGHT - 0.02), False, CLOSE, True),
         ((0.3, 0.5, CONTACT_HEIGHT + 0.02), False, CLOSE, False),
+        ((0.42, 0.5, 0.0), False, CLOSE, False),
         ((0.3 + GRASP_RADIUS + 0.01, 0.5, 0.0), False, CLOSE, False),
         ((0.3 + GRASP_RADIUS - 0.01, 0.5, 0.0), False, CLOSE, True),
         ((0.3, 0.5, 0.0), False, OPEN, False),
@@ -229,6 +230,11 @@ def test_time_limit_truncates_and_success_terminates():
     results = [env.step(action()) for _ in range(3)]
     assert [r.truncated for r in results] == [False, False, True] and not any(r.terminated for r in results)
     episode = run_expert_episode(TabletopEnv(SIZE), ResetRequest(0, 0, 0), 0.0, np.random.default_rng(0))
+    limit = len(episode.actions)
+    env = TabletopEnv(SIZE, max_steps=limit)
+    env.reset(ResetRequest(0, 0, 0))
+    last = [env.step(step) for step in episode.actions][-1]
+    assert last.terminated and not last.truncated, "solved in the very last step"
     assert episode.success and episode.rewards.tolist() == [0.0] * (len(episode.actions) - 1) + [1.0]
     assert len(episode.images) == len(episode.states) == len(episode.joint_states) == len(episode.actions)
 
