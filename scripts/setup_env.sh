@@ -161,7 +161,10 @@ main() {
     make_venv
     install_packages
     say "checking that everything imports"
-    TF_CPP_MIN_LOG_LEVEL=3 "$VENV/bin/python" -m utils.check_install --kind "$kind" || fail "the installed packages do not work (see above)"
+    # TensorFlow greets on stderr whatever its log level: shown only when something fails.
+    local messages
+    messages=$("$VENV/bin/python" -m utils.check_install --kind "$kind" 2>&1) ||
+        fail "the installed packages do not work" "$messages"
     expected_stamp >"$STAMP"
     say "done in $((SECONDS - start)) s: $VENV ($kind)"
 }
