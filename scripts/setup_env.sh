@@ -38,7 +38,9 @@ parse_options() {
     done
 }
 
-has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; }
+# No `program | grep -q`: grep ends first, the program may die of SIGPIPE, and pipefail makes that a "no".
+has_gpu() { [[ $(nvidia-smi -L 2>/dev/null) == GPU* ]]; }
+has_library() { [[ $(PATH=$PATH:/usr/sbin:/sbin ldconfig -p) == *"$1"* ]]; }
 requirements_of() { if [ "$1" = gpu ]; then echo requirements.txt; else echo requirements-cpu.txt; fi; }
 stamped_kind() { if [ -f "$STAMP" ]; then head -n 1 "$STAMP"; fi; }
 
@@ -65,7 +67,7 @@ check_system() {
         say "warning: nvidia-smi lists no GPU here; the GPU packages will not run on this machine"
     fi
     # vLLM's CPU build is linked to libnuma and only warns when it cannot load its kernels.
-    if [ "$kind" = cpu ] && ! PATH=$PATH:/usr/sbin:/sbin ldconfig -p | grep -q 'libnuma\.so\.1'; then
+    if [ "$kind" = cpu ] && ! has_library libnuma.so.1; then
         fail "libnuma.so.1 is missing; vLLM's CPU build needs it" "apt-get install -y libnuma1   (as root), then run this again"
     fi
 }
