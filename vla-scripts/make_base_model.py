@@ -175,13 +175,14 @@ def main(args: Args) -> None:
         raise ValueError(f"--output_dir {output_dir} exists already: remove it or name another folder")
     torch.backends.cuda.matmul.allow_tf32 = True
     model, processor = build_tiny_vla(args.model)
-    model.to(args.device)
+    torch.nn.Module.to(model, args.device)
     started = time.monotonic()
     data = draw_questions(args, model, processor)
     draw_s = time.monotonic() - started
     logger.info("%d frames in %.0f s; %d parameters", len(data.image_NHWC), draw_s, model.num_parameters())
     rows = train(args, model, processor, data)
-    model.to("cpu").save_pretrained(output_dir)
+    torch.nn.Module.to(model, "cpu")
+    model.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
     (output_dir / "dataset_statistics.json").write_text("{}\n")
     settings = {"command": " ".join(sys.argv), "settings": asdict(args), "torch": torch.__version__}

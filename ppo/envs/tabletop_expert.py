@@ -136,9 +136,7 @@ def run_expert_episode(
     state_T8 = np.stack(states)
     joint_T7 = np.zeros((len(states), 7), dtype=np.float32)
     joint_T7[:, :4] = state_T8[:, [0, 1, 2, 6]]
-    return Episode(
-        images, np.stack(actions), np.asarray(rewards, dtype=np.float32), result.success, state_T8, joint_T7
-    )
+    return Episode(images, np.stack(actions), np.asarray(rewards, dtype=np.float32), result.success, state_T8, joint_T7)
 
 
 def _state(world: World) -> np.ndarray:
