@@ -725,9 +725,7 @@ class RolloutWorker:
 
         self.collector.restart()
         recorder = EpisodeRecorder(Path(video_dir), ("success", "failure"), max_per_task=1) if video_dir else None
-        return run_episodes(
-            self.collector.vector, self.args.local_rollout_batch_size, act, requests, observer=recorder
-        )
+        return run_episodes(self.collector.vector, self.args.local_rollout_batch_size, act, requests, observer=recorder)
 
     def close(self) -> None:
         """End the environment processes and the engine."""

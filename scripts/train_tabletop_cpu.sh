@@ -11,15 +11,16 @@ exec .venv/bin/python ppo_vllm_ray_fsdp_vla.py \
     --task_suite_name tabletop \
     --device cpu \
     --actor_num_gpus_per_node "[2]" \
-    --engine_num_threads 2 \
+    --vllm_num_engines 2 \
+    --num_env_processes 1 \
     --use_lora \
     --lora_rank 32 \
     --freeze_vision_backbone \
     --total_episodes 32768 \
     --num_steps 16 \
-    --local_rollout_batch_size 64 \
+    --local_rollout_batch_size 32 \
     --local_mini_batch_size 128 \
-    --per_device_train_batch_size 128 \
+    --per_device_train_batch_size 32 \
     --value_init_steps 2 \
     --learning_rate 1.2e-3 \
     --policy_lr_scheduler_type linear \
