@@ -299,13 +299,15 @@ def replay(model_dir: Path, label: str, episodes: Sequence[dict[str, Any]], work
     Initial state and noise are the evaluation's, so that the outcome is too; an episode that ends otherwise (the engine
     rounds differently) is logged.
     """
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # before transformers is imported: it shows a bar per model
+    from transformers.utils.logging import disable_progress_bar
+
     from ppo.envs.base import ResetRequest, get_suite
     from prismatic.extern.hf.modeling_prismatic import load_model
     from prismatic.extern.hf.processing_prismatic import load_processor
     from prismatic.vla.action_normalization import load_norm_stats, resolve_unnorm_key, to_env_action
     from utils.video_utils import save_video
 
+    disable_progress_bar()  # of loading a model
     suite, model, processor = get_suite(SUITE), load_model(model_dir), load_processor(model_dir)
     unnorm_key = resolve_unnorm_key(load_norm_stats(model_dir), SUITE)
     clips = []
