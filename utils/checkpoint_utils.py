@@ -24,7 +24,11 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 REQUIRED_FILES = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
 # Never copied beside new weights: other weights, and what describes another folder's history.
 NOT_COPIED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
-NOT_COPIED_NAMES = (ADAPTER_CONFIG, "metadata.json", "merge_metadata.json")
+NOT_COPIED_NAMES = (
+    ADAPTER_CONFIG, "metadata.json", "merge_metadata.json", "base_model.json", "args.json", "log.txt", "metrics.jsonl",
+    "curriculum.json", "eval_final.json", "pretraining.jsonl",
+)  # fmt: skip
+NOT_COPIED_PREFIXES = ("events.out.tfevents", ".")
 
 
 def weight_files(model_dir: str | Path) -> list[Path]:
@@ -120,8 +124,10 @@ def copy_model_files(source_dir: str | Path, output_dir: str | Path) -> list[str
     """Copy everything but weights (config, tokenizer, processor, statistics) that `output_dir` lacks; return names."""
     copied = []
     for file in sorted(Path(source_dir).iterdir()):
-        skip = file.name.endswith(NOT_COPIED_SUFFIXES) or file.name in NOT_COPIED_NAMES or not file.is_file()
-        if skip or (Path(output_dir) / file.name).exists():
+        history = file.name in NOT_COPIED_NAMES or file.name.startswith(NOT_COPIED_PREFIXES)
+        if history or file.name.endswith(NOT_COPIED_SUFFIXES) or not file.is_file():
+            continue
+        if (Path(output_dir) / file.name).exists():
             continue
         shutil.copyfile(file, Path(output_dir) / file.name)
         copied.append(file.name)
