@@ -192,10 +192,10 @@ class PPOLearner:
         averages = Averages()
         with self.timer.phase("prepare"):
             batch = self.prepare(rollout, averages)
-        with self.timer.phase("value"):
+        with self.timer.phase("value"), training_mode(self.critic.model):
             self.update_value(batch, step, averages)
         if step > self.args.value_init_steps:
-            with self.timer.phase("policy"):
+            with self.timer.phase("policy"), training_mode(self.policy.model):
                 self.update_policy(batch, step, averages)
         metrics = averages.reduce(self.device)
         metrics["train/learning_rate"] = self.policy.scheduler.get_last_lr()[0]
@@ -435,6 +435,16 @@ class PPOLearner:
         trained.optimizer.step()
         trained.optimizer.zero_grad(set_to_none=True)
         trained.scheduler.step()
+
+
+@contextlib.contextmanager
+def training_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Let dropout and activation checkpointing act inside the block; old log-probs and values are without them."""
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
 
 
 def with_last(items: Iterator[Batch]) -> Iterator[tuple[Batch, bool]]:

@@ -62,7 +62,9 @@ def make_rollout(model_dir: str, seed: int = 0) -> Rollout:
     )
 
 
-def make_learner(model_dir: str, args: SimpleNamespace, lora: bool = False):
+def make_learner(
+    model_dir: str, args: SimpleNamespace, lora: bool = False, dropout: float = 0.0, checkpointing: bool = False
+):
     """Policy, critic and optimizers as the driver builds them; SGD, so that weights show the gradients' size."""
     from ppo.critic import ValueHead
     from ppo.learner import PPOLearner, Trainable
@@ -71,8 +73,10 @@ def make_learner(model_dir: str, args: SimpleNamespace, lora: bool = False):
 
     torch.manual_seed(3)
     model = load_model(model_dir)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
     if lora:
-        peft_utils.add_lora(model, rank=4, freeze_vision_backbone=True)
+        peft_utils.add_lora(model, rank=4, dropout=dropout, freeze_vision_backbone=True)
     critic = ValueHead(model.config.text_config.hidden_size)
     with torch.no_grad():
         for parameter in critic.parameters():
@@ -234,3 +238,37 @@ def non_finite(rank: int, model_dir: str) -> None:
 
 def test_a_nan_on_one_rank_stops_every_rank_before_the_optimizer(tiny_model_dir):
     in_ranks(2, non_finite, str(tiny_model_dir))
+
+
+def dropout_and_checkpointing(rank: int, model_dir: str) -> None:
+    """LoRA dropout acts in the update (and only there); checkpointing recomputes Llama layers and changes nothing."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    calls = [0]
+    LlamaDecoderLayer.forward, original = counted(LlamaDecoderLayer.forward, calls), LlamaDecoderLayer.forward
+    results, num_calls = [], []
+    for options in ({}, {"checkpointing": True}, {"dropout": 0.5}):
+        learner = make_learner(model_dir, flags(), lora=True, **options)
+        calls[0] = 0
+        learner.update(make_rollout(model_dir), step=1)
+        num_calls.append(calls[0])
+        results.append(weights(learner))
+        assert not learner.policy.model.training
+    LlamaDecoderLayer.forward = original
+    plain, checkpointed, dropped = results
+    for name in plain:
+        torch.testing.assert_close(checkpointed[name], plain[name], rtol=1e-5, atol=1e-7, msg=name)
+    assert num_calls[1] > num_calls[0], "no layer was recomputed"
+    assert any(not torch.allclose(dropped[n], plain[n], atol=1e-7) for n in plain if "lora_B" in n), "no dropout"
+
+
+def counted(function, calls):
+    def wrapper(*args, **kwargs):
+        calls[0] += 1
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def test_lora_dropout_and_checkpointing_act_in_the_update(tiny_model_dir):
+    in_ranks(1, dropout_and_checkpointing, str(tiny_model_dir))
