@@ -833,7 +833,7 @@ class Cluster:
     def save(
         self, folder: Path, metadata: dict[str, Any], *, with_state: bool = False, overwrite: bool = False
     ) -> None:
-        """Write the policy (adapter or whole model), its metadata, the action statistics and the curriculum."""
+        """Write the policy (adapter or whole model folder), its metadata and the curriculum."""
         files = {"metadata.json": metadata}
         ray_utils.wait_all(
             [t.save_policy.remote(str(folder), files, overwrite) for t in self.trainers], f"saving {folder}"
