@@ -21,6 +21,7 @@ from ppo.gae import gae
 from ppo.losses import (
     action_logprobs,
     entropy,
+    explained_variance_of_moments,
     kl_k3,
     moments,
     normalize,
@@ -336,8 +337,7 @@ class PPOLearner:
         """1 - Var(R - V) / Var(R) over the valid samples of all ranks; NaN where the returns are all equal."""
         sums_23 = torch.stack([moments(return_N - value_N), moments(return_N)]).to(self.device)
         dist.all_reduce(sums_23)
-        error_variance, variance = ((squares / n - (total / n) ** 2) for n, total, squares in sums_23.tolist())
-        return 1.0 - error_variance / variance if variance > 0.0 else math.nan
+        return explained_variance_of_moments(sums_23[0], sums_23[1])
 
     def update_value(self, batch: Batch, step: int, averages: Averages) -> None:
         """`num_value_epochs` passes of the critic's optimizer over the rollout."""

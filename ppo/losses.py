@@ -231,12 +231,19 @@ def explained_variance(value: Tensor, return_: Tensor) -> float:
 
     1 is a perfect critic, 0 one no better than a constant, below 0 one that is worse.
     """
-    if return_.numel() < 2:
+    return explained_variance_of_moments(moments(return_ - value), moments(return_))
+
+
+def explained_variance_of_moments(error_moments_3: Tensor, return_moments_3: Tensor) -> float:
+    """Return `explained_variance` from the `moments` of return - value and of the returns, summed over ranks."""
+    count, total, squares = return_moments_3.tolist()
+    _, error_total, error_squares = error_moments_3.tolist()
+    if count < 2:
         return math.nan
-    variance = float(return_.double().var(correction=0))
-    if variance == 0.0:
+    variance = squares / count - (total / count) ** 2
+    if variance <= 1e-14 * squares / count:  # round-off of two float64 sums: the returns are equal
         return math.nan
-    return 1.0 - float((return_.double() - value.double()).var(correction=0)) / variance
+    return 1.0 - (error_squares / count - (error_total / count) ** 2) / variance
 
 
 def _log_softmax(logits_BAV: Tensor, temperature: float) -> Tensor:

@@ -239,6 +239,7 @@ def test_explained_variance():
     assert explained_variance(torch.full((4,), 1.5), returns) == pytest.approx(0.0)
     assert explained_variance(-returns, returns) == pytest.approx(-3.0)
     assert math.isnan(explained_variance(returns, torch.ones(4)))
+    assert math.isnan(explained_variance(returns, torch.full((4,), 0.3)))  # no exact binary number
     assert math.isnan(explained_variance(returns[:1], returns[:1]))
 
 
