@@ -142,7 +142,8 @@ class _Evaluation:
                 del group.running[env_id]
             if step.reset_used[row]:
                 group.begin(env_id, group.offered.pop(env_id), step.images[row], self.observer)
-        self.queue.extendleft(reversed([group.offered[i] for i in group.sent if i in group.offered]))
+        # In the order they were offered: an environment is then offered the same request again, which it prepares for.
+        self.queue.extendleft(reversed(group.offered.values()))
         group.sent, group.offered = [], {}
 
     def _note_step(self, group: _Group, env_id: int, image: np.ndarray) -> None:

@@ -6,6 +6,7 @@ Shapes: H, W image height and width in pixels.
 """
 
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -14,9 +15,12 @@ import numpy as np
 
 ACTION_DIM = 7
 
+_LIBERO = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+
 # Suite name -> "module:attribute" of its TaskSuite, imported only when asked for: a world's simulator may be absent.
 _SUITES: dict[str, str] = {
     "tabletop": "ppo.envs.tabletop:SUITE",
+    **{name: f"ppo.envs.libero:{name.upper()}" for name in _LIBERO},
 }
 
 
@@ -75,6 +79,18 @@ class Environment(Protocol):
         ...
 
 
+@runtime_checkable
+class PreparingEnvironment(Environment, Protocol):
+    """An environment whose resets are slow, so that it makes the next episode ready beside the running one."""
+
+    def prepare(self, request: ResetRequest) -> bool:
+        """Do a short piece of work towards `reset(request)`; whether more remains. The running episode is not touched.
+
+        It is called while nobody waits for the environment, and must change nothing of what `reset` returns.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class TaskSuite:
     """A set of language tasks of one world.
@@ -84,7 +100,9 @@ class TaskSuite:
         instructions: one per task, in task id order.
         max_steps: default time limit in environment steps.
         num_init_states: fixed initial states per task, for evaluation.
-        make_env: `(image_size, max_steps=None, seed=0, **kwargs) -> Environment`; image_size in pixels (square).
+        make_env: `(image_size, max_steps=None, seed=0, **options) -> Environment`; image_size in pixels (square).
+        find_problems: `(**options) -> list[str]`: what keeps make_env from working on this machine, told before
+            anything starts (a missing simulator, library or file).
     """
 
     name: str
@@ -92,11 +110,18 @@ class TaskSuite:
     max_steps: int
     num_init_states: int
     make_env: Callable[..., Environment]
+    find_problems: Callable[..., list[str]] = lambda **options: []
 
     @property
     def num_tasks(self) -> int:
         """Number of tasks."""
         return len(self.instructions)
+
+    @property
+    def options(self) -> frozenset[str]:
+        """Names of the keyword arguments that make_env takes besides image_size, max_steps and seed."""
+        parameters = inspect.signature(self.make_env).parameters
+        return frozenset(parameters) - {"image_size", "max_steps", "seed"}
 
 
 def known_suites() -> tuple[str, ...]:

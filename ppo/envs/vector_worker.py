@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from ppo.envs.base import Environment, ResetRequest, get_suite
+from ppo.envs.base import Environment, PreparingEnvironment, ResetRequest, get_suite
+from ppo.envs.images import center_crop
 
-ACTIVITIES = ("starting", "idle", "stepping", "resetting", "closing")
+ACTIVITIES = ("starting", "idle", "stepping", "resetting", "preparing", "closing")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class WorkerConfig:
     image_size: int
     max_steps: int | None
     parent_pid: int
+    center_crop: bool = False
     env_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -91,10 +93,11 @@ class SharedBoard:
 
 @dataclass
 class _Slot:
-    """One environment and its running episode."""
+    """One environment, its running episode, and the request that will follow it as far as the parent has said."""
 
     env: Environment
     request: ResetRequest | None = None
+    next_request: ResetRequest | None = None
     episode_return: float = 0.0
     episode_length: int = 0
 
@@ -122,6 +125,7 @@ class _Worker:
 
     def execute(self, command: Command) -> Outcome:
         slot = self.slots[command.env_id]
+        slot.next_request = command.request
         if command.action is None:
             assert command.request is not None
             self._reset(slot, command.env_id, command.request)
@@ -158,6 +162,17 @@ class _Worker:
         self.note("resetting", env_id)
         self._put(self.board.images, env_id, slot.env.reset(request))
         slot.request, slot.episode_return, slot.episode_length = request, 0.0, 0
+        slot.next_request = None
+
+    def prepare(self) -> bool:
+        """Let one environment do a slice of work towards its next episode; whether any did."""
+        for env_id, slot in self.slots.items():
+            if slot.next_request is None or not isinstance(slot.env, PreparingEnvironment):
+                continue
+            self.note("preparing", env_id)
+            if slot.env.prepare(slot.next_request):
+                return True
+        return False
 
     def _put(self, images: np.ndarray, env_id: int, image: np.ndarray) -> None:
         if image.shape != images.shape[1:] or image.dtype != np.uint8:
@@ -165,7 +180,7 @@ class _Worker:
                 f"the environment returned a {image.dtype} image of shape {image.shape}: "
                 f"{self.config.suite_name} was asked for uint8 {images.shape[1:]}"
             )
-        images[env_id] = image
+        images[env_id] = center_crop(image) if self.config.center_crop else image
 
     def close(self) -> None:
         for env_id, slot in self.slots.items():
@@ -174,14 +189,19 @@ class _Worker:
                 slot.env.close()
 
     def serve(self, connection: Connection) -> None:
-        """Execute messages (lists of commands) until the parent closes the pipe; one reply per message."""
+        """Execute messages (lists of commands) until the parent closes the pipe; one reply per message.
+
+        While no message waits the next episodes are prepared.
+        """
         while True:
+            while not connection.poll(0) and self.prepare():
+                pass
+            self.note("idle")
             try:
                 commands = connection.recv()
             except (EOFError, ConnectionResetError):
                 return
             outcomes = [self.execute(command) for command in commands]
-            self.note("idle")
             connection.send(("outcomes", outcomes))
 
 

@@ -1,0 +1,348 @@
+"""LIBERO behind `ppo.envs.base.Environment`: the suites libero_spatial, _object, _goal, _10 and _90.
+
+An episode is decided by its ResetRequest: task, fixed initial state (or a random layout) and seed, whatever the
+environment did before. Conventions are those of OpenVLA's evaluation: ten settling steps, agentview at 256 pixels
+rotated by 180 degrees, a JPEG round trip, Lanczos-3 to the policy's size; success ends the episode, the suite's step
+limit truncates it.
+
+Composing a task's model takes seconds, so simulators are kept, and `prepare` makes the next episode ready in slices
+while the process would wait for an action: a reset then costs nothing. H, W: image height and width in pixels.
+"""
+
+import functools
+import threading
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+
+from ppo.envs import libero_install
+from ppo.envs.base import ACTION_DIM, ResetRequest, StepResult, TaskSuite
+from ppo.envs.images import policy_image
+from ppo.envs.libero_simulator import RENDER_SIZE, SETTLING_ACTION, Canvas, Drawing, Simulator
+
+NUM_STEPS_WAIT = 10
+AGENT_CAMERA, WRIST_CAMERA = "agentview", "robot0_eye_in_hand"
+MAX_SIMULATORS, MAX_CANVASES = 12, 3
+RenderQuality = Literal["eval", "fast"]
+
+
+class LiberoEnv:
+    """One LIBERO environment (see the module docstring).
+
+    Args:
+        suite_name: libero_spatial, libero_object, libero_goal, libero_10 or libero_90.
+        image_size: side of the returned images in pixels.
+        max_steps: time limit in steps after settling; None: the suite's.
+        seed: added to every request's seed, so that runs can differ.
+        num_steps_wait: settling steps after each reset, not counted in the limit.
+        env_gpu_id: draw on this GPU with EGL; None: what MUJOCO_GL says, else osmesa.
+        render_quality: `eval`: LIBERO's own drawing and robosuite's own order of physics, bit for bit; `fast`: no
+            multisampling, no reflections, no repeated solver passes.
+        images: without: images are black and nothing is drawn (experts, tests).
+        max_simulators: simulators kept, 110 MB each; the one unused longest goes first.
+        max_canvases: of these, how many are ready to be drawn, 300 MB each (on the GPU with EGL).
+
+    Raises:
+        ValueError: numbers that cannot work.
+        LiberoMissingError: LIBERO, its assets or a GL library is missing; says how to get it.
+    """
+
+    def __init__(
+        self,
+        suite_name: str,
+        image_size: int,
+        max_steps: int | None = None,
+        seed: int = 0,
+        *,
+        num_steps_wait: int = NUM_STEPS_WAIT,
+        env_gpu_id: int | None = None,
+        render_quality: RenderQuality = "eval",
+        images: bool = True,
+        max_simulators: int = MAX_SIMULATORS,
+        max_canvases: int = MAX_CANVASES,
+    ) -> None:
+        if suite_name not in libero_install.SUITES:
+            raise ValueError(f"{suite_name} is no suite of LIBERO: use one of {', '.join(libero_install.SUITES)}")
+        limits = {"image_size": (image_size, 16), "max_steps": (max_steps, 1), "num_steps_wait": (num_steps_wait, 0)}
+        limits |= {"max_simulators": (max_simulators, 2), "max_canvases": (max_canvases, 1)}
+        for name, (value, smallest) in limits.items():
+            if value is not None and value < smallest:
+                raise ValueError(f"{name} {value}: must be at least {smallest}")
+        if render_quality not in ("eval", "fast"):
+            raise ValueError(f"render_quality {render_quality!r}: use eval or fast")
+        self.suite_name, self.image_size, self.seed = suite_name, image_size, seed
+        self.max_steps = max_steps or libero_install.MAX_STEPS[suite_name]
+        self.num_steps_wait = num_steps_wait
+        self.num_tasks = len(libero_install.task_names(suite_name))
+        libero_install.import_libero()
+        self._drawing = Drawing(env_gpu_id, render_quality == "fast") if images else None
+        self._pool = _SimulatorPool(suite_name, render_quality == "eval", self._drawing, max_simulators, max_canvases)
+        self._running: Simulator | None = None
+        self._next: _Preparation | None = None
+        self._num_steps = 0
+
+    @property
+    def simulator(self) -> Simulator:
+        """The running episode's simulator."""
+        assert self._running is not None, "reset the environment first"
+        return self._running
+
+    @property
+    def domain(self) -> object:
+        """LIBERO's own environment object (BDDLBaseDomain) of the running episode, for experts and tests."""
+        return self.simulator.domain
+
+    def reset(self, request: ResetRequest) -> np.ndarray:
+        """Start an episode and return its first image, (H, W, 3) uint8; at once if `prepare` has finished with it.
+
+        Raises:
+            ValueError: unknown task or initial state.
+            RuntimeError: the task cannot be made.
+        """
+        self._check(request)
+        if self._running is not None:
+            self._pool.give_back(self._running)
+            self._running = None
+        if self._next is None or self._next.request != request:
+            self._give_up_preparation()
+            self._next = _Preparation(self, request, in_background=False)
+        preparation, self._next = self._next, None
+        self._running, image = preparation.finish()
+        self._num_steps = 0
+        return image
+
+    def prepare(self, request: ResetRequest) -> bool:
+        """Do a bounded piece of work (a settling step, about 15 ms) towards `reset(request)`.
+
+        Returns whether more remains to be done. Another request gives up what was prepared. The running episode is
+        not touched.
+        """
+        if self._next is None or self._next.request != request:
+            self._check(request)
+            self._give_up_preparation()
+            self._next = _Preparation(self, request, in_background=True)
+        return self._next.advance()
+
+    def step(self, action: np.ndarray) -> StepResult:
+        """Apply one raw action, (7,): deltas in [-1, 1], gripper -1 open, +1 close.
+
+        Raises:
+            ValueError: an action of another shape, or not finite.
+        """
+        action = np.asarray(action, dtype=np.float32)
+        if action.shape != (ACTION_DIM,) or not np.isfinite(action).all():
+            raise ValueError(f"action {action}: must be {ACTION_DIM} finite numbers")
+        success = self.simulator.step(action)
+        self._num_steps += 1
+        truncated = self._num_steps >= self.max_steps and not success
+        return StepResult(self.observe(self.simulator), float(success), success, truncated, success)
+
+    def observe(self, simulator: Simulator) -> np.ndarray:
+        """What the policy sees, (image_size, image_size, 3) uint8."""
+        if self._drawing is None:
+            return np.zeros((self.image_size, self.image_size, 3), dtype=np.uint8)
+        return policy_image(self._draw(simulator, RENDER_SIZE, AGENT_CAMERA), self.image_size)
+
+    def render(self, size: int, camera: str = AGENT_CAMERA) -> np.ndarray:
+        """The camera's view, upright, (size, size, 3) uint8: neither compressed nor resized."""
+        if self._drawing is None:
+            return np.zeros((size, size, 3), dtype=np.uint8)
+        return self._draw(self.simulator, size, camera)
+
+    def _draw(self, simulator: Simulator, size: int, camera: str) -> np.ndarray:
+        # OpenGL gives the bottom row first. LIBERO keeps that and OpenVLA turns it by 180 degrees: upright, mirrored.
+        return np.ascontiguousarray(self._pool.canvas_of(simulator).draw(simulator.data, size, camera)[::-1, ::-1])
+
+    def proprioception(self) -> tuple[np.ndarray, np.ndarray]:
+        """State (8,) and joint angles (7,), float32, as `modified_libero_rlds` stores them."""
+        return self.simulator.proprioception()
+
+    def close(self) -> None:
+        """Release simulators and drawing. A second call does nothing."""
+        self._give_up_preparation()
+        if self._running is not None:
+            self._pool.give_back(self._running)
+            self._running = None
+        self._pool.close()
+        if self._drawing is not None:
+            self._drawing.close()
+            self._drawing = None
+
+    def _check(self, request: ResetRequest) -> None:
+        if not 0 <= request.task_id < self.num_tasks:
+            raise ValueError(f"task_id {request.task_id}: {self.suite_name} has tasks 0..{self.num_tasks - 1}")
+        state_id = request.init_state_id
+        if state_id is not None and not 0 <= state_id < libero_install.NUM_INIT_STATES:
+            raise ValueError(f"init_state_id {state_id}: LIBERO has states 0..{libero_install.NUM_INIT_STATES - 1}")
+
+    def _give_up_preparation(self) -> None:
+        if self._next is not None:
+            self._next.give_up()
+            self._next = None
+
+
+class _Preparation:
+    """The start of one episode, done slice by slice on a simulator of its own."""
+
+    def __init__(self, env: LiberoEnv, request: ResetRequest, in_background: bool) -> None:
+        self.request, self._env = request, env
+        self._in_background = in_background
+        self._simulator: Simulator | None = None
+        self._image: np.ndarray | None = None
+        self._slices = self._run()
+
+    def _run(self) -> Iterator[None]:
+        env, request, pool = self._env, self.request, self._env._pool
+        while self._in_background and not pool.begin(request.task_id, wait_s=0.01):
+            yield
+        simulator = self._simulator = pool.take(request.task_id)
+        simulator.reset(request.seed + env.seed, request.init_state_id)
+        for _ in range(env.num_steps_wait):
+            yield
+            simulator.step(SETTLING_ACTION)
+        if env._drawing is not None:
+            yield
+            pool.canvas_of(simulator)
+            yield
+        self._image = env.observe(simulator)
+
+    def advance(self) -> bool:
+        """Do one slice; whether more remain."""
+        return next(self._slices, self) is None
+
+    def finish(self) -> tuple[Simulator, np.ndarray]:
+        """Do the rest; the simulator now belongs to the caller."""
+        self._in_background = False
+        for _ in self._slices:
+            pass
+        simulator, image = self._simulator, self._image
+        assert simulator is not None and image is not None
+        self._simulator = None
+        return simulator, image
+
+    def give_up(self) -> None:
+        """Return the simulator to the pool."""
+        self._slices.close()  # type: ignore[attr-defined]
+        if self._simulator is not None:
+            self._env._pool.give_back(self._simulator)
+            self._simulator = None
+
+
+class _SimulatorPool:
+    """Simulators by task: those in use belong to whoever took them, the others wait here.
+
+    A simulator that is not there is composed by a thread of this process (`begin`), so that the running episode goes
+    on meanwhile, or at once (`take`). LIBERO samples from numpy's global generator while it composes: nobody resets a
+    simulator meanwhile.
+    """
+
+    def __init__(
+        self, suite: str, is_exact: bool, drawing: Drawing | None, max_simulators: int, max_canvases: int
+    ) -> None:
+        self.suite, self.is_exact, self.drawing = suite, is_exact, drawing
+        self.max_simulators, self.max_canvases = max_simulators, max_canvases
+        self._waiting: list[Simulator] = []  # used longest ago first
+        self._drawn: list[Simulator] = []  # those with a canvas, drawn longest ago first
+        self._num_taken = 0
+        self._thread: threading.Thread | None = None
+        self._composed: Simulator | Exception | None = None
+
+    def begin(self, task_id: int, wait_s: float) -> bool:
+        """Whether a simulator of this task waits; if not, a thread composes one, and this is to be asked again."""
+        if self._thread is not None:
+            self._thread.join(wait_s)
+            if self._thread.is_alive():
+                return False
+            self._join()
+        if any(s.task_id == task_id for s in self._waiting):
+            return True
+        self._thread = threading.Thread(target=self._compose, args=(task_id,), daemon=True)
+        self._thread.start()
+        return False
+
+    def _compose(self, task_id: int) -> None:
+        try:
+            self._composed = Simulator(self.suite, task_id, self.is_exact)
+        except Exception as error:  # raised where the result is asked for
+            self._composed = error
+
+    def _join(self) -> None:
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread, composed = None, self._composed
+        self._composed = None
+        if isinstance(composed, Exception):
+            raise composed
+        assert composed is not None
+        self._waiting.append(composed)
+
+    def take(self, task_id: int) -> Simulator:
+        """A simulator of this task, for the caller alone."""
+        self._join()
+        found = next((s for s in reversed(self._waiting) if s.task_id == task_id), None)
+        if found is not None:
+            self._waiting.remove(found)
+        else:
+            while self._waiting and len(self._waiting) + self._num_taken >= self.max_simulators:
+                self._free(self._waiting[0])
+            found = Simulator(self.suite, task_id, self.is_exact)
+        self._num_taken += 1
+        return found
+
+    def give_back(self, simulator: Simulator) -> None:
+        """Let a simulator wait for its next episode."""
+        self._num_taken -= 1
+        self._waiting.append(simulator)
+        while len(self._waiting) + self._num_taken > self.max_simulators:
+            self._free(self._waiting[0])
+
+    def canvas_of(self, simulator: Simulator) -> Canvas:
+        """What draws this simulator, made if need be (0.1 to 0.4 s); the one drawn longest ago makes room for it."""
+        assert self.drawing is not None
+        if simulator in self._drawn:
+            self._drawn.remove(simulator)
+        elif len(self._drawn) >= self.max_canvases:
+            self._drawn.pop(0).close()
+        if simulator.canvas is None:
+            simulator.canvas = Canvas(self.drawing, simulator.model)
+        self._drawn.append(simulator)
+        return simulator.canvas
+
+    def _free(self, simulator: Simulator) -> None:
+        self._waiting.remove(simulator)
+        if simulator in self._drawn:
+            self._drawn.remove(simulator)
+        simulator.close()
+
+    def close(self) -> None:
+        """Free every simulator that waits."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        while self._waiting:
+            self._free(self._waiting[0])
+
+
+def _find_problems(env_gpu_id: int | None = None, images: bool = True, **_options: object) -> list[str]:
+    return libero_install.find_problems(env_gpu_id) if images else []
+
+
+@functools.cache
+def _suite(name: str) -> TaskSuite:
+    return TaskSuite(
+        name=name,
+        instructions=tuple(libero_install.instruction(task) for task in libero_install.task_names(name)),
+        max_steps=libero_install.MAX_STEPS[name],
+        num_init_states=libero_install.NUM_INIT_STATES,
+        make_env=functools.partial(LiberoEnv, name),
+        find_problems=_find_problems,
+    )
+
+
+def __getattr__(name: str) -> TaskSuite:
+    """LIBERO_SPATIAL and its siblings, whose instructions are read from the package when they are asked for."""
+    if name.lower() in libero_install.SUITES and name.isupper():
+        return _suite(name.lower())
+    raise AttributeError(f"module {__name__} has no attribute {name}")

@@ -1,0 +1,270 @@
+"""One LIBERO task in MuJoCo, stepped and drawn with little overhead; `ppo.envs.libero` makes an environment of it.
+
+The physics, the controller, the object placement and the goal are LIBERO's and robosuite's own. Around them less is
+done than `OffScreenRenderEnv` does at each step: no observables (which draw two cameras), no look-ups by name, one
+pair of Jacobians a physics step instead of two, and an image only when one is asked for.
+"""
+
+from typing import Any
+
+import mujoco
+import numpy as np
+
+from ppo.envs import libero_install
+
+RENDER_SIZE = 256
+"""Pixels, LIBERO's and OpenVLA's."""
+SETTLING_ACTION = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0], dtype=np.float32)
+_VISUAL_GROUP, _COLLISION_GROUP = 1, 0
+
+
+class Drawing:
+    """What draws for one process: a GL library and a context of it, shared by all its simulators.
+
+    Args:
+        env_gpu_id: GPU to draw on (EGL's number); None: see `libero_install.choose_gl`.
+        is_fast: without multisampling and reflections: a third of the time on a CPU, mean change 2.8 of 255.
+
+    Raises:
+        LiberoMissingError: a system library is missing.
+        RuntimeError: no context can be made, e.g. of a GPU that is not there.
+    """
+
+    def __init__(self, env_gpu_id: int | None, is_fast: bool) -> None:
+        self.backend = libero_install.choose_gl(env_gpu_id)
+        self.is_fast = is_fast
+        module = libero_install.load_gl(self.backend, env_gpu_id)
+        try:
+            self._gl = module.GLContext(640, 480)
+            self._gl.make_current()
+        except Exception as error:  # mujoco and PyOpenGL raise whatever comes up
+            raise RuntimeError(
+                f"MUJOCO_GL={self.backend}, GPU {env_gpu_id}: no drawing context ({error!r}); "
+                "see docs/TROUBLESHOOTING.md"
+            ) from error
+
+    def close(self) -> None:
+        """Release the context; no drawing may follow."""
+        self._gl.free()
+
+
+class Canvas:
+    """One model's geometry and textures in a `Drawing`, ready to be drawn; holds about 300 MB (the GPU's with EGL)."""
+
+    def __init__(self, drawing: Drawing, model: mujoco.MjModel) -> None:
+        self.model, self.is_fast = model, drawing.is_fast
+        samples = model.vis.quality.offsamples
+        if drawing.is_fast:
+            model.vis.quality.offsamples = 0
+        self.context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
+        model.vis.quality.offsamples = samples
+        self.scene = mujoco.MjvScene(model, maxgeom=1000)
+        if drawing.is_fast:
+            self.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+        self.option = mujoco.MjvOption()
+        self.option.geomgroup[_COLLISION_GROUP], self.option.geomgroup[_VISUAL_GROUP] = 0, 1
+        self.perturbation = mujoco.MjvPerturb()
+        self.camera = mujoco.MjvCamera()
+        self.camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+
+    def draw(self, data: mujoco.MjData, size: int, camera: str) -> np.ndarray:
+        """(size, size, 3) uint8 as OpenGL has it: bottom row first. Raises ValueError for an unknown camera."""
+        camera_id = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_CAMERA, camera)
+        largest = min(self.context.offWidth, self.context.offHeight)
+        if camera_id < 0 or not 1 <= size <= largest:
+            raise ValueError(f"camera {camera!r} at {size} pixels: use a camera of the model and 1 to {largest} pixels")
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
+        self.camera.fixedcamid = camera_id
+        everything = mujoco.mjtCatBit.mjCAT_ALL
+        mujoco.mjv_updateScene(
+            self.model, data, self.option, self.perturbation, self.camera, everything, self.scene
+        )  # fmt: skip
+        viewport = mujoco.MjrRect(0, 0, size, size)
+        mujoco.mjr_render(viewport, self.scene, self.context)
+        image = np.empty((size, size, 3), dtype=np.uint8)
+        mujoco.mjr_readPixels(image, None, viewport, self.context)
+        return image
+
+    def close(self) -> None:
+        """Free the GL memory."""
+        self.context.free()
+
+
+def _remembering(domain_class: type) -> type:
+    """A class of LIBERO's domains whose soft reset begins, like its hard one, from the model as it was compiled."""
+
+    def initialize_sim(self: Any, xml_string: str | None = None) -> None:
+        domain_class._initialize_sim(self, xml_string)  # type: ignore[attr-defined]
+        model, data = self.sim.model._model, self.sim.data._data
+        changed = ("body_pos", "body_quat", "site_rgba", "geom_rgba")
+        self.compiled = {name: getattr(model, name).copy() for name in changed}
+
+        def reset_as_compiled() -> None:
+            # The last layout's fixtures would decide where objects on and in them are placed.
+            for name, values in self.compiled.items():
+                getattr(model, name)[:] = values
+            mujoco.mj_resetData(model, data)
+            mujoco.mj_forward(model, data)  # as after compilation: the solver starts from its result
+
+        self.sim.reset = reset_as_compiled
+
+    # LIBERO compares the class's name with the task file's.
+    return type(domain_class.__name__, (domain_class,), {"_initialize_sim": initialize_sim})
+
+
+class Simulator:
+    """One task of a suite in MuJoCo.
+
+    Making one takes seconds (robosuite composes and compiles the model), a reset 40 ms. The first reset gives the same
+    state as every later one: all that a reset leaves behind is set again.
+
+    Args:
+        suite: LIBERO's name of the suite.
+        task_id: task in it.
+        is_exact: repeat robosuite's redundant passes of the solver, so that states equal those of LIBERO's own
+            environment bit for bit; without them a step takes two thirds of the time and differs by rounding (1e-9,
+            which contacts then enlarge).
+
+    Attributes:
+        domain: LIBERO's environment object.
+        canvas: set by the owner when it is to be drawn.
+
+    Raises:
+        RuntimeError: the task cannot be made (an asset is missing, ...); names it.
+    """
+
+    def __init__(self, suite: str, task_id: int, is_exact: bool) -> None:
+        self.suite, self.task_id, self.is_exact = suite, task_id, is_exact
+        self.canvas: Canvas | None = None
+        libero = libero_install.import_libero()
+        from robosuite import load_controller_config
+
+        file = libero_install.bddl_file(suite, task_id)
+        try:
+            problem = libero.bddl_base_domain.BDDLUtils.get_problem_info(str(file))["problem_name"]
+            self.domain = _remembering(libero.TASK_MAPPING[problem])(
+                str(file), robots=["Panda"], controller_configs=load_controller_config(default_controller="OSC_POSE"),
+                gripper_types="default", initialization_noise=None, use_camera_obs=False, has_renderer=False,
+                has_offscreen_renderer=False, control_freq=20, ignore_done=True, hard_reset=False,
+            )  # fmt: skip
+        except Exception as error:
+            raise RuntimeError(f"{self.name} cannot be made: {error}") from error
+        self.domain._observables = {}
+        self.model, self.data = self.domain.sim.model._model, self.domain.sim.data._data
+
+    @property
+    def name(self) -> str:
+        """Suite, task and instruction, for messages."""
+        text = libero_install.instruction(libero_install.task_names(self.suite)[self.task_id])
+        return f"{self.suite} task {self.task_id} ({text!r})"
+
+    def reset(self, seed: int, init_state_id: int | None) -> None:
+        """Begin an episode: a layout drawn from `seed` (fixtures too), then a fixed state where one is named.
+
+        Sets numpy's global generator, which LIBERO samples from.
+        """
+        domain = self.domain
+        np.random.seed(seed % 2**32)
+        for _ in range(100):
+            try:
+                domain.reset()
+                break
+            except libero_install.placement_error():
+                continue
+        else:
+            raise RuntimeError(f"{self.name}: no placement of its objects found for seed {seed}")
+        robot = domain.robots[0]
+        robot.gripper.current_action = np.zeros(robot.gripper.dof)  # the ramp of the last episode
+        if init_state_id is not None:
+            states = libero_install.load_init_states(self.suite, self.task_id)
+            domain.sim.set_state_from_flattened(states[init_state_id])
+            domain.sim.forward()
+        domain._check_success()
+        domain._post_process()
+        self._arm = _Arm(domain, self.model, self.data)
+
+    def step(self, action: np.ndarray) -> bool:
+        """One control step (0.05 s, 25 physics steps) with LIBERO's raw action (7,); returns whether the goal holds."""
+        domain, arm, model, data = self.domain, self._arm, self.model, self.data
+        action = np.asarray(action, dtype=np.float64)
+        domain.timestep += 1
+        for substep in range(arm.num_substeps):
+            if self.is_exact:
+                mujoco.mj_forward(model, data)
+                mujoco.mj_forward(model, data)
+            else:
+                mujoco.mj_step1(model, data)
+            arm.control(action, is_first=substep == 0)
+            if self.is_exact:
+                mujoco.mj_step(model, data)
+            else:
+                mujoco.mj_step2(model, data)
+        domain.cur_time += domain.control_timestep
+        is_solved = bool(domain._check_success())
+        domain._post_process()
+        return is_solved
+
+    def proprioception(self) -> tuple[np.ndarray, np.ndarray]:
+        """State (8,) float32: end effector position, axis-angle, finger joints; and arm joints (7,) float32."""
+        from robosuite.utils import transform_utils
+
+        robot, data = self.domain.robots[0], self.data
+        quaternion_wxyz = self.domain.sim.data.get_body_xquat(robot.robot_model.eef_name)
+        rotation = transform_utils.quat2axisangle(transform_utils.convert_quat(quaternion_wxyz, to="xyzw"))
+        fingers = data.qpos[robot._ref_gripper_joint_pos_indexes]
+        state = np.concatenate([data.site_xpos[robot.eef_site_id], rotation, fingers])
+        return state.astype(np.float32), data.qpos[robot._ref_joint_pos_indexes].astype(np.float32)
+
+    def close(self) -> None:
+        """Free the model and what draws it."""
+        if self.canvas is not None:
+            self.canvas.close()
+            self.canvas = None
+
+
+class _Arm:
+    """robosuite's operational-space controller and gripper of one episode, with every index looked up once."""
+
+    def __init__(self, domain: object, model: mujoco.MjModel, data: mujoco.MjData) -> None:
+        sim, robot = domain.sim, domain.robots[0]  # type: ignore[attr-defined]
+        self.model, self.data, self.robot = model, data, robot
+        self.controller = robot.controller
+        self.num_substeps = int(domain.control_timestep / domain.model_timestep)  # type: ignore[attr-defined]
+        self.site_id = sim.model.site_name2id(self.controller.eef_name)
+        self.qpos_index, self.qvel_index = self.controller.qpos_index, self.controller.qvel_index
+        self.jacobian_p, self.jacobian_r = np.zeros((3, model.nv)), np.zeros((3, model.nv))
+        self.mass = np.zeros((model.nv, model.nv))
+        self.joint_actuators = robot._ref_joint_actuator_indexes
+        self.torque_low, self.torque_high = robot.torque_limits
+        self.gripper_actuators = [sim.model.actuator_name2id(name) for name in robot.gripper.actuators]
+        ctrl_range = model.actuator_ctrlrange[self.gripper_actuators]
+        self.gripper_bias = 0.5 * (ctrl_range[:, 1] + ctrl_range[:, 0])
+        self.gripper_weight = 0.5 * (ctrl_range[:, 1] - ctrl_range[:, 0])
+
+    def control(self, action: np.ndarray, is_first: bool) -> None:
+        """Set the actuators for the next physics step; positions and velocities must be evaluated (mj_step1)."""
+        if self.controller.new_update:  # not at an episode's first call: as in robosuite, it sees the reset's pose
+            self._observe()
+        if is_first:
+            self.controller.set_goal(action[:6])
+        torques = np.clip(self.controller.run_controller(), self.torque_low, self.torque_high)
+        fingers = self.robot.gripper.format_action(action[6:])
+        self.data.ctrl[self.gripper_actuators] = self.gripper_bias + self.gripper_weight * fingers
+        self.data.ctrl[self.joint_actuators] = torques
+
+    def _observe(self) -> None:
+        """What `Controller.update` reads, without its solver pass and with each Jacobian computed once."""
+        controller, data, model = self.controller, self.data, self.model
+        mujoco.mj_jacSite(model, data, self.jacobian_p, self.jacobian_r, self.site_id)
+        controller.ee_pos = data.site_xpos[self.site_id].copy()
+        controller.ee_ori_mat = data.site_xmat[self.site_id].reshape(3, 3).copy()
+        controller.ee_pos_vel = self.jacobian_p @ data.qvel
+        controller.ee_ori_vel = self.jacobian_r @ data.qvel
+        controller.joint_pos = data.qpos[self.qpos_index]
+        controller.joint_vel = data.qvel[self.qvel_index]
+        controller.J_pos = np.array(self.jacobian_p[:, self.qvel_index])
+        controller.J_ori = np.array(self.jacobian_r[:, self.qvel_index])
+        controller.J_full = np.vstack([controller.J_pos, controller.J_ori])
+        mujoco.mj_fullM(model, self.mass, data.qM)
+        controller.mass_matrix = self.mass[self.qvel_index, :][:, self.qvel_index]  # its memory order decides rounding
+        controller.new_update = False
