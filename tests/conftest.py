@@ -1,6 +1,8 @@
 """Fixtures that several packages' tests share."""
 
+import importlib.util
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,45 @@ import pytest
 # Two cores for everything: a test that starts a thread pool on each would only disturb the others.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MUJOCO_GL", "osmesa")
+
+# One scene of each suite tells whether its assets are at hand.
+SUITE_SCENES = {
+    "libero_spatial": "libero_tabletop_base_style.xml",
+    "libero_goal": "libero_tabletop_base_style.xml",
+    "libero_object": "libero_floor_base_style.xml",
+    "libero_10": "libero_kitchen_tabletop_base_style.xml",
+    "libero_90": "libero_kitchen_tabletop_base_style.xml",
+}
+
+
+def libero_skip_reason(suites: Iterable[str]) -> str | None:
+    """Why tests of these LIBERO suites cannot run here, None if they can. Loads no simulator."""
+    from utils.check_install import chosen_renderers, gl_problems
+
+    if importlib.util.find_spec("libero") is None or importlib.util.find_spec("mujoco") is None:
+        return "LIBERO's simulator is not installed: bash scripts/setup_env.sh --libero"
+    if problems := [problem for renderer in chosen_renderers() for problem in gl_problems(renderer)]:
+        return problems[0]
+    from ppo.envs.libero_install import find_assets
+
+    try:
+        assets = find_assets()
+    except ImportError as error:
+        return str(error)
+    for suite in suites:
+        if assets is None or not (assets / "scenes" / SUITE_SCENES[suite]).exists():
+            return f"the assets of {suite} are not at hand ({assets or 'none'}): set LIBERO_ASSETS"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `libero` (its arguments: the suites) where they cannot run."""
+    for item in items:
+        if markers := list(item.iter_markers("libero")):
+            suites = {suite for marker in markers for suite in marker.args} or {"libero_spatial"}
+            if reason := libero_skip_reason(sorted(suites)):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,15 @@
 """Proves that the installed packages import, and says what to install when a system library is missing."""
 
+import ctypes
 import importlib
+import importlib.util
+import os
 import re
+import subprocess
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -16,8 +23,21 @@ PACKAGES = (
     "ray", "tensorflow", "tensorflow_datasets", "vllm",
 )  # fmt: skip
 
+# `libero.libero.envs` imports the renderer, every scene and every object; the others come first to be named themselves.
+LIBERO_PACKAGES = ("mujoco", "scipy", "matplotlib", "gymnasium", "robosuite", "bddl", "libero.libero.envs")
+
+# What MuJoCo's off-screen renderers load: OSMesa draws on the CPU, EGL on the GPU (libglvnd hands over to the driver).
+GL_LIBRARIES = {
+    "osmesa": ("libOSMesa.so.8",),
+    "egl": ("libEGL.so.1", "libGLdispatch.so.0", "libGL.so.1", "libGLX.so.0"),
+}
+
 DEBIAN_PACKAGES = {
     "libnuma.so.1": "libnuma1",
+    "libOSMesa.so.8": "libosmesa6",
+    "libEGL.so.1": "libegl1",
+    "libGLdispatch.so.0": "libglvnd0",
+    "libGLX.so.0": "libglx0",
     "libGL.so.1": "libgl1",
     "libgthread-2.0.so.0": "libglib2.0-0",
     "libglib-2.0.so.0": "libglib2.0-0",
@@ -32,8 +52,10 @@ DEBIAN_PACKAGES = {
 class Args:
     """Import every package that the project needs and say what is wrong."""
 
-    kind: str = "cpu"
-    """`cpu` or `gpu`: which packages were installed."""
+    kind: Literal["cpu", "gpu", "none"] = "cpu"
+    """Which packages were installed; `none` checks nothing but what --libero asks for."""
+    libero: bool = False
+    """Import LIBERO's simulator too and load the GL libraries of MUJOCO_GL (unset: osmesa; with a GPU also egl)."""
 
 
 def missing_library_hint(message: str) -> str | None:
@@ -52,11 +74,55 @@ def import_problem(name: str) -> str | None:
     try:
         importlib.import_module(name)
     except ImportError as error:
-        hint = missing_library_hint(str(error)) or "run `bash scripts/setup_env.sh --force`"
+        option = "--libero --force" if name in LIBERO_PACKAGES else "--force"
+        hint = missing_library_hint(str(error)) or f"run `bash scripts/setup_env.sh {option}`"
         return f"{name} does not import ({error}): {hint}"
     except OSError as error:  # a shared library loaded through ctypes
         return f"{name} does not load ({error}): {missing_library_hint(str(error)) or 'see docs/TROUBLESHOOTING.md'}"
+    except EOFError:  # LIBERO's first import asks where its data shall be
+        return f"{name} asks a question on standard input: see docs/TROUBLESHOOTING.md"
     return None
+
+
+def chosen_renderers() -> tuple[str, ...]:
+    """Return MuJoCo's renderers to be used: MUJOCO_GL's, else osmesa, and egl too where there is an NVIDIA GPU."""
+    if chosen := os.environ.get("MUJOCO_GL"):
+        return (chosen,)
+    try:
+        gpus = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    except OSError:
+        gpus = ""
+    return ("osmesa", "egl") if gpus.startswith("GPU") else ("osmesa",)
+
+
+def gl_problems(renderer: str) -> list[str]:
+    """Load the GL libraries of one renderer (`osmesa` or `egl`); returns one line for each that cannot be loaded."""
+    if renderer not in GL_LIBRARIES:
+        return [f"MUJOCO_GL={renderer} is not supported: use osmesa (CPU) or egl (GPU)"]
+    problems = []
+    for library in GL_LIBRARIES[renderer]:
+        try:
+            # DEEPBIND: OSMesa's LLVM must not call the functions of tensorflow's, which may be in this process.
+            ctypes.CDLL(library, mode=os.RTLD_DEEPBIND)
+        except OSError as error:
+            problems.append(f"MUJOCO_GL={renderer}: {missing_library_hint(str(error)) or error}")
+    return problems
+
+
+def libero_problems() -> list[str]:
+    """Import LIBERO's simulator as it is installed, without a question on standard input; returns what is wrong."""
+    renderers = chosen_renderers()
+    if problems := [problem for renderer in renderers for problem in gl_problems(renderer)]:
+        return problems  # MuJoCo and robosuite load these on import
+    os.environ["MUJOCO_GL"] = renderers[0]
+    with tempfile.TemporaryDirectory() as folder:
+        spec = importlib.util.find_spec("libero")
+        if spec is not None and spec.submodule_search_locations:
+            root = Path(spec.submodule_search_locations[0]) / "libero"
+            # Without this file the import asks where the data shall be.
+            (Path(folder) / "config.yaml").write_text(f"benchmark_root: {root}\n")
+        os.environ["LIBERO_CONFIG_PATH"] = folder
+        return [problem for name in LIBERO_PACKAGES if (problem := import_problem(name)) is not None]
 
 
 def vllm_problem(kind: str) -> str | None:
@@ -79,9 +145,13 @@ def vllm_problem(kind: str) -> str | None:
 def main() -> None:
     """Log every problem; exit 1 if there is one."""
     args = tyro.cli(Args)
-    problems = [problem for name in PACKAGES if (problem := import_problem(name)) is not None]
-    if not problems and (problem := vllm_problem(args.kind)) is not None:
-        problems.append(problem)
+    problems = []
+    if args.kind != "none":
+        problems = [problem for name in PACKAGES if (problem := import_problem(name)) is not None]
+        if not problems and (problem := vllm_problem(args.kind)) is not None:
+            problems.append(problem)
+    if args.libero:
+        problems += libero_problems()
     for problem in problems:
         logger.error(problem)
     raise SystemExit(1 if problems else 0)
