@@ -1,43 +1,46 @@
 """Record a scripted expert and write its episodes as an RLDS directory with LIBERO's features.
 
     python vla-scripts/make_demos.py --task_suite_name tabletop --output_dir data --num_episodes 500 --seed 0
+    python vla-scripts/make_demos.py --task_suite_name libero_spatial --output_dir data --num_processes 16
 
 writes `data/tabletop_no_noops/1.0.0`, which `vla-scripts/finetune.py --data_root_dir data --dataset_name tabletop`
-reads. Layouts are random: the fixed initial states that evaluation uses never occur. As in LIBERO's data sets, no-op
-steps are dropped and, unless `--keep_failures`, an unsuccessful episode is replaced by another one of its task. The
-directory appears under its name only when it is complete.
+reads. Layouts are random unless `--init_states fixed`: the fixed initial states that evaluation uses never occur. As
+in LIBERO's data sets, no-op steps are dropped and, unless `--keep_failures`, an unsuccessful episode is replaced by
+another one of its task.
+
+The directory appears under its name only when it is complete. Finished episodes wait in a hidden folder beside it:
+after an interruption the same command goes on with them, and the result is what it would have been without, whatever
+`--num_processes`. The episodes' `file_path` says how they started (`ppo.envs.recording.parse_episode_path`).
 """
 
-import importlib
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ppo.envs.base import ResetRequest, TaskSuite, get_suite
+from ppo.envs.base import get_suite
+from ppo.envs.recording import EXPERTS, RecordingSettings, expert_tasks
+from ppo.envs.recording_pool import RecordingError, record_missing
 from prismatic.vla.datasets.mixtures import dataset_dir
 from prismatic.vla.datasets.statistics import dataset_statistics
+from prismatic.vla.datasets.store import EpisodeStore
 from prismatic.vla.datasets.transforms import get_transform
-from prismatic.vla.datasets.writer import Demonstration, drop_noops, write_dataset
+from prismatic.vla.datasets.writer import SMALLEST_JPEG, EncodedDemonstration, write_dataset
 from utils.checkpoint_utils import atomic_directory
 from utils.logging_utils import get_logger
 
 logger = get_logger(__name__)
 
-# Suites with a scripted expert: the module that has run_expert_episode.
-EXPERTS = {"tabletop": "ppo.envs.tabletop_expert"}
-# Keeps the layouts apart from other random streams made of the same seed.
-_LAYOUTS = 601
-# An expert that fails this often in a row cannot supply successful episodes.
-MAX_ATTEMPTS = 100
-# JPEG's artefacts are as large as the objects below this size.
-SMALLEST_JPEG = 160
+# Seconds between log lines where there is no terminal to draw a bar on.
+LOG_INTERVAL_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,15 @@ class Args:
     """Record a scripted expert and write its episodes as an RLDS directory with LIBERO's features."""
 
     task_suite_name: str = "tabletop"
-    """Task suite to record; it must have a scripted expert (tabletop)."""
+    """Task suite to record; it must have a scripted expert (tabletop, libero_spatial, libero_goal)."""
     output_dir: str = "data"
     """Data root: the episodes go to OUTPUT_DIR/<task_suite_name>_no_noops/1.0.0."""
     num_episodes: int = 500
     """Episodes to write, >= 1, shared out evenly over the tasks."""
     task_ids: tuple[int, ...] = ()
-    """Tasks to record (indices into the suite's instructions); none given: all of them."""
+    """Tasks to record (indices into the suite's instructions); none given: all that the expert can do."""
+    init_states: Literal["random", "fixed"] = "random"
+    """Where episodes start: random layouts, or the suite's fixed initial states in turn, which evaluation uses."""
     seed: int = 0
     """Decides layouts, noise and the expert's mistakes; >= 0."""
     imperfection: float = 0.0
@@ -59,25 +64,25 @@ class Args:
     image_size: int = 256
     """Side of the recorded images in pixels, 16 to 1024. LIBERO's is 256; a small policy's own size saves resizing."""
     image_format: Literal["auto", "jpeg", "png"] = "auto"
-    """How frames are stored: jpeg (LIBERO's; quality 95, 4:4:4), png (exact), or auto: png below 160 pixels."""
+    """How frames are stored: jpeg (as LIBERO's: quality 95, 4:2:0; 4:4:4 below 160 pixels), png (exact), or auto: png
+    below 160 pixels, jpeg from there on."""
+    render_quality: Literal["eval", "fast"] = "eval"
+    """LIBERO only: eval draws as LIBERO's own evaluation does; fast without multisampling and reflections."""
+    env_gpu_id: int | None = None
+    """LIBERO only: GPU that draws, with EGL, >= 0; None: what MUJOCO_GL says, else the CPU with OSMesa."""
     max_env_length: int | None = None
     """Time limit of an episode in environment steps, >= 1; None: the suite's own."""
     keep_failures: bool = False
     """Also write episodes that did not solve their task (False: replace them, as in LIBERO's data)."""
+    num_processes: int = 1
+    """Processes that record side by side, 1 to 256; 1: this one. LIBERO needs a core and 1 to 2 GB for each."""
     overwrite: bool = False
-    """Replace an existing directory of that name."""
+    """Replace an existing directory of that name, and episodes of an interrupted recording with other settings."""
 
 
 def validate(args: Args) -> list[str]:
     """All problems of the arguments, each naming the value, the rule and the fix; empty if they can work."""
-    problems = []
-    if args.task_suite_name not in EXPERTS:
-        problems.append(
-            f"--task_suite_name {args.task_suite_name}: no scripted expert; use one of {', '.join(EXPERTS)}"
-        )
-    elif bad := [i for i in args.task_ids if not 0 <= i < get_suite(args.task_suite_name).num_tasks]:
-        num_tasks = get_suite(args.task_suite_name).num_tasks
-        problems.append(f"--task_ids {bad}: {args.task_suite_name} has the tasks 0..{num_tasks - 1}")
+    problems = _task_problems(args)
     if args.num_episodes < 1:
         problems.append(f"--num_episodes {args.num_episodes} must be at least 1")
     if args.seed < 0:
@@ -88,7 +93,24 @@ def validate(args: Args) -> list[str]:
         problems.append(f"--image_size {args.image_size} must lie in 16..1024")
     if args.max_env_length is not None and args.max_env_length < 1:
         problems.append(f"--max_env_length {args.max_env_length} must be at least 1, or left out")
+    if args.env_gpu_id is not None and args.env_gpu_id < 0:
+        problems.append(f"--env_gpu_id {args.env_gpu_id} must not be negative: leave it out to draw on the CPU")
+    if not 1 <= args.num_processes <= 256:
+        problems.append(f"--num_processes {args.num_processes} must lie in 1..256")
     return problems
+
+
+def _task_problems(args: Args) -> list[str]:
+    if args.task_suite_name not in EXPERTS:
+        return [f"--task_suite_name {args.task_suite_name}: no scripted expert; use one of {', '.join(EXPERTS)}"]
+    if not args.task_ids:  # a simulator that is not installed shows itself when it is needed
+        return []
+    suite = get_suite(args.task_suite_name)
+    if bad := [i for i in args.task_ids if not 0 <= i < suite.num_tasks]:
+        return [f"--task_ids {bad}: {suite.name} has the tasks 0..{suite.num_tasks - 1}"]
+    if bad := [i for i in args.task_ids if i not in expert_tasks(suite)]:
+        return [f"--task_ids {bad}: the expert of {suite.name} can do {', '.join(map(str, expert_tasks(suite)))}"]
+    return []
 
 
 def check_output(args: Args) -> list[str]:
@@ -104,81 +126,116 @@ def output_path(args: Args) -> Path:
     return dataset_dir(args.output_dir, f"{args.task_suite_name}_no_noops")
 
 
-@dataclass
-class RecordingStats:
-    """What `record` counted on its way."""
-
-    attempts: int = 0
-    successes: int = 0
-    dropped_steps: int = 0
-
-
-def record(args: Args, suite: TaskSuite, stats: RecordingStats) -> Iterator[Demonstration]:
-    """Yield `num_episodes` demonstrations, tasks in turn.
-
-    Episode i depends on (seed, i) only, so that a longer recording begins with the shorter one. Raises ValueError
-    when the expert fails MAX_ATTEMPTS times in a row and failures are not kept.
-    """
-    expert = importlib.import_module(EXPERTS[suite.name])
-    env = suite.make_env(args.image_size, max_steps=args.max_env_length)
-    task_ids = args.task_ids or tuple(range(suite.num_tasks))
-    for index in range(args.num_episodes):
-        task_id = task_ids[index % len(task_ids)]
-        for attempt in range(MAX_ATTEMPTS):
-            rng = np.random.default_rng((_LAYOUTS, args.seed, index, attempt))
-            request = ResetRequest(task_id, init_state_id=None, seed=int(rng.integers(2**31)))
-            episode = expert.run_expert_episode(env, request, args.imperfection, rng)
-            stats.attempts += 1
-            stats.successes += episode.success
-            if episode.success or args.keep_failures:
-                break
-        else:
-            raise ValueError(
-                f"the expert failed {MAX_ATTEMPTS} times in a row at task {task_id} ({suite.instructions[task_id]!r}) "
-                f"with --imperfection {args.imperfection}: lower it, raise --max_env_length, or pass --keep_failures"
-            )
-        demo = Demonstration(
-            episode.images,
-            episode.actions,
-            episode.states,
-            episode.joint_states,
-            episode.rewards,
-            suite.instructions[task_id],
-            f"{suite.name}/seed{args.seed}/episode{index:06d}/task{task_id}",
-            terminal=bool(episode.success),
-        )
-        shorter = drop_noops(demo)
-        stats.dropped_steps += len(demo.actions_T7) - len(shorter.actions_T7)
-        yield shorter
-    env.close()
-
-
-def main(args: Args) -> None:
-    """Record and write. Raises ValueError with all problems of the arguments at once."""
-    problems = validate(args) + check_output(args)
-    if problems:
-        raise ValueError("\n".join(problems))
-    suite, target, stats = get_suite(args.task_suite_name), output_path(args), RecordingStats()
-    image_format = args.image_format
+def settings_of(args: Args) -> RecordingSettings:
+    """What decides the episodes, with the defaults that depend on the suite."""
+    image_format: str = args.image_format
     if image_format == "auto":
         image_format = "png" if args.image_size < SMALLEST_JPEG else "jpeg"
-    description = f"Scripted demonstrations of {suite.name}: {args}"
+    return RecordingSettings(
+        args.task_suite_name,
+        args.task_ids or expert_tasks(get_suite(args.task_suite_name)),
+        args.init_states,
+        args.seed,
+        args.imperfection,
+        args.image_size,
+        image_format,
+        args.max_env_length,
+        args.keep_failures,
+        args.render_quality,
+        args.env_gpu_id,
+    )
+
+
+class ProgressReport:
+    """A bar on a terminal, a log line every LOG_INTERVAL_S seconds elsewhere."""
+
+    def __init__(self, num_finished: int, num_episodes: int) -> None:
+        self.num_finished, self.num_episodes = num_finished, num_episodes
+        self.num_steps = self.attempts = self.successes = self.num_recorded = 0
+        self.started_at = self.logged_at = time.monotonic()
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn(),
+                   TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False))  # fmt: skip
+        console = Console(stderr=True)
+        self._bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+        self._task = self._bar.add_task("episodes", total=num_episodes, completed=num_finished)
+
+    def __enter__(self) -> "ProgressReport":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def note(self, index: int, num_steps: int, counts: dict[str, int]) -> None:
+        """Episode `index` is finished."""
+        self.num_finished, self.num_recorded = self.num_finished + 1, self.num_recorded + 1
+        self.num_steps += num_steps
+        self.attempts, self.successes = self.attempts + counts["attempts"], self.successes + counts["successes"]
+        solved = f"{self.successes} of {self.attempts} attempts solved, {self.num_steps} steps"
+        self._bar.update(self._task, advance=1, description=f"episodes, {solved}")
+        now = time.monotonic()
+        if self._bar.disable and now - self.logged_at >= LOG_INTERVAL_S:
+            self.logged_at = now
+            left_s = (now - self.started_at) / self.num_recorded * (self.num_episodes - self.num_finished)
+            logger.info(
+                f"{self.num_finished} of {self.num_episodes} episodes ({solved}), about {left_s / 60:.0f} min left"
+            )
+
+
+def write(args: Args, settings: RecordingSettings, store: EpisodeStore) -> None:
+    """Write the stored episodes as the RLDS directory, with its statistics, and say what it took."""
+    target, totals = output_path(args), dict.fromkeys(("attempts", "solved_at_once", "dropped_steps"), 0)
+
+    def demonstrations() -> Iterator[EncodedDemonstration]:
+        for index in range(args.num_episodes):
+            episode = store.load(index)
+            for name in totals:
+                totals[name] += episode.counts[name]
+            yield episode.demonstration
+
     with atomic_directory(target, overwrite=args.overwrite) as folder:
         name = target.parent.name
         write_dataset(
             folder,
             name,
-            record(args, suite, stats),
-            image_size=args.image_size,
-            image_format=image_format,
-            description=description,
+            demonstrations(),
+            image_size=settings.image_size,
+            image_format=settings.image_format,
+            description=f"Scripted demonstrations: {settings.identity()}",
         )
         # Cached in the folder, so that fine-tuning finds it.
         statistics = dataset_statistics(folder, get_transform(name))
     logger.info(
         f"{target}: {statistics['num_trajectories']} episodes, {statistics['num_transitions']} steps "
-        f"({stats.dropped_steps} no-op steps dropped); the expert solved {stats.successes} of {stats.attempts}"
+        f"({totals['dropped_steps']} no-op steps dropped); {totals['attempts']} attempts, the expert solved "
+        f"{totals['solved_at_once']} of {args.num_episodes} at the first"
     )
+
+
+def main(args: Args) -> None:
+    """Record and write.
+
+    Raises ValueError with all problems of the arguments at once, or when the expert cannot supply episodes, and
+    RecordingError when a process dies; finished episodes stay for the next call in both cases.
+    """
+    problems = validate(args) + check_output(args)
+    if problems:
+        raise ValueError("\n".join(problems))
+    settings, target = settings_of(args), output_path(args)
+    store = EpisodeStore(target.with_name(f".{target.name}.recording"), settings.identity())
+    if problems := store.problems():
+        if not args.overwrite:
+            raise ValueError("\n".join(problems))
+        store.remove()
+    with store.opened():
+        wanted = set(range(args.num_episodes))
+        finished = store.finished() & wanted
+        if finished:
+            logger.info(f"{len(finished)} of {args.num_episodes} episodes are in {store.folder}: going on from there")
+        with ProgressReport(len(finished), args.num_episodes) as progress:
+            record_missing(settings, store, wanted - finished, args.num_processes, progress.note)
+        write(args, settings, store)
+        store.remove()
 
 
 if __name__ == "__main__":
@@ -188,3 +245,9 @@ if __name__ == "__main__":
     except ValueError as error:
         logger.error("%s", error)
         sys.exit(2)
+    except (RecordingError, BlockingIOError) as error:
+        logger.error("%s\nFinished episodes are kept: the same command goes on from there.", error)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        logger.error("interrupted; finished episodes are kept: the same command goes on from there")
+        sys.exit(130)

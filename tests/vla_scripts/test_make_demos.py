@@ -1,17 +1,21 @@
 """vla-scripts/make_demos.py: what is recorded, and that nothing is lost or half-written."""
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ppo.envs import tabletop_expert
+from ppo.envs import recording_pool, tabletop_expert
 from ppo.envs.base import get_suite
+from ppo.envs.recording import ExpertFailedError, Recorder, parse_episode_path
+from ppo.envs.recording_pool import RecordingError
 from prismatic.vla.datasets.mixtures import check_mixture
 from prismatic.vla.datasets.rlds import frame_decoder, iterate_episodes
 from prismatic.vla.datasets.schema import read_features
+from prismatic.vla.datasets.store import EpisodeStore
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,8 +62,11 @@ def test_demonstrations_are_what_the_expert_did(tmp_path: Path) -> None:
     folder = tmp_path / "tabletop_no_noops" / "1.0.0"
     assert read_features(folder)["steps/observation/image"].encoding == "png"
     decode, suite = frame_decoder(folder, (28, 28)), get_suite("tabletop")
-    for index, (written, (request, episode)) in enumerate(zip(episodes, kept, strict=True)):
-        assert request.task_id == index % 10 and written.instruction == suite.instructions[index % 10]
+    by_start = {("tabletop", request): episode for request, episode in kept}
+    for index, written in enumerate(episodes):
+        start = parse_episode_path(written.file_path)
+        episode = by_start.pop(start)
+        assert start[1].task_id == index % 10 and written.instruction == suite.instructions[index % 10]
         moves = np.abs(episode.actions[:, :6]).sum(1) > 0
         assert np.array_equal(written.actions_T7[-1], episode.actions[-1])
         assert len(written.actions_T7) >= moves.sum()
@@ -112,9 +119,132 @@ def test_large_frames_are_jpeg(tmp_path: Path) -> None:
 
 
 def test_all_problems_are_reported_at_once() -> None:
-    args = make_demos.Args(num_episodes=0, seed=-1, imperfection=2.0, image_size=4, task_ids=(10,), max_env_length=0)
-    problems = "\n".join(make_demos.validate(args))
-    for flag in ("num_episodes 0", "seed -1", "imperfection 2.0", "image_size 4", "task_ids [10]", "max_env_length 0"):
-        assert f"--{flag}" in problems
-    assert "no scripted expert" in make_demos.validate(make_demos.Args(task_suite_name="libero_goal"))[0]
+    numbers = {"num_episodes": 0, "seed": -1, "imperfection": 2.0, "image_size": 4, "max_env_length": 0}
+    numbers |= {"env_gpu_id": -1, "num_processes": 0}
+    problems = "\n".join(make_demos.validate(make_demos.Args(task_ids=(10,), **numbers)))
+    for flag, value in [*numbers.items(), ("task_ids", [10])]:
+        assert f"--{flag} {value}" in problems
+    assert "no scripted expert" in make_demos.validate(make_demos.Args(task_suite_name="libero_90"))[0]
     assert make_demos.validate(make_demos.Args()) == []
+
+
+# ---- interruptions and processes ----
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Every file of a recording of 12 episodes in one process."""
+    root = tmp_path_factory.mktemp("uninterrupted")
+    make(root, imperfection=0.5)
+    return contents(root)
+
+
+def interrupt_after(num_episodes: int, patch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the episode after `num_episodes` is played."""
+    original = Recorder.record
+    finished: list[int] = []
+
+    def record(self, index):
+        if len(finished) == num_episodes:
+            raise KeyboardInterrupt
+        finished.append(index)
+        return original(self, index)
+
+    patch.setattr(Recorder, "record", record)
+
+
+def test_an_interrupted_recording_goes_on_and_comes_out_the_same(tmp_path: Path, uninterrupted) -> None:
+    for num_finished in (5, 2):  # and is interrupted again
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupt_after(num_finished, patch)
+            make(tmp_path, imperfection=0.5)
+        assert not (tmp_path / "tabletop_no_noops" / "1.0.0").exists()
+    store = tmp_path / "tabletop_no_noops" / ".1.0.0.recording"
+    assert len(list(store.glob("episode_*.npz"))) == 7
+    next(store.glob("episode_*.npz")).write_bytes(b"PK half a file")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(6, patch)  # no more are missing
+        make(tmp_path, imperfection=0.5)
+    assert contents(tmp_path) == uninterrupted and not store.exists()
+
+
+def test_the_number_of_processes_changes_nothing(tmp_path: Path, uninterrupted) -> None:
+    make(tmp_path, imperfection=0.5, num_processes=3)
+    assert contents(tmp_path) == uninterrupted
+
+
+def test_a_process_that_dies_is_named_and_what_was_finished_stays(tmp_path: Path, uninterrupted) -> None:
+    processes: list[subprocess.Popen] = []
+    real_popen, real_note = subprocess.Popen, make_demos.ProgressReport.note
+
+    def popen(*args, **options):
+        processes.append(real_popen(*args, **options))
+        return processes[-1]
+
+    def note(self, index, num_steps, counts):
+        real_note(self, index, num_steps, counts)
+        if self.num_finished == 3:
+            for process in processes:
+                process.kill()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recording_pool.subprocess, "Popen", popen)
+        patch.setattr(make_demos.ProgressReport, "note", note)
+        with pytest.raises(RecordingError, match=r"process \d, episode \d+ \(tabletop task \d\): died by SIGKILL"):
+            make(tmp_path, imperfection=0.5, num_processes=2)
+    assert all(process.poll() is not None for process in processes)
+    finished = list((tmp_path / "tabletop_no_noops" / ".1.0.0.recording").glob("episode_*.npz"))
+    assert 3 <= len(finished) < 12
+    make(tmp_path, imperfection=0.5)
+    assert contents(tmp_path) == uninterrupted
+
+
+def test_an_error_of_a_process_comes_with_its_traceback(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(make_demos, "validate", lambda args: [])
+    with pytest.raises(RecordingError, match=r"(?s)episode 0 \(tabletop task 0\):.*Traceback.*max_steps -1"):
+        make(tmp_path, num_processes=2, max_env_length=-1)
+    with pytest.raises(ExpertFailedError, match="failed 100 times in a row at task"):
+        make(tmp_path, num_processes=2, max_env_length=2)
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_other_settings_do_not_continue_a_recording(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(3, patch)
+        make(tmp_path, seed=1)
+    with pytest.raises(ValueError, match="interrupted recording with --seed 1, not 2: .* or pass --overwrite"):
+        make(tmp_path, seed=2)
+    assert same(make(tmp_path / "fresh", seed=2), make(tmp_path, seed=2, overwrite=True))
+
+
+def test_a_recording_that_is_going_on_is_left_alone(tmp_path: Path) -> None:
+    args = make_demos.Args(output_dir=str(tmp_path), num_episodes=2, image_size=28)
+    settings = make_demos.settings_of(args)
+    store = EpisodeStore(tmp_path / "tabletop_no_noops" / ".1.0.0.recording", settings.identity())
+    with store.opened(), pytest.raises(BlockingIOError, match="another process is recording into"):
+        make_demos.main(args)
+    make_demos.main(args)
+
+
+def test_fixed_initial_states_come_in_turn(tmp_path: Path) -> None:
+    episodes = make(tmp_path, init_states="fixed", task_ids=(2, 5), num_episodes=6, imperfection=0.0)
+    starts = [parse_episode_path(episode.file_path) for episode in episodes]
+    wanted = [(2, 0), (5, 0), (2, 1), (5, 1), (2, 2), (5, 2)]
+    assert [(request.task_id, request.init_state_id) for _, request in starts] == wanted
+    decode = frame_decoder(tmp_path / "tabletop_no_noops" / "1.0.0", (28, 28))
+    env = get_suite("tabletop").make_env(28)
+    for (name, request), episode in zip(starts, episodes, strict=True):
+        assert name == "tabletop" and np.array_equal(env.reset(request), decode(episode.encoded_images_T[0]))
+
+
+def test_without_a_terminal_lines_are_logged_now_and_then(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(make_demos, "LOG_INTERVAL_S", 0.0)
+    messages: list[str] = []
+    monkeypatch.setattr(make_demos.logger, "info", messages.append)
+    make(tmp_path, num_episodes=3)
+    assert messages[0].startswith("1 of 3 episodes (1 of 1 attempts solved, ") and "min left" in messages[0]
+    assert "3 episodes" in messages[-1] and "the expert solved 3 of 3 at the first" in messages[-1]

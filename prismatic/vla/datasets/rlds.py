@@ -16,6 +16,7 @@ from prismatic.vla.datasets.schema import SPLIT, STATE_FEATURE, check_dataset_di
 from prismatic.vla.datasets.tensorflow_setup import load_tensorflow, load_tfds
 
 IMAGE_FEATURE = "steps/observation/image"
+FILE_PATH_FEATURE = "episode_metadata/file_path"
 
 
 @dataclass
@@ -27,12 +28,14 @@ class RawEpisode:
         states_TS: float32 proprioception, or None where the dataset has none.
         instruction: of the first step.
         encoded_images_T: JPEG or PNG bytes (object array), or None if they were not asked for.
+        file_path: where the episode came from, or None where the dataset does not say.
     """
 
     actions_T7: np.ndarray
     states_TS: np.ndarray | None
     instruction: str
     encoded_images_T: np.ndarray | None
+    file_path: str | None = None
 
 
 def open_dataset(dataset_dir: str | Path, *, num_threads: int = 1, shard: tuple[int, int] = (0, 1)) -> Any:
@@ -69,13 +72,16 @@ def open_dataset(dataset_dir: str | Path, *, num_threads: int = 1, shard: tuple[
 
 def iterate_episodes(dataset_dir: str | Path, *, images: bool = False, num_threads: int = 1) -> Iterator[RawEpisode]:
     """Yield every episode in stored order; frames (still encoded) only with `images`."""
-    has_state = STATE_FEATURE in read_features(dataset_dir)
+    features = read_features(dataset_dir)
+    has_state, has_path = STATE_FEATURE in features, FILE_PATH_FEATURE in features
 
     def select(episode: dict[str, Any]) -> dict[str, Any]:
         steps = episode["steps"]
         selected = {"action": steps["action"], "instruction": steps["language_instruction"][0]}
         if has_state:
             selected["state"] = steps["observation"]["state"]
+        if has_path:
+            selected["file_path"] = episode["episode_metadata"]["file_path"]
         if images:
             selected["image"] = steps["observation"]["image"]
         return selected
@@ -87,6 +93,7 @@ def iterate_episodes(dataset_dir: str | Path, *, images: bool = False, num_threa
             np.asarray(episode["state"], np.float32) if has_state else None,
             episode["instruction"].decode(),
             episode.get("image"),
+            episode["file_path"].decode() if has_path else None,
         )
 
 

@@ -1,10 +1,11 @@
 """Writing demonstrations as an RLDS directory in LIBERO's layout, with tfds itself.
 
-T steps of an episode, H W image.
+Frames are encoded first, episode by episode (`encode_demonstration`, which any process can do), and written as they
+come: memory holds one episode, whatever the size of the data set. T steps of an episode, H W image.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from prismatic.vla.datasets.tensorflow_setup import load_tfds
 
 IMAGE_FORMATS = ("jpeg", "png")
 NOOP_THRESHOLD = 1e-4
+# JPEG's artefacts are as large as the objects below this size.
+SMALLEST_JPEG = 160
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Demonstration:
         instruction: the task in words.
         file_path: where it came from, for `episode_metadata`.
         terminal: the episode ended by itself (not by its time limit).
+        wrist_images: T frames of the same size, or None where the world has no wrist camera (black is written).
     """
 
     images: Sequence[np.ndarray]
@@ -40,6 +44,22 @@ class Demonstration:
     instruction: str
     file_path: str
     terminal: bool = True
+    wrist_images: Sequence[np.ndarray] | None = None
+
+
+@dataclass(frozen=True)
+class EncodedDemonstration:
+    """A demonstration whose frames are JPEG or PNG files in memory; the other attributes are Demonstration's."""
+
+    images: Sequence[bytes]
+    actions_T7: np.ndarray
+    states_T8: np.ndarray
+    joint_states_T7: np.ndarray
+    rewards_T: np.ndarray
+    instruction: str
+    file_path: str
+    terminal: bool = True
+    wrist_images: Sequence[bytes] | None = None
 
 
 def noop_steps(actions_T7: np.ndarray) -> np.ndarray:
@@ -56,26 +76,49 @@ def drop_noops(demo: Demonstration) -> Demonstration:
     """The demonstration without its no-op steps; the last step stays, it carries the reward."""
     keep_T = ~noop_steps(demo.actions_T7)
     keep_T[-1] = True
-    return Demonstration(
-        [image for image, keep in zip(demo.images, keep_T, strict=True) if keep],
-        demo.actions_T7[keep_T],
-        demo.states_T8[keep_T],
-        demo.joint_states_T7[keep_T],
-        demo.rewards_T[keep_T],
-        demo.instruction,
-        demo.file_path,
-        demo.terminal,
+
+    def kept(frames: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return [frame for frame, keep in zip(frames, keep_T, strict=True) if keep]
+
+    return replace(
+        demo,
+        images=kept(demo.images),
+        wrist_images=None if demo.wrist_images is None else kept(demo.wrist_images),
+        actions_T7=demo.actions_T7[keep_T],
+        states_T8=demo.states_T8[keep_T],
+        joint_states_T7=demo.joint_states_T7[keep_T],
+        rewards_T=demo.rewards_T[keep_T],
     )
 
 
 def encode_image(image_HW3: np.ndarray, image_format: str) -> bytes:
-    """PNG (exact), or JPEG at quality 95 without chroma subsampling: at 64 pixels a subsampled object is a smear."""
+    """PNG (exact), or JPEG at quality 95 as tensorflow and with it tfds writes it: 4:2:0, the same pixels.
+
+    Below SMALLEST_JPEG pixels the JPEG keeps the chroma whole (4:4:4): subsampled, a small object is a smear.
+    """
     options = [cv2.IMWRITE_PNG_COMPRESSION, 1]
     if image_format == "jpeg":
-        sampling = cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444
+        small = min(image_HW3.shape[:2]) < SMALLEST_JPEG
+        sampling = cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444 if small else cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420
         options = [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, sampling]
     extension = {"jpeg": ".jpg", "png": ".png"}[image_format]
     return cv2.imencode(extension, cv2.cvtColor(image_HW3, cv2.COLOR_RGB2BGR), options)[1].tobytes()
+
+
+def encode_demonstration(demo: Demonstration, image_format: str) -> EncodedDemonstration:
+    """Encode every frame as `image_format` (one of IMAGE_FORMATS)."""
+    wrist = demo.wrist_images
+    return EncodedDemonstration(
+        [encode_image(image, image_format) for image in demo.images],
+        demo.actions_T7,
+        demo.states_T8,
+        demo.joint_states_T7,
+        demo.rewards_T,
+        demo.instruction,
+        demo.file_path,
+        demo.terminal,
+        None if wrist is None else [encode_image(image, image_format) for image in wrist],
+    )
 
 
 def libero_features(image_size: int, image_format: str) -> Any:
@@ -112,7 +155,7 @@ def libero_features(image_size: int, image_format: str) -> Any:
 def write_dataset(
     folder: str | Path,
     name: str,
-    demonstrations: Iterable[Demonstration],
+    demonstrations: Iterable[Demonstration | EncodedDemonstration],
     *,
     image_size: int,
     image_format: str,
@@ -137,28 +180,41 @@ def write_dataset(
         disable_shuffling=True,  # written in order
     )
     writer = tfds.core.SequentialWriter(info, max_examples_per_shard=episodes_per_shard)
+    _serialize_in_key_order(writer, info)
     writer.initialize_splits([SPLIT])
     no_wrist_image = encode_image(np.zeros((image_size, image_size, 3), np.uint8), image_format)
-    num_written, pending = 0, []
-    for demonstration in demonstrations:
-        pending.append(_example(demonstration, image_format, no_wrist_image))
-        num_written += 1
-        # Each call rewrites the metadata files.
-        if len(pending) == episodes_per_shard:
-            writer.add_examples({SPLIT: pending})
-            pending = []
-    writer.add_examples({SPLIT: pending})
+    num_written = 0
+
+    def examples() -> Iterator[dict[str, Any]]:
+        nonlocal num_written
+        for demo in demonstrations:
+            encoded = demo if isinstance(demo, EncodedDemonstration) else encode_demonstration(demo, image_format)
+            yield _example(encoded, no_wrist_image)
+            num_written += 1
+
+    writer.add_examples({SPLIT: examples()})  # one call: each rewrites the metadata files
     writer.close_all()
     return num_written
 
 
-def _example(demo: Demonstration, image_format: str, wrist_image: bytes) -> dict[str, Any]:
+def _serialize_in_key_order(writer: Any, info: Any) -> None:
+    """Make equal episodes equal bytes: protobuf otherwise orders an example's features anew in every process."""
+    from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+    class SortedSerializer(ExampleSerializer):
+        def serialize_example(self, example: Any) -> bytes:
+            return self.get_tf_example(example).SerializeToString(deterministic=True)
+
+    writer._serializer = SortedSerializer(info.features.get_serialized_info())
+
+
+def _example(demo: EncodedDemonstration, no_wrist_image: bytes) -> dict[str, Any]:
     last = len(demo.actions_T7) - 1
     steps = [
         {
             "observation": {
-                "image": encode_image(demo.images[t], image_format),
-                "wrist_image": wrist_image,
+                "image": demo.images[t],
+                "wrist_image": no_wrist_image if demo.wrist_images is None else demo.wrist_images[t],
                 "state": demo.states_T8[t].astype(np.float32),
                 "joint_state": demo.joint_states_T7[t].astype(np.float32),
             },
