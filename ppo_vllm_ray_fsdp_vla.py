@@ -51,7 +51,7 @@ from transformers import get_scheduler
 
 from ppo.collector import Collector
 from ppo.critic import ValueHead, VLACritic
-from ppo.envs.base import ResetRequest, get_suite, known_suites
+from ppo.envs.base import ResetRequest, get_suite, known_suites, split_options
 from ppo.envs.vector import VectorEnv
 from ppo.evaluation import EpisodeResult, EvaluationRun, evaluation_requests, run_episodes, summarize_run
 from ppo.learner import PPOLearner, Reference, Trainable
@@ -126,9 +126,13 @@ class Args:
     max_env_length: int | None = None
     """Time limit of an episode in steps. Default: the suite's own."""
     env_gpu_id: int | None = None
-    """GPU that renders the simulators (EGL). Default: left to the simulator."""
-    num_env_processes: int = 2
-    """Environment processes of each rollout worker."""
+    """GPU that draws the simulators (EGL's number). Default: what MUJOCO_GL says, else osmesa on the CPU."""
+    render_quality: Literal["fast", "eval"] | None = None
+    """LIBERO: fast (the default here) leaves out multisampling and reflections, eval is its own drawing."""
+    center_crop: bool = False
+    """Show the policy the central 0.9 of the image's area: for policies fine-tuned with random resized crops."""
+    num_env_processes: int | None = None
+    """Environment processes of each rollout worker. Default: 2; for LIBERO one per environment."""
     num_env_groups: int = 2
     """Groups of environments per worker: while one is in the simulator the engine generates for another."""
     env_timeout_s: float = 60.0
@@ -276,6 +280,7 @@ class Plan:
     task_ids: tuple[int, ...]
     num_trainers: int
     num_envs: int
+    num_env_processes: int
     samples_per_step: int
     num_minibatches: int
     num_training_steps: int
@@ -323,6 +328,7 @@ def _range_problems(args: Args) -> list[str]:
     positive += " per_device_forward_batch_size max_env_length num_value_epochs curriculum_tau cliprange"
     not_negative = "save_freq eval_freq value_init_steps policy_lr_warmup_steps max_grad_norm cliprange_value vf_coef"
     not_negative += " entropy_coef beta best_min_delta best_patience curriculum_min_prob num_steps_wait cliprange_high"
+    not_negative += " env_gpu_id"
     unit = "gamma lam lora_dropout curriculum_ema_alpha gpu_memory_utilization"
     problems = []
     for names, rule, holds in (
@@ -352,6 +358,7 @@ def _choice_problems(args: Args) -> list[str]:
             problems.append(f"--num_trials_per_task {args.num_trials_per_task}: {suite.name} has "
                             f"{suite.num_init_states} fixed initial states a task")  # fmt: skip
         num_tasks = len(args.task_ids) or suite.num_tasks
+        problems += split_options(suite, **world_flags(args))[1]
         if args.curriculum_min_prob * num_tasks > 1:
             problems.append(f"--curriculum_min_prob {args.curriculum_min_prob} x {num_tasks} tasks exceeds 1: "
                             f"use at most {1 / num_tasks:.3g}")  # fmt: skip
@@ -374,6 +381,11 @@ def _choice_problems(args: Args) -> list[str]:
     return problems
 
 
+def world_flags(args: Args) -> dict[str, Any]:
+    """The flags that go to the environments."""
+    return {name: getattr(args, name) for name in ("num_steps_wait", "env_gpu_id", "render_quality")}
+
+
 def _size_problems(args: Args, num_trainers: int) -> list[str]:
     problems = []
     envs, steps, mini = args.local_rollout_batch_size, args.num_steps, args.local_mini_batch_size
@@ -394,7 +406,7 @@ def _size_problems(args: Args, num_trainers: int) -> list[str]:
     if micro > 0 and mini > 0 and mini % micro:
         problems.append(f"--per_device_train_batch_size {micro} does not divide --local_mini_batch_size {mini}")
     for name in ("num_env_groups", "num_env_processes"):
-        if getattr(args, name) > envs:
+        if (getattr(args, name) or 0) > envs:
             problems.append(f"--{name} {getattr(args, name)} exceeds --local_rollout_batch_size {envs}")
     if args.total_episodes < steps * num_envs:
         problems.append(f"--total_episodes {args.total_episodes} is less than one rollout ({steps} steps x {num_envs} "
@@ -406,6 +418,7 @@ def check_files(args: Args, exp_dir: Path) -> None:
     """Check every folder and option named by the flags (reads headers only). Raises ValueError with all problems."""
     from utils.vllm_utils import validate_engine_options
 
+    suite = get_suite(args.task_suite_name)
     problems = checkpoint_utils.check_model_dir(args.vla_path)
     if not problems:
         problems += _statistics_problems(args)
@@ -414,6 +427,7 @@ def check_files(args: Args, exp_dir: Path) -> None:
         if not adapter_problems and not problems:
             adapter_problems = peft_utils.check_adapter_fits(args.load_adapter_checkpoint, args.vla_path)
         problems += adapter_problems
+    problems += suite.find_problems(**split_options(suite, **world_flags(args))[0])
     try:
         options = json.loads(args.engine_args)
         problems += validate_engine_options(options)
@@ -446,7 +460,7 @@ def make_plan(args: Args) -> Plan:
     """Derive the run's sizes from validated flags."""
     per_node = parse_trainers_per_node(args.actor_num_gpus_per_node)
     num_trainers, num_envs = sum(per_node), args.local_rollout_batch_size * args.vllm_num_engines
-    device = args.device
+    suite, device = get_suite(args.task_suite_name), args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() or args.ray_address else "cpu"
     local_samples = args.num_steps * num_envs // num_trainers
@@ -458,9 +472,11 @@ def make_plan(args: Args) -> Plan:
         device=device,
         dtype=("bfloat16" if device == "cuda" else "float32") if args.dtype == "auto" else args.dtype,
         trainers_per_node=per_node,
-        task_ids=args.task_ids or tuple(range(get_suite(args.task_suite_name).num_tasks)),
+        task_ids=args.task_ids or tuple(range(suite.num_tasks)),
         num_trainers=num_trainers,
         num_envs=num_envs,
+        num_env_processes=args.num_env_processes
+        or min(args.local_rollout_batch_size, args.local_rollout_batch_size if suite.own_process else 2),
         samples_per_step=args.num_steps * num_envs,
         num_minibatches=num_minibatches,
         num_training_steps=num_training_steps,
@@ -668,15 +684,18 @@ class RolloutWorker:
 
     def _build_collector(self) -> Collector:
         args = self.args
-        options = {"num_steps_wait": args.num_steps_wait, "env_gpu_id": args.env_gpu_id}
+        options = split_options(self.suite, **world_flags(args))[0]
+        if "render_quality" in self.suite.options:
+            options = {"render_quality": "fast"} | options
         vector = VectorEnv(
             args.task_suite_name,
             args.local_rollout_batch_size,
-            num_processes=args.num_env_processes,
+            num_processes=self.plan.num_env_processes,
             image_size=self.processor.image_processor.image_size[0],
             max_steps=args.max_env_length,
             step_timeout_s=args.env_timeout_s,
-            env_kwargs={k: v for k, v in options.items() if v is not None},
+            center_crop=args.center_crop,
+            env_kwargs=options,
         )
         prompts = [self.processor.prompt_ids(text) for text in self.suite.instructions]
         return Collector(
@@ -754,7 +773,7 @@ class Cluster:
         trainer_group = ray_utils.create_placement_group(
             trainer_bundles, "STRICT_SPREAD" if len(trainer_bundles) > 1 else "PACK", args.placement_timeout_s
         )
-        worker_bundle = {"CPU": 1.0 + args.num_env_processes, "GPU": engine_gpus}
+        worker_bundle = {"CPU": 1.0 + plan.num_env_processes, "GPU": engine_gpus}
         worker_group = ray_utils.create_placement_group(
             [worker_bundle] * args.vllm_num_engines, "PACK", args.placement_timeout_s
         )
@@ -855,6 +874,8 @@ class Run:
         self.args, self.plan, self.cluster = args, plan, cluster
         self.exp_dir = Path(plan.exp_dir)
         config = dataclasses.asdict(args)
+        for remark in get_suite(args.task_suite_name).remarks():
+            logger.warning(remark)
         (self.exp_dir / "args.json").write_text(json.dumps(config, indent=2) + "\n")
         self.writer = MetricWriter(
             self.exp_dir, use_wandb=args.use_wandb, wandb_project=args.wandb_project, wandb_mode=args.wandb_mode,
@@ -906,7 +927,8 @@ class Run:
         for name, part in [("", overall), *((f"task_{t['task_id']}_", t) for t in summary["per_task"])]:
             metrics |= {f"eval/{name}success_rate": part["rate"]} if "rate" in part else {}
         if file_name:
-            (self.exp_dir / file_name).write_text(json.dumps({"training_step": step, **summary}, indent=1) + "\n")
+            summary |= {"training_step": step, "remarks": suite.remarks()}
+            (self.exp_dir / file_name).write_text(json.dumps(summary, indent=1) + "\n")
         logger.info(f"greedy evaluation: {overall['successes']} of {overall['episodes']} episodes succeed")
         return metrics
 
@@ -956,7 +978,8 @@ def main(args: Args) -> None:
     add_log_file(exp_dir / "log.txt")
     logger.info(f"{plan.num_training_steps} training steps of {plan.samples_per_step} environment steps; {exp_dir}")
     num_gpus = torch.cuda.device_count() if plan.device == "cuda" else 0
-    ray_utils.start_ray(args.ray_address, num_gpus)
+    num_slots = plan.num_trainers + args.vllm_num_engines * (1 + plan.num_env_processes)
+    ray_utils.start_ray(args.ray_address, num_gpus, max(num_slots, ray_utils.LOCAL_CPU_SLOTS))
     try:
         cluster = Cluster(args, plan)
         counts = cluster.setup()

@@ -29,7 +29,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from ppo.envs.base import TaskSuite, get_suite
+from ppo.envs.base import TaskSuite, get_suite, split_options
 from ppo.evaluation import EVALUATION_SEED, evaluation_requests, run_episodes, summarize_run
 from utils.logging_utils import get_logger
 from utils.video_utils import EpisodeRecorder
@@ -61,10 +61,16 @@ class Args:
     """Show the policy the central 0.9 of the image's area: for policies trained with random resized crops."""
     max_env_length: int | None = None
     """Time limit in environment steps; default: the suite's."""
-    num_envs: int = 64
-    """Environments; they are stepped in two halves that overlap with the engine."""
+    num_steps_wait: int | None = None
+    """Settling steps after each reset, not counted in the limit; default: the suite's (LIBERO: 10)."""
+    env_gpu_id: int | None = None
+    """GPU that draws the simulators (EGL's number); default: what MUJOCO_GL says, else osmesa on the CPU."""
+    render_quality: Literal["eval", "fast"] | None = None
+    """LIBERO: eval (the default) is its own drawing, fast leaves out multisampling and reflections."""
+    num_envs: int | None = None
+    """Environments, stepped in two halves that overlap with the engine; default: 64, for LIBERO two per core."""
     num_processes: int | None = None
-    """Processes that they run in; default: one per core, at most one per environment."""
+    """Processes that they run in; default: one per core, for LIBERO one per environment."""
     startup_timeout_s: float = 300.0
     """Seconds that an environment process may take to start."""
     step_timeout_s: float = 120.0
@@ -102,7 +108,14 @@ def find_problems(args: Args) -> list[str]:
         problems.append(f"--task_suite_name {args.task_suite_name}: {error}")
     else:
         problems += _task_problems(args, suite) + ([] if problems else _unnorm_problems(args))
+        options, unknown = split_options(suite, **world_flags(args))
+        problems += unknown + suite.find_problems(**options)
     return problems + _range_problems(args) + _engine_problems(args)
+
+
+def world_flags(args: Args) -> dict[str, Any]:
+    """The flags that go to the environments."""
+    return {name: getattr(args, name) for name in ("num_steps_wait", "env_gpu_id", "render_quality")}
 
 
 def _task_problems(args: Args, suite: TaskSuite) -> list[str]:
@@ -136,6 +149,9 @@ def _range_problems(args: Args) -> list[str]:
     positive += ["max_videos_per_task", "vllm_tensor_parallel_size"]
     values = {name: getattr(args, name) for name in positive}
     problems = [f"--{n} {v} must be positive" for n, v in values.items() if v is not None and v <= 0]
+    for name in ("num_steps_wait", "env_gpu_id"):
+        if (getattr(args, name) or 0) < 0:
+            problems.append(f"--{name} {getattr(args, name)} must be 0 or more")
     if args.seed < 0:
         problems.append(f"--seed {args.seed} must be 0 or more")
     if args.temperature != 0 and not 0.01 <= args.temperature <= 2:
@@ -197,22 +213,6 @@ def log_file(file: Path) -> Iterator[None]:
         handler.close()
 
 
-def center_crop(images_BHWC: np.ndarray, area: float = 0.9) -> np.ndarray:
-    """Cut out the central `area` of uint8 images and enlarge it to the old size, as OpenVLA's evaluation does.
-
-    Bilinear, with the crop's corner pixels at the corners (TensorFlow's crop_and_resize).
-    """
-    import torch
-    from torch.nn import functional as F
-
-    images_BCHW = torch.from_numpy(np.ascontiguousarray(images_BHWC)).permute(0, 3, 1, 2).float()
-    side = area**0.5
-    theta = torch.tensor([[side, 0.0, 0.0], [0.0, side, 0.0]]).expand(len(images_BCHW), 2, 3)
-    grid = F.affine_grid(theta, list(images_BCHW.shape), align_corners=True)
-    cropped = F.grid_sample(images_BCHW, grid, mode="bilinear", padding_mode="border", align_corners=True)
-    return cropped.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-
-
 class Policy:
     """A checkpoint in a vLLM engine, from images and task ids to environment actions."""
 
@@ -237,8 +237,6 @@ class Policy:
         """Return LIBERO's raw actions (B, 7) float32 for images (B, H, W, 3) uint8 at the model's size."""
         from prismatic.vla.action_normalization import tokens_to_env_actions
 
-        if self.args.center_crop:
-            images_BHWC = center_crop(images_BHWC)
         greedy = self.args.temperature == 0
         seed = int(np.random.SeedSequence([self.args.seed, self.num_calls]).generate_state(1)[0] >> 1)
         self.num_calls += 1
@@ -317,16 +315,18 @@ def _evaluate(args: Args, run_dir: Path) -> dict[str, Any]:
     suite = get_suite(args.task_suite_name)
     task_ids = sorted(args.task_ids) or list(range(suite.num_tasks))
     requests = evaluation_requests(task_ids, args.num_trials_per_task, args.seed)
-    num_envs = min(args.num_envs, len(requests))
+    num_envs, num_processes = default_sizes(args, suite, len(requests))
     recorder = recorder_for(args, run_dir / "videos")
     with VectorEnv(
         args.task_suite_name,
         num_envs,
-        num_processes=min(args.num_processes or os.cpu_count() or 1, num_envs),
+        num_processes=num_processes,
         image_size=load_config(args.pretrained_checkpoint).image_sizes[0],
         max_steps=args.max_env_length,
         startup_timeout_s=args.startup_timeout_s,
         step_timeout_s=args.step_timeout_s,
+        center_crop=args.center_crop,
+        env_kwargs=split_options(suite, **world_flags(args))[0],
     ) as vector_env:
         policy = Policy(args, suite, max_batch=(num_envs + 1) // 2)
         startup_s = time.perf_counter() - started
@@ -334,7 +334,8 @@ def _evaluate(args: Args, run_dir: Path) -> dict[str, Any]:
             run = run_episodes(vector_env, num_envs, policy.act, requests, observer=recorder)
         finally:
             policy.engine.close()
-    results = _describe(args, run_dir, policy.unnorm_key) | summarize_run(run, task_ids, suite.instructions)
+    results = _describe(args, run_dir, policy.unnorm_key) | {"remarks": suite.remarks()}
+    results |= summarize_run(run, task_ids, suite.instructions)
     for episode in results["episodes"]:
         episode["video"] = recorder.files.get((episode["task_id"], episode["init_state_id"]))
     results["time"] = {
@@ -346,6 +347,13 @@ def _evaluate(args: Args, run_dir: Path) -> dict[str, Any]:
         "env_steps_per_s": run.num_env_steps / run.wall_s,
     }
     return results
+
+
+def default_sizes(args: Args, suite: TaskSuite, num_episodes: int) -> tuple[int, int]:
+    """Environments and processes: what was asked for, or what suits the world and the machine; never idle ones."""
+    cores = os.cpu_count() or 1
+    num_envs = min(args.num_envs or (2 * cores if suite.own_process else 64), num_episodes)
+    return num_envs, min(args.num_processes or (num_envs if suite.own_process else cores), num_envs)
 
 
 def _describe(args: Args, run_dir: Path, unnorm_key: str) -> dict[str, Any]:
@@ -390,6 +398,8 @@ def report(results: dict[str, Any], text_log: Path) -> None:
             overall["dropped_attempts"],
             overall["void"],
         )
+    for remark in results["remarks"]:
+        logger.warning(remark)
     logger.info("results in %s", results["run_dir"])
 
 

@@ -271,14 +271,6 @@ def test_requests_cover_the_initial_states_and_seeds_do_not_depend_on_the_choice
     assert not set(few) & set(evaluation_requests([4], 2, seed=8))
 
 
-def test_center_crop_keeps_the_middle_nine_tenths_of_the_area():
-    ramp = np.broadcast_to(np.arange(0, 202, 2, dtype=np.uint8)[None, None, :, None], (2, 101, 101, 3))
-    cropped = script.center_crop(np.ascontiguousarray(ramp))
-    position = 100 + np.sqrt(0.9) * (np.arange(0, 202, 2) - 100)
-    np.testing.assert_allclose(cropped[1, 50, :, 2], position, atol=0.51)
-    np.testing.assert_allclose(cropped[0, 0, :, 0], position, atol=0.51)
-
-
 def test_videos_show_the_wanted_episodes_and_say_how_they_ended(tmp_path):
     args = args_for(tmp_path, save_video="failures", max_videos_per_task=1, video_fps=5)
     recorder = script.recorder_for(args, tmp_path / "videos")

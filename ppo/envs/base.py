@@ -9,7 +9,7 @@ import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -103,6 +103,8 @@ class TaskSuite:
         make_env: `(image_size, max_steps=None, seed=0, **options) -> Environment`; image_size in pixels (square).
         find_problems: `(**options) -> list[str]`: what keeps make_env from working on this machine, told before
             anything starts (a missing simulator, library or file).
+        own_process: an environment is so slow or large that each wants a process of its own.
+        remarks: `() -> list[str]`: what must be said beside every success rate measured on this machine.
     """
 
     name: str
@@ -111,6 +113,8 @@ class TaskSuite:
     num_init_states: int
     make_env: Callable[..., Environment]
     find_problems: Callable[..., list[str]] = lambda **options: []
+    own_process: bool = False
+    remarks: Callable[[], list[str]] = lambda: []
 
     @property
     def num_tasks(self) -> int:
@@ -122,6 +126,13 @@ class TaskSuite:
         """Names of the keyword arguments that make_env takes besides image_size, max_steps and seed."""
         parameters = inspect.signature(self.make_env).parameters
         return frozenset(parameters) - {"image_size", "max_steps", "seed"}
+
+
+def split_options(suite: TaskSuite, **flags: Any) -> tuple[dict[str, Any], list[str]]:
+    """Which of the flags that were given (not None) the suite's environments take, and a problem for each other one."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    taken = {name: value for name, value in given.items() if name in suite.options}
+    return taken, [f"--{name} {given[name]}: {suite.name} has no such option" for name in given.keys() - taken.keys()]
 
 
 def known_suites() -> tuple[str, ...]:

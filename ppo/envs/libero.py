@@ -338,6 +338,8 @@ def _suite(name: str) -> TaskSuite:
         num_init_states=libero_install.NUM_INIT_STATES,
         make_env=functools.partial(LiberoEnv, name),
         find_problems=_find_problems,
+        own_process=True,
+        remarks=libero_install.asset_remarks,
     )
 
 
