@@ -3,21 +3,31 @@
 #
 #   bash scripts/eval_libero.sh CHECKPOINT [SUITE] [flags of run_libero_eval_vllm.py]
 #
-# SUITE: libero_spatial (default), libero_object, libero_goal, libero_10. Not run yet: the LIBERO world is not part of
-# this version. For the embedded world: python run_libero_eval_vllm.py --task_suite_name tabletop.
+# SUITE: libero_spatial (default), libero_object, libero_goal, libero_10 or libero_90. Draws on GPU 0 where there is one
+# (another: --env_gpu_id N), else on the CPU; MUJOCO_GL=osmesa asks for the CPU anywhere. The policy sees the centre crop
+# that openvla-7b's fine-tuned models want; --no_center_crop is for a policy fine-tuned without random crops.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 checkpoint=${1:?"give the checkpoint folder"}
-suite=${2:-libero_spatial}
-shift "$(($# < 2 ? $# : 2))"
+shift
+suite=libero_spatial
+if [[ ${1:--} != -* ]]; then
+    suite=$1
+    shift
+fi
 
-bash scripts/setup_env.sh --quiet
-export MUJOCO_GL=${MUJOCO_GL:-egl}
+bash scripts/setup_env.sh --libero --quiet
+# The simulators' models lie in GPU memory too: the engine leaves room.
+machine=()
+if [ "${MUJOCO_GL:-egl}" = egl ] && [[ $(nvidia-smi -L 2>/dev/null) == GPU* ]]; then
+    machine=(--env_gpu_id 0 --gpu_memory_utilization 0.5)
+fi
 exec .venv/bin/python run_libero_eval_vllm.py \
     --pretrained_checkpoint "$checkpoint" \
     --task_suite_name "$suite" \
     --center_crop \
+    "${machine[@]}" \
     --save_video failures \
     --max_videos_per_task 2 \
     "$@"

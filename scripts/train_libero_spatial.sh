@@ -4,7 +4,8 @@
 #   bash scripts/train_libero_spatial.sh 0,1,2,3 "0 1 2 3 4 5 6 7 8 9" [flags of ppo_vllm_ray_fsdp_vla.py]
 #
 # First argument: the GPUs (2, 3, 4 or 8 of them): 1 or 2 run an engine each, the others train. Second: the task ids.
-# VLA_PATH names the checkpoint folder. Not run yet: the LIBERO world is not part of this version.
+# VLA_PATH names the checkpoint folder. The simulators draw on the last of the GPUs (another: --env_gpu_id N): an
+# engine's, which takes 0.4 of its memory.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -21,16 +22,18 @@ case $num_gpus in
     ;;
 esac
 
-bash scripts/setup_env.sh --quiet
-export CUDA_VISIBLE_DEVICES=$gpus MUJOCO_GL=egl
+MUJOCO_GL=egl bash scripts/setup_env.sh --libero --quiet
+export CUDA_VISIBLE_DEVICES=$gpus
 exec .venv/bin/python ppo_vllm_ray_fsdp_vla.py \
     --vla_path "${VLA_PATH:-openvla/openvla-7b-finetuned-libero-spatial}" \
     --task_suite_name libero_spatial \
     --task_ids "${task_ids[@]}" \
+    --env_gpu_id "${gpus##*,}" \
+    --center_crop \
     --actor_num_gpus_per_node "[$((num_gpus - num_engines))]" \
     --vllm_num_engines "$num_engines" \
+    --gpu_memory_utilization 0.4 \
     --local_rollout_batch_size 48 \
-    --num_env_processes 24 \
     --num_steps 128 \
     --total_episodes 2000000 \
     --temperature 1.5 \

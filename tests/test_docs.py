@@ -122,6 +122,8 @@ LAUNCHES = {
     "scripts/quickstart.sh": ["--seed", "3"],
     "scripts/train_tabletop_cpu.sh": ["--vla_path", "runs/quickstart/sft", "--seed", "1"],
     "scripts/train_libero_spatial.sh": ["0,1,2,3", "0 1 2"],
+    "scripts/train_libero_cpu.sh": ["--vla_path", "runs/libero_sft", "--task_ids", "0", "1"],
+    "scripts/make_libero_demos.sh": [],
     "scripts/eval_libero.sh": ["runs/model"],
     "scripts/test.sh": ["tests/ppo"],
 }
@@ -163,12 +165,36 @@ def test_launch_script_parses(script, monkeypatch, tmp_path):
 def test_libero_launch_sizes_divide(gpus, trainers, engines, monkeypatch, tmp_path):
     (call,) = run_script("scripts/train_libero_spatial.sh", [gpus, "0 5"], tmp_path)
     args = parse(call[0], call[1:], monkeypatch)
-    assert args.task_ids == (0, 5) and args.use_lora
+    assert args.task_ids == (0, 5) and args.use_lora and args.center_crop
+    assert args.env_gpu_id == int(gpus[-1])
     assert json.loads(args.actor_num_gpus_per_node) == [trainers] and args.vllm_num_engines == engines
     assert args.local_rollout_batch_size % trainers == 0
     per_rank = args.num_steps * args.local_rollout_batch_size * engines // trainers
     assert per_rank % args.local_mini_batch_size == 0
     assert args.local_mini_batch_size % args.per_device_train_batch_size == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "suite", "crop"),
+    [(["m"], "libero_spatial", True), (["m", "libero_goal", "--no_center_crop"], "libero_goal", False)],
+)
+def test_libero_evaluation_takes_a_suite_and_flags(argv, suite, crop, monkeypatch, tmp_path):
+    (call,) = run_script("scripts/eval_libero.sh", argv, tmp_path)
+    args = parse(call[0], call[1:], monkeypatch)
+    assert args.task_suite_name == suite and args.center_crop is crop and args.save_video == "failures"
+
+
+@pytest.mark.parametrize(("gl", "gpu", "drawn_on"), [("", True, 0), ("osmesa", True, None), ("", False, None)])
+@pytest.mark.parametrize("script", ["scripts/eval_libero.sh", "scripts/make_libero_demos.sh"])
+def test_libero_is_drawn_on_the_gpu_where_there_is_one(script, gl, gpu, drawn_on, monkeypatch, tmp_path):
+    program = tmp_path / "bin/nvidia-smi"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\n{'echo GPU 0: a card' if gpu else 'exit 9'}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("MUJOCO_GL", gl)
+    (call,) = run_script(script, LAUNCHES[script], tmp_path)
+    assert parse(call[0], call[1:], monkeypatch).env_gpu_id == drawn_on
 
 
 def test_tabletop_launch_is_the_real_thing(monkeypatch, tmp_path):
