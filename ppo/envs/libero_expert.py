@@ -1,0 +1,136 @@
+"""A scripted expert for LIBERO: it solves tasks from the simulator's state, and whole episodes of it are recorded.
+
+It picks a bowl up by its rim and puts it down elsewhere (all of libero_spatial, most of libero_goal) without ever
+turning its hand. `ppo.envs.libero_expert_motion` says how it moves, this file what it takes hold of and where. With
+`imperfection` it is pushed off its way now and then, and recovers: demonstrations then show that too.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ppo.envs.base import ACTION_DIM, ResetRequest
+from ppo.envs.libero_expert_motion import CLOSE, OPEN, Hand, PickPlace, is_noop, pick_place
+from ppo.envs.libero_expert_plans import make_plan
+from ppo.envs.libero_expert_scene import Scene
+from ppo.envs.tabletop_expert import Episode as BaseEpisode
+
+EXPERT_TASKS: dict[str, tuple[int, ...]] = {"libero_spatial": tuple(range(10)), "libero_goal": (1, 2, 4, 8)}
+"""Suite -> the tasks that the expert can do."""
+
+STUCK_STEPS = 40
+"""So many steps close to the object without closing the fingers: it tries another grasp."""
+STUCK_RADIUS = 0.06
+
+BURST_RATE = 0.06
+"""Chance per step, at imperfection 1, that a burst of pushes begins."""
+BURST_STEPS = (3, 6)
+BURST_LOW, BURST_HIGH = np.array([-1.0, -1.0, -0.3]), np.array([1.0, 1.0, 1.0])
+"""A burst's constant translation command is drawn between these: seldom and slowly downwards, where things stand."""
+
+
+@dataclass
+class Episode(BaseEpisode):
+    """What one episode recorded; `wrist_images` like `images` from the wrist camera, None if not recorded."""
+
+    wrist_images: list[np.ndarray] | None = None
+
+
+class LiberoExpert:
+    """Solves the running episode of an environment from the simulator's state. Made anew after each reset.
+
+    Args:
+        domain: `LiberoEnv.domain`.
+        imperfection: how often it is pushed off its way, in [0, 1]; 0 is the best it can.
+        rng: draws the pushes; may be None without imperfection.
+
+    Raises:
+        ValueError: an imperfection out of range or without generator, or a task that it cannot do.
+    """
+
+    def __init__(self, domain: Any, imperfection: float = 0.0, rng: np.random.Generator | None = None) -> None:
+        if not 0.0 <= imperfection <= 1.0:
+            raise ValueError(f"imperfection {imperfection}: must be in [0, 1]")
+        if imperfection and rng is None:
+            raise ValueError("imperfection needs a generator")
+        self.scene, self.imperfection, self.rng = Scene(domain), imperfection, rng
+        (goal,) = domain.parsed_problem["goal_state"]
+        self.command = OPEN
+        self._attempt = 0
+        self._num_near = 0
+        self._burst: list[np.ndarray] = []
+        self._task = make_plan(self.scene, goal)
+
+    def act(self) -> np.ndarray:
+        """The next action, (7,) float32 in LIBERO's raw convention; never a no-op."""
+        hand, task = self.scene.hand(self.command), self._task(self._attempt)
+        action = pick_place(hand, task)
+        self._note_failure(hand, task, float(action[6]))
+        action = self._pushed(action)
+        self.command = float(action[6])
+        return action
+
+    def _note_failure(self, hand: Hand, task: PickPlace, command: float) -> None:
+        """Go over to the next grasp when the fingers closed on nothing, or never came to close."""
+        missed = hand.command == CLOSE and command == OPEN and np.linalg.norm(task.object - task.place) > 0.05
+        is_near = np.hypot(*(task.object + task.grasp - hand.position)[:2]) < STUCK_RADIUS
+        self._num_near = self._num_near + 1 if is_near and command == OPEN else 0
+        if missed or self._num_near > STUCK_STEPS:
+            self._attempt, self._num_near = self._attempt + 1, 0
+
+    def _pushed(self, action: np.ndarray) -> np.ndarray:
+        """The action, or a push instead of its translation; the gripper goes on as it would."""
+        if not self.imperfection:
+            return action
+        assert self.rng is not None
+        if not self._burst and self.rng.random() < BURST_RATE * self.imperfection:
+            low, high = BURST_STEPS
+            self._burst = [self.rng.uniform(BURST_LOW, BURST_HIGH)] * int(self.rng.integers(low, high + 1))
+        if self._burst:
+            action = action.copy()
+            action[:3] = self._burst.pop()
+        return action
+
+
+def run_expert_episode(
+    env: Any,
+    request: ResetRequest,
+    imperfection: float,
+    rng: np.random.Generator,
+    record_size: int | None = None,
+) -> Episode:
+    """Let the expert play one episode, successful or not, and return what it recorded.
+
+    Args:
+        env: a `ppo.envs.libero.LiberoEnv`.
+        request: the episode.
+        imperfection: see LiberoExpert.
+        rng: draws the pushes.
+        record_size: record agentview and wrist camera at this size, as rendered; None: what the policy sees, no wrist.
+    """
+    image = env.reset(request)
+    expert = LiberoExpert(env.domain, imperfection, rng)
+    recorded = Episode([], np.zeros((0, ACTION_DIM)), np.zeros(0), False, np.zeros(0), np.zeros(0), None)
+    actions, rewards, states, joint_states, wrist_images = [], [], [], [], []
+    last_gripper = OPEN
+    while True:
+        action = expert.act()
+        assert not is_noop(action, last_gripper), f"the expert did nothing: {action}"
+        last_gripper = float(action[6])
+        state, joint_state = env.proprioception()
+        states.append(state)
+        joint_states.append(joint_state)
+        recorded.images.append(image if record_size is None else env.render(record_size))
+        if record_size is not None:
+            wrist_images.append(env.render(record_size, camera="robot0_eye_in_hand"))
+        result = env.step(action)
+        image = result.image
+        actions.append(action)
+        rewards.append(result.reward)
+        if result.terminated or result.truncated:
+            break
+    recorded.actions, recorded.rewards = np.stack(actions), np.asarray(rewards, dtype=np.float32)
+    recorded.states, recorded.joint_states = np.stack(states), np.stack(joint_states)
+    recorded.success, recorded.wrist_images = result.success, wrist_images or None
+    return recorded
