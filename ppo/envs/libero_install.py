@@ -6,6 +6,7 @@ processes stay small, and what is missing is named together with the command tha
 """
 
 import contextlib
+import ctypes
 import hashlib
 import importlib
 import importlib.util
@@ -209,6 +210,22 @@ def choose_gl(env_gpu_id: int | None) -> str:
     return backend
 
 
+@contextlib.contextmanager
+def osmesa_kept_apart(backend: str) -> Iterator[None]:
+    """While mujoco is imported with this backend: keep the symbols of OSMesa's LLVM and of tensorflow's apart.
+
+    PyOpenGL makes its symbols visible to every library loaded later, and tensorflow does so too: whichever comes
+    second calls the other's LLVM and dies of a segmentation fault.
+    """
+    visible = ctypes.RTLD_GLOBAL
+    if backend == "osmesa":
+        setattr(ctypes, "RTLD_GLOBAL", os.RTLD_LOCAL | os.RTLD_DEEPBIND)  # noqa: B010 (read by PyOpenGL as it loads)
+    try:
+        yield
+    finally:
+        setattr(ctypes, "RTLD_GLOBAL", visible)  # noqa: B010
+
+
 def load_gl(backend: str, env_gpu_id: int | None) -> ModuleType:
     """The module of mujoco for off-screen drawing with `backend`.
 
@@ -219,7 +236,8 @@ def load_gl(backend: str, env_gpu_id: int | None) -> ModuleType:
     if env_gpu_id is not None:
         os.environ["MUJOCO_EGL_DEVICE_ID"] = str(env_gpu_id)
     try:
-        return importlib.import_module(f"mujoco.{backend}")
+        with osmesa_kept_apart(backend):
+            return importlib.import_module(f"mujoco.{backend}")
     except (ImportError, AttributeError, OSError) as error:  # PyOpenGL fails in all three ways
         raise LiberoMissingError(
             f"MUJOCO_GL={backend}: its library does not load ({error}): "

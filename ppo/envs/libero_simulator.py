@@ -5,12 +5,15 @@ done than `OffScreenRenderEnv` does at each step: no observables (which draw two
 pair of Jacobians a physics step instead of two, and an image only when one is asked for.
 """
 
+import os
 from typing import Any
 
-import mujoco
 import numpy as np
 
 from ppo.envs import libero_install
+
+with libero_install.osmesa_kept_apart(os.environ.get("MUJOCO_GL", "")):
+    import mujoco
 
 RENDER_SIZE = 256
 """Pixels, LIBERO's and OpenVLA's."""
