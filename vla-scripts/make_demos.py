@@ -75,7 +75,7 @@ class Args:
     keep_failures: bool = False
     """Also write episodes that did not solve their task (False: replace them, as in LIBERO's data)."""
     num_processes: int = 1
-    """Processes that record side by side, 1 to 256; 1: this one. LIBERO needs a core and 1 to 2 GB for each."""
+    """Processes that record side by side, 1 to 256. LIBERO needs a core and 1 to 2 GB for each."""
     overwrite: bool = False
     """Replace an existing directory of that name, and episodes of an interrupted recording with other settings."""
 

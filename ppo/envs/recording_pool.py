@@ -18,7 +18,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import IO, Any
 
-from ppo.envs.recording import ExpertFailedError, Recorder, RecordingSettings
+from ppo.envs.recording import LIBERO_SUITES, ExpertFailedError, Recorder, RecordingSettings
 from prismatic.vla.datasets.store import EpisodeStore
 
 # Called with an episode's number, its steps and its counts when it is in the store.
@@ -62,7 +62,7 @@ def record_missing(
         settings: of the recording.
         store: opened.
         indices: numbers of the episodes.
-        num_processes: 1: in this process.
+        num_processes: 1: in this process, but LIBERO always in processes of its own, which it may take with it.
         on_done: called in this process.
 
     Raises:
@@ -71,7 +71,7 @@ def record_missing(
     """
     indices = list(indices)
     work, num_processes = WorkList(settings, indices), min(num_processes, len(indices))
-    if num_processes > 1:
+    if num_processes > 1 or (num_processes and settings.task_suite_name in LIBERO_SUITES):
         _record_in_processes(settings, store, work, num_processes, on_done)
     elif indices:
         with contextlib.closing(Recorder(settings)) as recorder:
