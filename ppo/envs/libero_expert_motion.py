@@ -48,6 +48,8 @@ HAND_MARGIN, HAND_CLEARANCE = 0.08, 0.03
 """What is closer than the margin, sideways, the empty hand passes by the clearance above its top."""
 PLACED_RADIUS, PLACED_HEIGHT = 0.02, 0.015
 """The fingers open when the object is this close to its place, sideways and above."""
+LIFTED = 0.015
+"""From this far above its way out an object is on its way."""
 DONE_RADIUS, DONE_HEIGHT = 0.03, 0.025
 """An object this close to its place is not fetched again."""
 
@@ -95,6 +97,7 @@ class PickPlace:
         carry_margin: obstacles closer than this to the carried object's origin, sideways, must be passed above.
         clearance: how far above an obstacle's top the carried object's origin must be.
         obstacles: what must be passed above.
+        way_out: (3,) where an object that lies under something is drawn to before it is lifted; None: lifted at once.
     """
 
     object: np.ndarray
@@ -104,10 +107,11 @@ class PickPlace:
     hover: float = 0.1
     travel: float = 0.08
     close_height: float = 0.015
-    hold_radius: float = 0.04
+    hold_radius: float = 0.06
     carry_margin: float = 0.09
     clearance: float = 0.015
     obstacles: Sequence[Obstacle] = ()
+    way_out: np.ndarray | None = None
 
 
 def is_noop(action: np.ndarray, last_gripper: float) -> bool:
@@ -199,5 +203,9 @@ def carry(hand: Hand, task: PickPlace) -> np.ndarray:
     """Bring the object that the hand holds to its place, and open the fingers there."""
     if _within(task.object - task.place, PLACED_RADIUS, PLACED_HEIGHT):
         return move_to(task.object, task.place, OPEN)
+    if task.way_out is not None:
+        rest = task.way_out - task.object
+        if rest[2] > -LIFTED and FUNNEL_RADIUS < np.hypot(rest[0], rest[1]) < INSIDE:
+            return move_to(task.object, task.way_out, CLOSE)
     clear = clear_height(task.object, task.obstacles, task.carry_margin) + task.clearance
     return move_over(task.object, task.place, CLOSE, height=task.travel, clear=clear)
