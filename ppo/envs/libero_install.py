@@ -143,7 +143,8 @@ def prepare() -> LiberoPaths:
 
 
 def _own_config_dir() -> str:
-    return str(Path(tempfile.gettempdir()) / f"ppo_vla_libero_{os.getuid()}_{abs(hash(str(find_package()))):x}")
+    digest = hashlib.sha256(f"{find_package()} {find_assets()}".encode()).hexdigest()[:12]
+    return str(Path(tempfile.gettempdir()) / f"ppo_vla_libero_{os.getuid()}_{digest}")
 
 
 @cache
