@@ -205,7 +205,7 @@ def test_a_process_that_dies_is_named_and_what_was_finished_stays(tmp_path: Path
 
 def test_an_error_of_a_process_comes_with_its_traceback(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(make_demos, "validate", lambda args: [])
-    with pytest.raises(RecordingError, match=r"(?s)episode 0 \(tabletop task 0\):.*Traceback.*max_steps -1"):
+    with pytest.raises(RecordingError, match=r"(?s)episode \d \(tabletop task \d\):.*Traceback.*max_steps -1"):
         make(tmp_path, num_processes=2, max_env_length=-1)
     with pytest.raises(ExpertFailedError, match="failed 100 times in a row at task"):
         make(tmp_path, num_processes=2, max_env_length=2)
