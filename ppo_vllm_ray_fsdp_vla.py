@@ -31,7 +31,6 @@ Commands:
 
 import dataclasses
 import json
-import math
 import os
 import resource
 import shutil
@@ -47,11 +46,21 @@ import numpy as np
 import ray
 import torch
 import tyro
+from ray.util.placement_group import PlacementGroup
 from transformers import get_scheduler
 
+from ppo.arguments import (
+    CommandLineError,
+    choice_problems,
+    parse_trainers_per_node,
+    raise_problems,
+    range_problems,
+    size_problems,
+    world_flags,
+)
 from ppo.collector import Collector
 from ppo.critic import ValueHead, VLACritic
-from ppo.envs.base import ResetRequest, get_suite, known_suites, split_options
+from ppo.envs.base import ResetRequest, get_suite, split_options
 from ppo.envs.vector import VectorEnv
 from ppo.evaluation import EpisodeResult, EvaluationRun, evaluation_requests, run_episodes, summarize_run
 from ppo.learner import PPOLearner, Reference, Trainable
@@ -241,6 +250,8 @@ class Args:
     """Trainer ranks per node as a list, "[8,8]": one GPU each; on CPU one process each."""
     vllm_num_engines: int = 1
     """Rollout workers, one vLLM engine each."""
+    colocate: bool = False
+    """Trainer i and engine i share a GPU; the engine takes gpu_memory_utilization of it, the trainer the rest."""
     vllm_tensor_parallel_size: int = 1
     """GPUs per engine."""
     vllm_enforce_eager: bool = False
@@ -288,130 +299,14 @@ class Plan:
     value_optimizer_steps: int
 
 
-def parse_trainers_per_node(text: str) -> tuple[int, ...]:
-    """Read "[8,8]" or "2" as ranks per node. Raises ValueError if it is no list of positive whole numbers."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f'--actor_num_gpus_per_node {text!r} is not a list such as "[8,8]"') from error
-    counts = value if isinstance(value, list) else [value]
-    if not counts or not all(isinstance(c, int) and c > 0 for c in counts):
-        raise ValueError(f'--actor_num_gpus_per_node {text!r}: give positive whole numbers, "[2]" or "[8,8]"')
-    return tuple(counts)
-
-
 def validate(args: Args) -> None:
     """Check everything that needs no file, GPU or cluster. Raises one ValueError that lists every problem."""
-    problems = [*_range_problems(args), *_choice_problems(args)]
+    problems = [*range_problems(args), *choice_problems(args)]
     try:
         num_trainers = sum(parse_trainers_per_node(args.actor_num_gpus_per_node))
     except ValueError as error:
         raise_problems([*problems, str(error)])
-    raise_problems([*problems, *_size_problems(args, num_trainers)])
-
-
-class CommandLineError(ValueError):
-    """Flags, files or folders that cannot work; the message lists every problem."""
-
-
-def raise_problems(problems: Sequence[str]) -> None:
-    """Raise CommandLineError with all `problems`, one a line, if there are any."""
-    if problems:
-        raise CommandLineError(f"{len(problems)} problem(s) with this command line:\n- " + "\n- ".join(problems))
-
-
-def _range_problems(args: Args) -> list[str]:
-    positive = "total_episodes num_steps local_rollout_batch_size num_epochs learning_rate"
-    positive += " local_mini_batch_size per_device_train_batch_size value_learning_rate lora_rank"
-    positive += " num_env_processes num_env_groups env_timeout_s vllm_num_engines vllm_tensor_parallel_size"
-    positive += " sync_bucket_mib trainer_num_threads engine_num_threads placement_timeout_s num_trials_per_task"
-    positive += " per_device_forward_batch_size max_env_length num_value_epochs curriculum_tau cliprange"
-    not_negative = "save_freq eval_freq value_init_steps policy_lr_warmup_steps max_grad_norm cliprange_value vf_coef"
-    not_negative += " entropy_coef beta best_min_delta best_patience curriculum_min_prob num_steps_wait cliprange_high"
-    not_negative += " env_gpu_id"
-    unit = "gamma lam lora_dropout curriculum_ema_alpha gpu_memory_utilization"
-    problems = []
-    for names, rule, holds in (
-        (positive, "> 0", lambda x: x > 0),
-        (not_negative, ">= 0", lambda x: x >= 0),
-        (unit, "in [0, 1]", lambda x: 0 <= x <= 1),
-    ):
-        for name in names.split():
-            value = getattr(args, name, None)
-            if value is not None and not (math.isfinite(value) and holds(value)):
-                problems.append(f"--{name} {value} must be {rule}")
-    if not 0.01 <= args.temperature <= 2:
-        problems.append(f"--temperature {args.temperature} must be in [0.01, 2], vLLM's limits")
-    if args.cliprange >= 1:
-        problems.append(f"--cliprange {args.cliprange} must be < 1: the ratio's lower bound is 1 - cliprange")
-    return problems
-
-
-def _choice_problems(args: Args) -> list[str]:
-    problems = []
-    try:
-        suite = get_suite(args.task_suite_name)
-        wrong = [i for i in args.task_ids if not 0 <= i < suite.num_tasks]
-        if wrong:
-            problems.append(f"--task_ids {wrong}: {suite.name} has tasks 0..{suite.num_tasks - 1}")
-        if (args.num_trials_per_task or 0) > suite.num_init_states:
-            problems.append(f"--num_trials_per_task {args.num_trials_per_task}: {suite.name} has "
-                            f"{suite.num_init_states} fixed initial states a task")  # fmt: skip
-        num_tasks = len(args.task_ids) or suite.num_tasks
-        problems += split_options(suite, **world_flags(args))[1]
-        if args.curriculum_min_prob * num_tasks > 1:
-            problems.append(f"--curriculum_min_prob {args.curriculum_min_prob} x {num_tasks} tasks exceeds 1: "
-                            f"use at most {1 / num_tasks:.3g}")  # fmt: skip
-    except (ValueError, ImportError) as error:
-        problems.append(f"--task_suite_name: {error} (known: {', '.join(known_suites())})")
-    if len(set(args.task_ids)) != len(args.task_ids):
-        problems.append(f"--task_ids {args.task_ids} names a task twice")
-    if args.load_adapter_checkpoint and not args.use_lora:
-        problems.append("--load_adapter_checkpoint needs --use_lora (or merge the adapter first: vla-scripts/merge.py)")
-    if args.use_wandb and not args.wandb_project:
-        problems.append("--use_wandb needs --wandb_project: there is no default project")
-    if args.data_root_dir and not args.dataset_name:
-        problems.append("--data_root_dir needs --dataset_name: which dataset's statistics to use")
-    if args.exp_id and args.run_id_note:
-        problems.append("--run_id_note is appended to the default name only: put it into --exp_id")
-    if args.device == "cpu" and args.offload:
-        problems.append("--offload moves GPU memory to the CPU: it has no meaning with --device cpu")
-    if args.device == "cpu" and args.vllm_tensor_parallel_size > 1:
-        problems.append("--vllm_tensor_parallel_size > 1 needs GPUs")
-    return problems
-
-
-def world_flags(args: Args) -> dict[str, Any]:
-    """The flags that go to the environments."""
-    return {name: getattr(args, name) for name in ("num_steps_wait", "env_gpu_id", "render_quality")}
-
-
-def _size_problems(args: Args, num_trainers: int) -> list[str]:
-    problems = []
-    envs, steps, mini = args.local_rollout_batch_size, args.num_steps, args.local_mini_batch_size
-    if envs % num_trainers:
-        lower = envs // num_trainers * num_trainers
-        problems.append(f"--local_rollout_batch_size {envs} does not divide among {num_trainers} trainer ranks: use "
-                        f"{lower or num_trainers} or {lower + num_trainers}")  # fmt: skip
-        return problems
-    num_envs = envs * args.vllm_num_engines
-    local = steps * num_envs // num_trainers
-    if mini > 0 and local % mini:
-        fits = [d for d in range(1, local + 1) if local % d == 0]
-        near = [d for d in fits if d < mini][-1:] + [d for d in fits if d > mini][:1]
-        problems.append(f"--local_mini_batch_size {mini} does not divide the rollout of a rank ({steps} steps x "
-                        f"{num_envs} envs / {num_trainers} ranks = {local}): "
-                        f"use {' or '.join(map(str, near))}")  # fmt: skip
-    micro = args.per_device_train_batch_size
-    if micro > 0 and mini > 0 and mini % micro:
-        problems.append(f"--per_device_train_batch_size {micro} does not divide --local_mini_batch_size {mini}")
-    for name in ("num_env_groups", "num_env_processes"):
-        if (getattr(args, name) or 0) > envs:
-            problems.append(f"--{name} {getattr(args, name)} exceeds --local_rollout_batch_size {envs}")
-    if args.total_episodes < steps * num_envs:
-        problems.append(f"--total_episodes {args.total_episodes} is less than one rollout ({steps} steps x {num_envs} "
-                        f"envs = {steps * num_envs})")  # fmt: skip
-    return problems
+    raise_problems([*problems, *size_problems(args, num_trainers)])
 
 
 def check_files(args: Args, exp_dir: Path) -> None:
@@ -702,6 +597,10 @@ class RolloutWorker:
             vector, prompts, self._sample, self._decode, num_groups=args.num_env_groups, seed=(args.seed, self.index)
         )
 
+    def policy_version(self) -> int:
+        """Version of the engine's weights; answers once the engine is ready."""
+        return self.engine.policy_version
+
     def _sample(self, prompt_ids: list[list[int]], images: np.ndarray) -> Any:
         return self.engine.generate(
             prompt_ids, images, temperature=self.args.temperature, seed=int(self.sampling_rng.integers(2**31))
@@ -762,29 +661,18 @@ class Cluster:
         from utils.vllm_utils import engine_env
 
         self.args, self.plan = args, plan
-        on_gpu = plan.device == "cuda"
-        tensor_parallel = args.vllm_tensor_parallel_size
-        if on_gpu:
-            num_gpus = plan.num_trainers + args.vllm_num_engines * tensor_parallel
-            engines = f"{args.vllm_num_engines} engines x {tensor_parallel}"
-            ray_utils.check_cluster(num_gpus, f"{plan.num_trainers} trainers + {engines}")
-        trainer_gpus, engine_gpus = float(on_gpu), float(on_gpu * tensor_parallel)
-        trainer_bundles = [{"CPU": float(n), "GPU": n * trainer_gpus} for n in plan.trainers_per_node]
-        trainer_group = ray_utils.create_placement_group(
-            trainer_bundles, "STRICT_SPREAD" if len(trainer_bundles) > 1 else "PACK", args.placement_timeout_s
-        )
-        worker_bundle = {"CPU": 1.0 + plan.num_env_processes, "GPU": engine_gpus}
-        worker_group = ray_utils.create_placement_group(
-            [worker_bundle] * args.vllm_num_engines, "PACK", args.placement_timeout_s
-        )
+        trainer_gpus, engine_gpus = self._gpus_per_actor()
+        trainer_group, worker_group = self._place(trainer_gpus, engine_gpus)
         statistics = action_statistics(args)
-        node_of_rank = [node for node, count in enumerate(plan.trainers_per_node) for _ in range(count)]
+        bundle_of_rank = [node for node, count in enumerate(plan.trainers_per_node) for _ in range(count)]
+        if args.colocate:
+            bundle_of_rank = list(range(plan.num_trainers))
         self.trainers = [
             ray.remote(PolicyTrainer).options(
-                num_cpus=1, num_gpus=trainer_gpus, scheduling_strategy=ray_utils.in_bundle(trainer_group, node),
+                num_cpus=1, num_gpus=trainer_gpus, scheduling_strategy=ray_utils.in_bundle(trainer_group, bundle),
                 runtime_env=ray_utils.actor_env(OMP_NUM_THREADS=str(args.trainer_num_threads)),
             ).remote(args, plan, rank)
-            for rank, node in enumerate(node_of_rank)
+            for rank, bundle in enumerate(bundle_of_rank)
         ]  # fmt: skip
         self.workers = [
             ray.remote(RolloutWorker).options(
@@ -798,8 +686,42 @@ class Cluster:
             min_prob=args.curriculum_min_prob, seed=args.seed, uniform=not args.use_curriculum,
         )  # fmt: skip
 
+    def _gpus_per_actor(self) -> tuple[float, float]:
+        """GPUs of a trainer and of a worker, for Ray: halves where they share one."""
+        args, plan = self.args, self.plan
+        if plan.device == "cpu":
+            return 0.0, 0.0
+        if args.colocate:
+            ray_utils.check_cluster(plan.num_trainers, f"{plan.num_trainers} trainers, an engine beside each")
+            return 0.5, 0.5
+        num_gpus = plan.num_trainers + args.vllm_num_engines * args.vllm_tensor_parallel_size
+        engines = f"{args.vllm_num_engines} engines x {args.vllm_tensor_parallel_size}"
+        ray_utils.check_cluster(num_gpus, f"{plan.num_trainers} trainers + {engines}; --colocate shares them")
+        return 1.0, float(args.vllm_tensor_parallel_size)
+
+    def _place(self, trainer_gpus: float, engine_gpus: float) -> tuple[PlacementGroup, PlacementGroup]:
+        """Reserve what trainers and workers need; colocated, one bundle for each pair."""
+        args, plan = self.args, self.plan
+        worker_cpus, wait_s = 1.0 + plan.num_env_processes, args.placement_timeout_s
+        if args.colocate:
+            pair = {"CPU": 1.0 + worker_cpus, "GPU": trainer_gpus + engine_gpus}
+            group = ray_utils.create_placement_group([pair] * plan.num_trainers, "PACK", wait_s)
+            return group, group
+        trainers = [{"CPU": float(n), "GPU": n * trainer_gpus} for n in plan.trainers_per_node]
+        strategy = "STRICT_SPREAD" if len(trainers) > 1 else "PACK"
+        workers = [{"CPU": worker_cpus, "GPU": engine_gpus}] * args.vllm_num_engines
+        return (
+            ray_utils.create_placement_group(trainers, strategy, wait_s),
+            ray_utils.create_placement_group(workers, "PACK", wait_s),
+        )
+
     def setup(self) -> dict[str, float]:
-        """Start the trainers' process group while the engines load; returns parameter counts."""
+        """Start the trainers' process group while the engines load; returns parameter counts.
+
+        Colocated engines load first: they measure the GPU's free memory.
+        """
+        if self.args.colocate:
+            ray_utils.wait_all([w.policy_version.remote() for w in self.workers], "loading the engines")
         address = ray.get(self.trainers[0].address.remote())
         counts = ray_utils.wait_all([t.setup.remote(*address) for t in self.trainers], "loading the trainers' models")
         return counts[0]

@@ -29,6 +29,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from ppo.arguments import world_flags
 from ppo.envs.base import TaskSuite, get_suite, split_options
 from ppo.evaluation import EVALUATION_SEED, evaluation_requests, run_episodes, summarize_run
 from utils.logging_utils import get_logger
@@ -111,11 +112,6 @@ def find_problems(args: Args) -> list[str]:
         options, unknown = split_options(suite, **world_flags(args))
         problems += unknown + suite.find_problems(**options)
     return problems + _range_problems(args) + _engine_problems(args)
-
-
-def world_flags(args: Args) -> dict[str, Any]:
-    """The flags that go to the environments."""
-    return {name: getattr(args, name) for name in ("num_steps_wait", "env_gpu_id", "render_quality")}
 
 
 def _task_problems(args: Args, suite: TaskSuite) -> list[str]:
