@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from ppo.envs.base import ACTION_DIM, ResetRequest
-from ppo.envs.libero_expert_motion import CLOSE, OPEN, Hand, PickPlace, is_noop, pick_place
+from ppo.envs.libero_expert_motion import CLOSE, OPEN, Hand, PickPlace, Push, is_noop, pick_place, push
 from ppo.envs.libero_expert_plans import make_plan
 from ppo.envs.libero_expert_scene import Scene
 from ppo.envs.tabletop_expert import Episode as BaseEpisode
 
-EXPERT_TASKS: dict[str, tuple[int, ...]] = {"libero_spatial": tuple(range(10)), "libero_goal": (1, 2, 4, 8)}
+EXPERT_TASKS: dict[str, tuple[int, ...]] = {"libero_spatial": tuple(range(10)), "libero_goal": (1, 2, 4, 5, 6, 8, 9)}
 """Suite -> the tasks that the expert can do."""
 
 STUCK_STEPS = 40
@@ -65,8 +65,11 @@ class LiberoExpert:
     def act(self) -> np.ndarray:
         """The next action, (7,) float32 in LIBERO's raw convention; never a no-op."""
         hand, task = self.scene.hand(self.command), self._task(self._attempt)
-        action = pick_place(hand, task)
-        self._note_failure(hand, task, float(action[6]))
+        if isinstance(task, Push):
+            action = push(hand, task)
+        else:
+            action = pick_place(hand, task)
+            self._note_failure(hand, task, float(action[6]))
         action = self._pushed(action)
         self.command = float(action[6])
         return action

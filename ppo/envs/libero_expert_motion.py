@@ -43,7 +43,7 @@ LOW_MARGIN = 0.03
 NEAR = 0.12
 """Further than this from the grasp point, sideways, the empty hand needs no height but that of the obstacles."""
 INSIDE = 0.06
-"""Closer than this to the grasp point, sideways, it goes down whatever stands around."""
+"""Closer than this to the grasp point or the object's place, sideways, it goes down whatever stands around."""
 HAND_MARGIN, HAND_CLEARANCE = 0.08, 0.03
 """What is closer than the margin, sideways, the empty hand passes by the clearance above its top."""
 PLACED_RADIUS, PLACED_HEIGHT = 0.02, 0.015
@@ -112,6 +112,25 @@ class PickPlace:
     clearance: float = 0.015
     obstacles: Sequence[Obstacle] = ()
     way_out: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Push:
+    """What to push with closed fingers, and where to.
+
+    Attributes:
+        contact: (3,) where the hand must be to push the object as it lies now.
+        ahead: (3,) from `contact` to where the hand pushes towards.
+        slack: as long as the hand is this close to `contact`, it pushes; (sideways, above).
+        hover: how far above `contact` the hand comes from.
+        obstacles: what the hand must pass above.
+    """
+
+    contact: np.ndarray
+    ahead: np.ndarray
+    slack: tuple[float, float]
+    hover: float = 0.1
+    obstacles: Sequence[Obstacle] = ()
 
 
 def is_noop(action: np.ndarray, last_gripper: float) -> bool:
@@ -187,10 +206,15 @@ def pick_place(hand: Hand, task: PickPlace) -> np.ndarray:
     if hand.command == OPEN and is_open and _within(-offset, ALIGNED, task.close_height):
         return close_fingers(hand, offset)
     goal = grasp_point if is_open else grasp_point + np.array([0.0, 0.0, task.hover])
+    return _approach(hand, goal, OPEN, task.hover, task.obstacles)
+
+
+def _approach(hand: Hand, goal: np.ndarray, gripper: float, hover: float, obstacles: Sequence[Obstacle]) -> np.ndarray:
+    """The hand, holding nothing, comes to `goal` (3,) from above."""
     clear = -np.inf
-    if np.hypot(offset[0], offset[1]) > INSIDE:
-        clear = clear_height(hand.position, task.obstacles, HAND_MARGIN) + HAND_CLEARANCE
-    return move_over(hand.position, goal, OPEN, height=task.hover, clear=clear, near=NEAR)
+    if not _within(goal - hand.position, INSIDE, np.inf):
+        clear = clear_height(hand.position, obstacles, HAND_MARGIN) + HAND_CLEARANCE
+    return move_over(hand.position, goal, gripper, height=hover, clear=clear, near=NEAR)
 
 
 def close_fingers(hand: Hand, offset: np.ndarray) -> np.ndarray:
@@ -207,5 +231,14 @@ def carry(hand: Hand, task: PickPlace) -> np.ndarray:
         rest = task.way_out - task.object
         if rest[2] > -LIFTED and FUNNEL_RADIUS < np.hypot(rest[0], rest[1]) < INSIDE:
             return move_to(task.object, task.way_out, CLOSE)
-    clear = clear_height(task.object, task.obstacles, task.carry_margin) + task.clearance
+    clear = -np.inf
+    if not _within(task.object - task.place, INSIDE, np.inf):
+        clear = clear_height(task.object, task.obstacles, task.carry_margin) + task.clearance
     return move_over(task.object, task.place, CLOSE, height=task.travel, clear=clear)
+
+
+def push(hand: Hand, task: Push) -> np.ndarray:
+    """The next action of pushing the object along its way with closed fingers."""
+    if _within(hand.position - task.contact, *task.slack):
+        return move_to(hand.position, task.contact + task.ahead, CLOSE)
+    return _approach(hand, task.contact, CLOSE, task.hover, task.obstacles)

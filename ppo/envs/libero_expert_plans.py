@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ppo.envs.libero_expert_motion import PickPlace
+from ppo.envs.libero_expert_motion import PickPlace, Push
 from ppo.envs.libero_expert_scene import CABINET, TOP_DRAWER, Scene
 
-Plan = Callable[[int], PickPlace]
+Plan = Callable[[int], PickPlace | Push]
 """Attempt number -> what to do now."""
 
 
@@ -17,24 +17,39 @@ def _up(height: float) -> np.ndarray:
 
 BOWL_GRASPS = (np.array([0.0, 0.046, 0.03]), np.array([0.0, -0.046, 0.03]))
 """From a bowl's origin to the hand that takes its rim, the usual side first; the fingers open along y."""
-DRAWER_CLOSE_HEIGHT = 0.02
-DRAWER_WALL, DRAWER_FLOOR = -0.0648, 0.158
-DRAWER_MARGIN = 0.003
-DRAWER_GRASP_X, DRAWER_GRASP_Y = -0.025, (0.02, 0.034)
-DRAWER_BACK_GRASP = np.array([0.0, -0.04, 0.034])
-DRAWER_WAY_OUT = -0.141
-PLATE_GRASPS = (np.array([0.0, 0.065, 0.012]), np.array([0.0, -0.065, 0.012]))
-CHEESE_GRASPS = (_up(0.008),)
-BOTTLE_GRASPS = (_up(0.135),)
+BOTTLE_GRASP = _up(0.135)
 """By its neck; further down the palm would touch its top."""
+GRASPS = {"akita_black_bowl": BOWL_GRASPS, "cream_cheese": (_up(0.008),), "wine_bottle": (BOTTLE_GRASP,)}
+HELD_GAPS = {"akita_black_bowl": 0.03, "cream_cheese": 0.055, "wine_bottle": 0.03}
+CARRY_MARGINS = {"akita_black_bowl": 0.09, "cream_cheese": 0.09, "wine_bottle": 0.05}
+"""PickPlace's attributes of the same names."""
 PLACES = {
     "plate": _up(0.01),
     "akita_black_bowl": _up(0.045),
     "flat_stove_1_cook_region": _up(0.035),
     "wooden_cabinet_1_top_side": _up(0.01),
     "wine_rack_1_top_region": _up(0.02),
-    "main_table_stove_front_region": _up(0.01),
 }
+"""From a receptacle's origin, or a region's, to the origin of what is put there."""
+
+DRAWER_FRONT, DRAWER_FLOOR = -0.0648, 0.158
+"""In the open drawer's frame: its front wall's inner side (y), and a bowl's origin on its floor (z)."""
+DRAWER_MARGIN = 0.003
+"""Between the outer finger and the drawer's front wall."""
+FINGER_REACH, FINGER_HALF_WIDTH = 0.0543, 0.009
+"""From the hand's middle to the outside of an open finger, along y; half its width, along x."""
+DRAWER_GRASP_X, DRAWER_GRASP_Y, DRAWER_GRASP_Z = -0.025, (0.02, 0.034), 0.03
+DRAWER_BACK_GRASP = np.array([0.0, -0.04, 0.034])
+"""For a bowl that a failed attempt has left at the front wall: the other side of the rim."""
+DRAWER_CLOSE_HEIGHT = 0.02
+CABINET_TOP_FRONT = -0.141
+"""In the cabinet's frame: a bowl with its origin further in (y) lies under the cabinet's top with its rim."""
+
+PLATE_CONTACT, PLATE_SLACK = np.array([-0.01, 0.025, 0.02]), (0.06, 0.012)
+"""From the plate's origin to the hand whose closed fingers stand in it; as far as its rim they may slide."""
+PLATE_AHEAD, PLATE_PRESS = 0.08, 0.018
+"""How far ahead and below the contact the pushing hand aims. Less lets the fingers climb over the rim, more presses the
+plate to the table."""
 
 
 def make_plan(scene: Scene, goal: Sequence[str]) -> Plan:
@@ -43,31 +58,41 @@ def make_plan(scene: Scene, goal: Sequence[str]) -> Plan:
     Raises:
         ValueError: a goal that the expert cannot reach.
     """
-    predicate, name, target = goal
-    category = name.rsplit("_", 1)[0]
-    grasps, options = {
-        "akita_black_bowl": (BOWL_GRASPS, {}),
-        "plate": (PLATE_GRASPS, {"travel": 0.01}),
-        "cream_cheese": (CHEESE_GRASPS, {"held_gap": 0.055}),
-        "wine_bottle": (BOTTLE_GRASPS, {"carry_margin": 0.05}),
-    }[category]
+    if len(goal) != 3 or goal[0] != "on":
+        raise ValueError(f"the scripted expert cannot do {' '.join(goal)}")
+    _, name, target = goal
+    category = _category(name)
+    if category == "plate":
+        return lambda attempt: _push_plate(scene, name, target)
     if _lies_in_drawer(scene, name):
-        return _drawer_plan(scene, name, target)
-    place = PLACES.get(target)
-    if place is None:
-        place = PLACES[target.rsplit("_", 1)[0]]
-    is_site = target in PLACES
+        return lambda attempt: _take_from_drawer(scene, name, target, attempt)
+    if category not in GRASPS:
+        raise ValueError(f"the scripted expert cannot take hold of {name}")
+    return lambda attempt: _pick_place(scene, name, target, attempt)
 
-    def plan(attempt: int) -> PickPlace:
-        return PickPlace(
-            object=scene.body(name),
-            place=(scene.site(target) if is_site else scene.body(target)) + place,
-            grasp=grasps[attempt % len(grasps)],
-            obstacles=scene.obstacles(name),
-            **options,
-        )
 
-    return plan
+def _category(name: str) -> str:
+    return name.rsplit("_", 1)[0]
+
+
+def _place(scene: Scene, target: str) -> np.ndarray:
+    """Where the origin of what is put on `target`, a region or an object, shall come."""
+    if target in PLACES:
+        return scene.site(target) + PLACES[target]
+    return scene.body(target) + PLACES[_category(target)]
+
+
+def _pick_place(scene: Scene, name: str, target: str, attempt: int) -> PickPlace:
+    category = _category(name)
+    grasps = GRASPS[category]
+    return PickPlace(
+        object=scene.body(name),
+        place=_place(scene, target),
+        grasp=grasps[attempt % len(grasps)],
+        held_gap=HELD_GAPS[category],
+        carry_margin=CARRY_MARGINS[category],
+        obstacles=scene.obstacles(name),
+    )
 
 
 def _lies_in_drawer(scene: Scene, name: str) -> bool:
@@ -76,29 +101,34 @@ def _lies_in_drawer(scene: Scene, name: str) -> bool:
     return bool(np.linalg.norm(scene.body(name) - scene.site(f"{CABINET}_top_region")) < 0.08)
 
 
-def _drawer_plan(scene: Scene, name: str, target: str) -> Plan:
-    """In the narrow drawer the open fingers come down off the rim's middle, so that the outer one clears the wall, and
-    draw the bowl between them as they close; then the bowl is drawn out from under the cabinet's top."""
+def _take_from_drawer(scene: Scene, name: str, target: str, attempt: int) -> PickPlace:
+    """A bowl out of the upper drawer, which is hardly longer than bowl and open fingers.
 
-    def plan(attempt: int) -> PickPlace:
-        position, axes = scene.body(name), scene.rotation(CABINET)
-        origin = scene.body(CABINET) + axes[:, 1] * scene.joint(TOP_DRAWER)
-        local = axes.T @ (position - origin)
-        to_wall = local[1] - DRAWER_WALL - DRAWER_MARGIN
-        front = -axes[:, 1]
-        corner = np.array([DRAWER_GRASP_X + 0.009, 0.0])
-        y = (to_wall - front[0] * corner[0]) / front[1] - 0.0543
-        grasp = np.array([DRAWER_GRASP_X, np.clip(y, *DRAWER_GRASP_Y), 0.03])
-        if attempt % 2:
-            grasp = DRAWER_BACK_GRASP
-        return PickPlace(
-            object=position,
-            place=scene.body(target) + PLACES["plate"],
-            grasp=grasp,
-            close_height=DRAWER_CLOSE_HEIGHT,
-            obstacles=scene.cabinet(),
-            way_out=origin
-            + axes @ np.array([local[0], min(local[1], DRAWER_WAY_OUT - scene.joint(TOP_DRAWER)), DRAWER_FLOOR]),
-        )
+    The open fingers come down beside the rim's middle, as far out as the outer one clears the drawer's front, and draw
+    the bowl between them as they close; then it is drawn forward from under the cabinet's top.
+    """
+    bowl, axes = scene.body(name), scene.rotation(CABINET)
+    opening = scene.joint(TOP_DRAWER)
+    drawer = scene.body(CABINET) + axes[:, 1] * opening
+    x, y, _ = axes.T @ (bowl - drawer)
+    forward = -axes[:, 1]
+    to_front = y - DRAWER_FRONT - DRAWER_MARGIN - forward[0] * (DRAWER_GRASP_X + FINGER_HALF_WIDTH)
+    reach = np.clip(to_front / forward[1] - FINGER_REACH, *DRAWER_GRASP_Y)
+    grasp = np.array([DRAWER_GRASP_X, reach, DRAWER_GRASP_Z])
+    return PickPlace(
+        object=bowl,
+        place=_place(scene, target),
+        grasp=DRAWER_BACK_GRASP if attempt % 2 else grasp,
+        close_height=DRAWER_CLOSE_HEIGHT,
+        obstacles=scene.obstacles(name),
+        way_out=drawer + axes @ np.array([x, min(y, CABINET_TOP_FRONT - opening), DRAWER_FLOOR]),
+    )
 
-    return plan
+
+def _push_plate(scene: Scene, name: str, region: str) -> Push:
+    """Closed fingers stand in the plate and push its rim along."""
+    plate = scene.body(name)
+    way = scene.site(region) - plate
+    ahead = PLATE_AHEAD * way / np.linalg.norm(way[:2])
+    ahead[2] = -PLATE_PRESS
+    return Push(plate + PLATE_CONTACT, ahead, PLATE_SLACK, obstacles=scene.obstacles(name))
