@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ppo.envs.base import ACTION_DIM, ResetRequest
-from ppo.envs.libero_expert_motion import CLOSE, OPEN, Hand, PickPlace, Push, is_noop, pick_place, push
+from ppo.envs.libero_expert_motion import CLOSE, OPEN, Hand, PickPlace, Push, is_noop, make_action, pick_place, push
 from ppo.envs.libero_expert_plans import make_plan
 from ppo.envs.libero_expert_scene import Scene
 from ppo.envs.tabletop_expert import Episode as BaseEpisode
@@ -91,8 +91,7 @@ class LiberoExpert:
             low, high = BURST_STEPS
             self._burst = [self.rng.uniform(BURST_LOW, BURST_HIGH)] * int(self.rng.integers(low, high + 1))
         if self._burst:
-            action = action.copy()
-            action[:3] = self._burst.pop()
+            return make_action(self._burst.pop(), float(action[6]))
         return action
 
 
