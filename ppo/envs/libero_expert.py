@@ -16,7 +16,7 @@ from ppo.envs.libero_expert_plans import make_plan
 from ppo.envs.libero_expert_scene import Scene
 from ppo.envs.tabletop_expert import Episode as BaseEpisode
 
-EXPERT_TASKS: dict[str, tuple[int, ...]] = {"libero_spatial": tuple(range(10)), "libero_goal": (1, 2, 4, 5, 6, 8, 9)}
+EXPERT_TASKS: dict[str, tuple[int, ...]] = {"libero_spatial": tuple(range(10)), "libero_goal": (1, 2, 3, 4, 5, 6, 8, 9)}
 """Suite -> the tasks that the expert can do."""
 
 STUCK_STEPS = 40

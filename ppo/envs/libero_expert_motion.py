@@ -97,6 +97,7 @@ class PickPlace:
         carry_margin: obstacles closer than this to the carried object's origin, sideways, must be passed above.
         clearance: how far above an obstacle's top the carried object's origin must be.
         obstacles: what must be passed above.
+        inside: closer than this to the grasp point, sideways, the hand goes down whatever stands around.
         way_out: (3,) where an object that lies under something is drawn to before it is lifted; None: lifted at once.
     """
 
@@ -111,6 +112,7 @@ class PickPlace:
     carry_margin: float = 0.09
     clearance: float = 0.015
     obstacles: Sequence[Obstacle] = ()
+    inside: float = INSIDE
     way_out: np.ndarray | None = None
 
 
@@ -206,13 +208,15 @@ def pick_place(hand: Hand, task: PickPlace) -> np.ndarray:
     if hand.command == OPEN and is_open and _within(-offset, ALIGNED, task.close_height):
         return close_fingers(hand, offset)
     goal = grasp_point if is_open else grasp_point + np.array([0.0, 0.0, task.hover])
-    return _approach(hand, goal, OPEN, task.hover, task.obstacles)
+    return _approach(hand, goal, OPEN, task.hover, task.obstacles, task.inside)
 
 
-def _approach(hand: Hand, goal: np.ndarray, gripper: float, hover: float, obstacles: Sequence[Obstacle]) -> np.ndarray:
+def _approach(
+    hand: Hand, goal: np.ndarray, gripper: float, hover: float, obstacles: Sequence[Obstacle], inside: float = INSIDE
+) -> np.ndarray:
     """The hand, holding nothing, comes to `goal` (3,) from above."""
     clear = -np.inf
-    if not _within(goal - hand.position, INSIDE, np.inf):
+    if not _within(goal - hand.position, inside, np.inf):
         clear = clear_height(hand.position, obstacles, HAND_MARGIN) + HAND_CLEARANCE
     return move_over(hand.position, goal, gripper, height=hover, clear=clear, near=NEAR)
 

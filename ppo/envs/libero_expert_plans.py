@@ -15,6 +15,7 @@ def _up(height: float) -> np.ndarray:
     return np.array([0.0, 0.0, height])
 
 
+BOWL = "akita_black_bowl_1"
 BOWL_GRASPS = (np.array([0.0, 0.046, 0.03]), np.array([0.0, -0.046, 0.03]))
 """From a bowl's origin to the hand that takes its rim, the usual side first; the fingers open along y."""
 BOTTLE_GRASP = _up(0.135)
@@ -45,6 +46,22 @@ DRAWER_CLOSE_HEIGHT = 0.02
 CABINET_TOP_FRONT = -0.141
 """In the cabinet's frame: a bowl with its origin further in (y) lies under the cabinet's top with its rim."""
 
+HANDLE_CONTACT, HANDLE_SLACK = np.array([-0.003, -0.1016, 0.204]), (0.03, 0.006)
+"""In the drawer's frame: the hand with its closed fingers on the handle."""
+HANDLE_AHEAD, HANDLE_PRESS = 0.06, 0.03
+"""How far ahead and below the contact the hand aims that pulls the drawer open."""
+OPEN_ENOUGH, OPEN_FULLY = -0.12, -0.135
+"""The drawer's joint: from the first on a bowl fits in, to the second it is pulled."""
+IN_DRAWER = np.array([0.0033, -0.003, 0.17])
+"""In the drawer's frame: where a bowl is put."""
+DRAWER_SIDE, DRAWER_SHUT = 0.109, -0.02
+"""In the drawer's frame: its side wall's outside (x, towards the robot); and the joint of a drawer that counts as shut."""
+BOWL_ASIDE = 0.05
+"""How far from the drawer's side, towards the robot, the bowl's origin must be to be taken beside the open drawer."""
+BESIDE_DRAWER_INSIDE = 0.015
+BOWL_CONTACT, BOWL_SLACK, BOWL_AHEAD = np.array([-0.01, 0.0, 0.035]), (0.045, 0.01), np.array([-0.05, 0.0, 0.0])
+"""Closed fingers that stand in the bowl push it towards the robot."""
+
 PLATE_CONTACT, PLATE_SLACK = np.array([-0.01, 0.025, 0.02]), (0.06, 0.012)
 """From the plate's origin to the hand whose closed fingers stand in it; as far as its rim they may slide."""
 PLATE_AHEAD, PLATE_PRESS = 0.08, 0.018
@@ -58,6 +75,8 @@ def make_plan(scene: Scene, goal: Sequence[str]) -> Plan:
     Raises:
         ValueError: a goal that the expert cannot reach.
     """
+    if tuple(goal) == ("in", BOWL, f"{CABINET}_top_region"):
+        return lambda attempt: _fill_drawer(scene)
     if len(goal) != 3 or goal[0] != "on":
         raise ValueError(f"the scripted expert cannot do {' '.join(goal)}")
     _, name, target = goal
@@ -132,3 +151,28 @@ def _push_plate(scene: Scene, name: str, region: str) -> Push:
     ahead = PLATE_AHEAD * way / np.linalg.norm(way[:2])
     ahead[2] = -PLATE_PRESS
     return Push(plate + PLATE_CONTACT, ahead, PLATE_SLACK, obstacles=scene.obstacles(name))
+
+
+def _fill_drawer(scene: Scene) -> PickPlace | Push:
+    """Push the bowl aside, pull the upper drawer open by its handle, and put the bowl in.
+
+    Where the bowl stands at first the open drawer would be above it.
+    """
+    axes, opening = scene.rotation(CABINET), scene.joint(TOP_DRAWER)
+    drawer = scene.body(CABINET) + axes[:, 1] * opening
+    handle = drawer + axes @ HANDLE_CONTACT
+    bowl = scene.body(BOWL)
+    edge = (drawer + axes @ np.array([DRAWER_SIDE, 0.0, 0.0]))[0]
+    if opening > DRAWER_SHUT and bowl[0] > edge - BOWL_ASIDE:
+        return Push(bowl + BOWL_CONTACT, BOWL_AHEAD, BOWL_SLACK, obstacles=scene.obstacles(BOWL))
+    is_pulling = np.linalg.norm(scene.hand(0.0).position - handle) < HANDLE_SLACK[0]
+    if opening > (OPEN_FULLY if is_pulling else OPEN_ENOUGH):
+        ahead = -HANDLE_AHEAD * axes[:, 1] - _up(HANDLE_PRESS)
+        return Push(handle, ahead, HANDLE_SLACK, obstacles=scene.obstacles(BOWL))
+    return PickPlace(
+        object=bowl,
+        place=drawer + axes @ IN_DRAWER,
+        grasp=BOWL_GRASPS[0],
+        obstacles=scene.obstacles(BOWL),
+        inside=BESIDE_DRAWER_INSIDE,
+    )
