@@ -11,17 +11,27 @@ from typing import Any
 import numpy as np
 
 from ppo.envs.base import ACTION_DIM, ResetRequest
-from ppo.envs.libero_expert_motion import CLOSE, OPEN, Hand, PickPlace, Push, is_noop, make_action, pick_place, push
+from ppo.envs.libero_expert_motion import (
+    OPEN,
+    Push,
+    is_noop,
+    is_pushing,
+    make_action,
+    pick_place,
+    push,
+)
 from ppo.envs.libero_expert_plans import make_plan
 from ppo.envs.libero_expert_scene import Scene
 from ppo.envs.tabletop_expert import Episode as BaseEpisode
 
-EXPERT_TASKS: dict[str, tuple[int, ...]] = {"libero_spatial": tuple(range(10)), "libero_goal": (1, 2, 3, 4, 5, 6, 8, 9)}
+EXPERT_TASKS: dict[str, tuple[int, ...]] = {"libero_spatial": tuple(range(10)), "libero_goal": tuple(range(1, 10))}
 """Suite -> the tasks that the expert can do."""
 
 STUCK_STEPS = 40
 """So many steps close to the object without closing the fingers: it tries another grasp."""
 STUCK_RADIUS = 0.06
+LOST_DISTANCE = 0.05
+"""Fingers that open further than this from the place have lost the object."""
 
 BURST_RATE = 0.06
 """Chance per step, at imperfection 1, that a burst of pushes begins."""
@@ -58,7 +68,7 @@ class LiberoExpert:
         (goal,) = domain.parsed_problem["goal_state"]
         self.command = OPEN
         self._attempt = 0
-        self._num_near = 0
+        self._num_tries = 0
         self._burst: list[np.ndarray] = []
         self._task = make_plan(self.scene, goal)
 
@@ -67,20 +77,24 @@ class LiberoExpert:
         hand, task = self.scene.hand(self.command), self._task(self._attempt)
         if isinstance(task, Push):
             action = push(hand, task)
+            is_stuck = self._count(is_pushing(hand, task)) > task.patience
         else:
             action = pick_place(hand, task)
-            self._note_failure(hand, task, float(action[6]))
+            is_open, opens = hand.command == OPEN, action[6] == OPEN
+            is_near = np.hypot(*(task.object + task.grasp - hand.position)[:2]) < STUCK_RADIUS
+            is_stuck = self._count(bool(is_near and opens)) > STUCK_STEPS
+            # The fingers closed on nothing, or lost the object on the way.
+            is_stuck |= bool(opens and not is_open and np.linalg.norm(task.object - task.place) > LOST_DISTANCE)
+        if is_stuck:
+            self._attempt, self._num_tries = self._attempt + 1, 0
         action = self._pushed(action)
         self.command = float(action[6])
         return action
 
-    def _note_failure(self, hand: Hand, task: PickPlace, command: float) -> None:
-        """Go over to the next grasp when the fingers closed on nothing, or never came to close."""
-        missed = hand.command == CLOSE and command == OPEN and np.linalg.norm(task.object - task.place) > 0.05
-        is_near = np.hypot(*(task.object + task.grasp - hand.position)[:2]) < STUCK_RADIUS
-        self._num_near = self._num_near + 1 if is_near and command == OPEN else 0
-        if missed or self._num_near > STUCK_STEPS:
-            self._attempt, self._num_near = self._attempt + 1, 0
+    def _count(self, is_trying: bool) -> int:
+        """For how many steps in a row it has been trying the same."""
+        self._num_tries = self._num_tries + 1 if is_trying else 0
+        return self._num_tries
 
     def _pushed(self, action: np.ndarray) -> np.ndarray:
         """The action, or a push instead of its translation; the gripper goes on as it would."""

@@ -124,6 +124,7 @@ class Push:
         contact: (3,) where the hand must be to push the object as it lies now.
         ahead: (3,) from `contact` to where the hand pushes towards.
         slack: as long as the hand is this close to `contact`, it pushes; (sideways, above).
+        patience: after so many steps of pushing it goes over to its next attempt.
         hover: how far above `contact` the hand comes from.
         obstacles: what the hand must pass above.
     """
@@ -131,6 +132,7 @@ class Push:
     contact: np.ndarray
     ahead: np.ndarray
     slack: tuple[float, float]
+    patience: float = np.inf
     hover: float = 0.1
     obstacles: Sequence[Obstacle] = ()
 
@@ -241,8 +243,13 @@ def carry(hand: Hand, task: PickPlace) -> np.ndarray:
     return move_over(task.object, task.place, CLOSE, height=task.travel, clear=clear)
 
 
+def is_pushing(hand: Hand, task: Push) -> bool:
+    """Whether the hand is where it can push the object."""
+    return _within(hand.position - task.contact, *task.slack)
+
+
 def push(hand: Hand, task: Push) -> np.ndarray:
     """The next action of pushing the object along its way with closed fingers."""
-    if _within(hand.position - task.contact, *task.slack):
+    if is_pushing(hand, task):
         return move_to(hand.position, task.contact + task.ahead, CLOSE)
     return _approach(hand, task.contact, CLOSE, task.hover, task.obstacles)

@@ -55,12 +55,18 @@ OPEN_ENOUGH, OPEN_FULLY = -0.12, -0.135
 IN_DRAWER = np.array([0.0033, -0.003, 0.17])
 """In the drawer's frame: where a bowl is put."""
 DRAWER_SIDE, DRAWER_SHUT = 0.109, -0.02
-"""In the drawer's frame: its side wall's outside (x, towards the robot); and the joint of a drawer that counts as shut."""
+"""In the drawer's frame: its side wall's outside (x, towards the robot). The joint of a drawer that counts as shut."""
 BOWL_ASIDE = 0.05
 """How far from the drawer's side, towards the robot, the bowl's origin must be to be taken beside the open drawer."""
 BESIDE_DRAWER_INSIDE = 0.015
 BOWL_CONTACT, BOWL_SLACK, BOWL_AHEAD = np.array([-0.01, 0.0, 0.035]), (0.045, 0.01), np.array([-0.05, 0.0, 0.0])
 """Closed fingers that stand in the bowl push it towards the robot."""
+
+KNOB_CONTACT, KNOB_SLACK = np.array([0.03, -0.035, 0.026]), (0.03, 0.008)
+"""In the knob's frame: closed fingers beside the end of its bar."""
+KNOB_AHEAD, KNOB_BACK = np.array([0.0, 0.05, 0.0]), np.array([0.0, -0.03, 0.0])
+KNOB_PATIENCE = 12
+"""Steps that it pushes the knob, which is heavy; it goes on turning when the fingers withdraw."""
 
 PLATE_CONTACT, PLATE_SLACK = np.array([-0.01, 0.025, 0.02]), (0.06, 0.012)
 """From the plate's origin to the hand whose closed fingers stand in it; as far as its rim they may slide."""
@@ -77,6 +83,8 @@ def make_plan(scene: Scene, goal: Sequence[str]) -> Plan:
     """
     if tuple(goal) == ("in", BOWL, f"{CABINET}_top_region"):
         return lambda attempt: _fill_drawer(scene)
+    if goal[0] == "turnon":
+        return lambda attempt: _turn_knob(scene, goal[1], attempt)
     if len(goal) != 3 or goal[0] != "on":
         raise ValueError(f"the scripted expert cannot do {' '.join(goal)}")
     _, name, target = goal
@@ -176,3 +184,14 @@ def _fill_drawer(scene: Scene) -> PickPlace | Push:
         obstacles=scene.obstacles(BOWL),
         inside=BESIDE_DRAWER_INSIDE,
     )
+
+
+def _turn_knob(scene: Scene, stove: str, attempt: int) -> Push:
+    """Strike the end of the knob's bar to the left with closed fingers, and withdraw, in turn."""
+    angle = scene.joint(f"{stove}_button")
+    cos, sin = np.cos(angle), np.sin(angle)
+    axes = np.array([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]])
+    contact, obstacles = scene.body(stove) + axes @ KNOB_CONTACT, scene.obstacles(stove)
+    if attempt % 2:
+        return Push(contact + axes @ KNOB_BACK, np.zeros(3), KNOB_SLACK, patience=1, obstacles=obstacles)
+    return Push(contact, axes @ KNOB_AHEAD, KNOB_SLACK, KNOB_PATIENCE, obstacles=obstacles)
