@@ -137,7 +137,8 @@ class Args:
     env_gpu_id: int | None = None
     """GPU that draws the simulators (EGL's number). Default: what MUJOCO_GL says, else osmesa on the CPU."""
     render_quality: Literal["fast", "eval"] | None = None
-    """LIBERO: fast (the default here) leaves out multisampling and reflections, eval is its own drawing."""
+    """LIBERO: eval is its own drawing, the default where a GPU draws; fast, without multisampling and reflections,
+    with osmesa."""
     center_crop: bool = False
     """Show the policy the central 0.9 of the image's area: for policies fine-tuned with random resized crops."""
     num_env_processes: int | None = None
@@ -580,8 +581,6 @@ class RolloutWorker:
     def _build_collector(self) -> Collector:
         args = self.args
         options = split_options(self.suite, **world_flags(args))[0]
-        if "render_quality" in self.suite.options:
-            options = {"render_quality": "fast"} | options
         vector = VectorEnv(
             args.task_suite_name,
             args.local_rollout_batch_size,
@@ -590,7 +589,7 @@ class RolloutWorker:
             max_steps=args.max_env_length,
             step_timeout_s=args.env_timeout_s,
             center_crop=args.center_crop,
-            env_kwargs=options,
+            env_kwargs=self.suite.training_options(options),
         )
         prompts = [self.processor.prompt_ids(text) for text in self.suite.instructions]
         return Collector(

@@ -7,7 +7,7 @@ Shapes: H, W image height and width in pixels.
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -104,6 +104,8 @@ class TaskSuite:
         find_problems: `(**options) -> list[str]`: what keeps make_env from working on this machine, told before
             anything starts (a missing simulator, library or file).
         own_process: an environment is so slow or large that each wants a process of its own.
+        training_options: `(options) -> options`: completes make_env's options for training, where looks and exactness
+            may give way to speed.
         remarks: `() -> list[str]`: what must be said beside every success rate measured on this machine.
     """
 
@@ -114,6 +116,7 @@ class TaskSuite:
     make_env: Callable[..., Environment]
     find_problems: Callable[..., list[str]] = lambda **options: []
     own_process: bool = False
+    training_options: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
     remarks: Callable[[], list[str]] = lambda: []
 
     @property
