@@ -1,6 +1,7 @@
 """What LIBERO's scripted expert takes hold of in each task, how, and where it puts it. Lengths in metres."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,16 +21,26 @@ BOWL_GRASPS = (np.array([0.0, 0.046, 0.03]), np.array([0.0, -0.046, 0.03]))
 """From a bowl's origin to the hand that takes its rim, the usual side first; the fingers open along y."""
 BOTTLE_GRASP = _up(0.135)
 """By its neck; further down the palm would touch its top."""
-GRASPS = {"akita_black_bowl": BOWL_GRASPS, "cream_cheese": (_up(0.008),), "wine_bottle": (BOTTLE_GRASP,)}
-HELD_GAPS = {"akita_black_bowl": 0.03, "cream_cheese": 0.055, "wine_bottle": 0.03}
-CARRY_MARGINS = {"akita_black_bowl": 0.09, "cream_cheese": 0.09, "wine_bottle": 0.05}
-"""PickPlace's attributes of the same names."""
+GRASPS = {
+    "akita_black_bowl": BOWL_GRASPS,
+    "plate": (np.array([0.0, 0.05, 0.009]),),
+    "cream_cheese": (_up(0.008),),
+    "wine_bottle": (BOTTLE_GRASP,),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "akita_black_bowl": {},
+    "plate": {"held_gap": 0.045, "travel": 0.02, "hold_radius": 0.05},
+    "cream_cheese": {"held_gap": 0.055},
+    "wine_bottle": {"carry_margin": 0.05},
+}
+"""Attributes of PickPlace that differ from its defaults. A plate is pushed: hardly lifted, held by one side."""
 PLACES = {
     "plate": _up(0.01),
     "akita_black_bowl": _up(0.045),
     "flat_stove_1_cook_region": _up(0.035),
     "wooden_cabinet_1_top_side": _up(0.01),
     "wine_rack_1_top_region": _up(0.02),
+    "main_table_stove_front_region": _up(0.01),
 }
 """From a receptacle's origin, or a region's, to the origin of what is put there."""
 
@@ -68,12 +79,6 @@ KNOB_AHEAD, KNOB_BACK = np.array([0.0, 0.05, 0.0]), np.array([0.0, -0.03, 0.0])
 KNOB_PATIENCE = 12
 """Steps that it pushes the knob, which is heavy; it goes on turning when the fingers withdraw."""
 
-PLATE_CONTACT, PLATE_SLACK = np.array([-0.01, 0.025, 0.02]), (0.06, 0.012)
-"""From the plate's origin to the hand whose closed fingers stand in it; as far as its rim they may slide."""
-PLATE_AHEAD, PLATE_PRESS = 0.08, 0.018
-"""How far ahead and below the contact the pushing hand aims. Less lets the fingers climb over the rim, more presses the
-plate to the table."""
-
 
 def make_plan(scene: Scene, goal: Sequence[str]) -> Plan:
     """How to reach a goal of LIBERO's language, e.g. ("on", "akita_black_bowl_1", "plate_1").
@@ -89,8 +94,6 @@ def make_plan(scene: Scene, goal: Sequence[str]) -> Plan:
         raise ValueError(f"the scripted expert cannot do {' '.join(goal)}")
     _, name, target = goal
     category = _category(name)
-    if category == "plate":
-        return lambda attempt: _push_plate(scene, name, target)
     if _lies_in_drawer(scene, name):
         return lambda attempt: _take_from_drawer(scene, name, target, attempt)
     if category not in GRASPS:
@@ -116,9 +119,8 @@ def _pick_place(scene: Scene, name: str, target: str, attempt: int) -> PickPlace
         object=scene.body(name),
         place=_place(scene, target),
         grasp=grasps[attempt % len(grasps)],
-        held_gap=HELD_GAPS[category],
-        carry_margin=CARRY_MARGINS[category],
         obstacles=scene.obstacles(name),
+        **OPTIONS[category],
     )
 
 
@@ -150,15 +152,6 @@ def _take_from_drawer(scene: Scene, name: str, target: str, attempt: int) -> Pic
         obstacles=scene.obstacles(name),
         way_out=drawer + axes @ np.array([x, min(y, CABINET_TOP_FRONT - opening), DRAWER_FLOOR]),
     )
-
-
-def _push_plate(scene: Scene, name: str, region: str) -> Push:
-    """Closed fingers stand in the plate and push its rim along."""
-    plate = scene.body(name)
-    way = scene.site(region) - plate
-    ahead = PLATE_AHEAD * way / np.linalg.norm(way[:2])
-    ahead[2] = -PLATE_PRESS
-    return Push(plate + PLATE_CONTACT, ahead, PLATE_SLACK, obstacles=scene.obstacles(name))
 
 
 def _fill_drawer(scene: Scene) -> PickPlace | Push:
