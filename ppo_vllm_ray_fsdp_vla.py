@@ -641,8 +641,15 @@ class RolloutWorker:
             return self._decode(self.engine.generate(prompts, images, temperature=1.0, greedy=True).token_ids)
 
         self.collector.restart()
-        recorder = EpisodeRecorder(Path(video_dir), ("success", "failure"), max_per_task=1) if video_dir else None
-        return run_episodes(self.collector.vector, self.args.local_rollout_batch_size, act, requests, observer=recorder)
+        recorder = None
+        if video_dir:
+            texts = self.suite.instructions
+            recorder = EpisodeRecorder(Path(video_dir), ("success", "failure"), max_per_task=1, instructions=texts)
+        num_envs = self.args.local_rollout_batch_size
+        run = run_episodes(self.collector.vector, num_envs, act, requests, observer=recorder)
+        if recorder:
+            recorder.save_contact_sheet()
+        return run
 
     def close(self) -> None:
         """End the environment processes and the engine."""

@@ -5,8 +5,8 @@
         --temperature 0.5 --save_video all --max_videos_per_task 1
 
 Writes a new folder under --local_log_dir: `eval.log`, `results.json` (per task and overall: successes, episodes, rate,
-95 % Wilson interval, mean length; every episode) and, on request, `videos/*.mp4`. Nothing is ever overwritten.
-`evaluate(args)` does the same from Python. The engine runs in this process, the environments in others.
+95 % Wilson interval, mean length; every episode) and, on request, `videos/*.mp4` with a contact sheet. Nothing is ever
+overwritten. `evaluate(args)` does the same from Python. The engine runs in this process, the environments in others.
 """
 
 # torch, transformers and vllm are imported where they are used: --help and bad flags answer at once.
@@ -277,10 +277,11 @@ def device_type() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def recorder_for(args: Args, folder: Path) -> EpisodeRecorder:
-    """The recorder that --save_video asks for."""
+def recorder_for(args: Args, folder: Path, instructions: tuple[str, ...] = ()) -> EpisodeRecorder:
+    """The recorder that --save_video asks for; `instructions` label its contact sheet."""
     outcomes = {"none": (), "failures": ("failure",), "successes": ("success",), "all": ("success", "failure")}
-    return EpisodeRecorder(folder, outcomes[args.save_video], args.max_videos_per_task, args.video_fps)
+    wanted = outcomes[args.save_video]
+    return EpisodeRecorder(folder, wanted, args.max_videos_per_task, args.video_fps, instructions=instructions)
 
 
 def evaluate(args: Args) -> dict[str, Any]:
@@ -312,7 +313,7 @@ def _evaluate(args: Args, run_dir: Path) -> dict[str, Any]:
     task_ids = sorted(args.task_ids) or list(range(suite.num_tasks))
     requests = evaluation_requests(task_ids, args.num_trials_per_task, args.seed)
     num_envs, num_processes = default_sizes(args, suite, len(requests))
-    recorder = recorder_for(args, run_dir / "videos")
+    recorder = recorder_for(args, run_dir / "videos", suite.instructions)
     with VectorEnv(
         args.task_suite_name,
         num_envs,
@@ -330,6 +331,7 @@ def _evaluate(args: Args, run_dir: Path) -> dict[str, Any]:
             run = run_episodes(vector_env, num_envs, policy.act, requests, observer=recorder)
         finally:
             policy.engine.close()
+            recorder.save_contact_sheet()
     results = _describe(args, run_dir, policy.unnorm_key) | {"remarks": suite.remarks()}
     results |= summarize_run(run, task_ids, suite.instructions)
     for episode in results["episodes"]:

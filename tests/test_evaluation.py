@@ -273,7 +273,8 @@ def test_requests_cover_the_initial_states_and_seeds_do_not_depend_on_the_choice
 
 def test_videos_show_the_wanted_episodes_and_say_how_they_ended(tmp_path):
     args = args_for(tmp_path, save_video="failures", max_videos_per_task=1, video_fps=5)
-    recorder = script.recorder_for(args, tmp_path / "videos")
+    recorder = script.recorder_for(args, tmp_path / "videos", instructions=tuple("abcde"))
+    assert recorder.save_contact_sheet() is None
 
     def episode(env_id, task_id, state, success):
         recorder.start(env_id, ResetRequest(task_id, state, 0), np.zeros((30, 31, 3), np.uint8))
@@ -285,6 +286,11 @@ def test_videos_show_the_wanted_episodes_and_say_how_they_ended(tmp_path):
     names = ["task_03-episode_001-failure.mp4", "task_04-episode_000-failure.mp4"]
     assert sorted(p.name for p in (tmp_path / "videos").iterdir()) == names
     assert recorder.files == {(3, 1): f"videos/{names[0]}", (4, 0): f"videos/{names[1]}"}
+    # a row for each video: a white line with text, then eight frames from the first (black) to the last (grey)
+    sheet = imageio.imread(recorder.save_contact_sheet())
+    assert sheet.shape == (2 * (22 + 128), 8 * 128, 3)
+    assert sheet[:22].min() < 100 < 250 < np.median(sheet[:22])
+    assert sheet[22:150, :128].max() == 0 and sheet[22:150, -128:].min() == 200
     frames = imageio.mimread(tmp_path / "videos" / names[0], memtest=False)
     assert len(frames) == 2 + 5  # and a second of the last one
     assert frames[0].shape == (240, 248, 3) and frames[0].mean() < 10 and abs(frames[-1].mean() - 200) < 10

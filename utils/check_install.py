@@ -19,7 +19,7 @@ logger = get_logger(__name__)
 
 # One line each: what the project imports, quick ones first. cv2, torch and tensorflow load many shared libraries.
 PACKAGES = (
-    "numpy", "rich", "safetensors", "cv2", "imageio_ffmpeg", "torch", "torchvision", "timm", "transformers", "peft",
+    "numpy", "rich", "safetensors", "cv2", "simplejpeg", "imageio_ffmpeg", "torch", "torchvision", "timm", "transformers", "peft",
     "ray", "tensorflow", "tensorflow_datasets", "vllm",
 )  # fmt: skip
 

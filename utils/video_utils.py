@@ -1,4 +1,4 @@
-"""Episodes as mp4 files that any browser plays (H.264, yuv420p), written with imageio's own ffmpeg."""
+"""Episodes as mp4 files that any browser plays (H.264, yuv420p, imageio's own ffmpeg), and as a contact sheet."""
 
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cv2
 import imageio.v2 as imageio
 import numpy as np
 
+SHEET_COLUMNS, SHEET_SIDE, SHEET_MARGIN = 8, 128, 22  # frames of an episode on a contact sheet, and pixels
 MIN_SIDE = 224  # pixels: smaller images are enlarged by a whole factor, so that what the policy sees stays visible
 
 
@@ -32,6 +34,22 @@ def save_video(file: str | Path, frames_THWC: Sequence[np.ndarray], fps: float =
             writer.append_data(np.pad(large, padding, mode="edge"))  # type: ignore[attr-defined]
 
 
+def contact_strip(frames_THWC: Sequence[np.ndarray], label: str) -> np.ndarray:
+    """One row of a contact sheet, uint8 RGB: `label` above frames spread evenly from the first to the last."""
+    indices = np.linspace(0, len(frames_THWC) - 1, SHEET_COLUMNS).round().astype(int)
+    small = [cv2.resize(frames_THWC[i], (SHEET_SIDE, SHEET_SIDE), interpolation=cv2.INTER_AREA) for i in indices]
+    header = np.full((SHEET_MARGIN, SHEET_COLUMNS * SHEET_SIDE, 3), 255, dtype=np.uint8)
+    cv2.putText(header, label, (4, SHEET_MARGIN - 6), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
+    return np.concatenate([header, np.concatenate(small, axis=1)])
+
+
+def save_contact_sheet(file: str | Path, strips: Sequence[np.ndarray]) -> None:
+    """Write rows made by `contact_strip` as one PNG. Raises ValueError without rows."""
+    if not len(strips):
+        raise ValueError(f"no episodes for {file}")
+    cv2.imwrite(str(file), cv2.cvtColor(np.concatenate(list(strips)), cv2.COLOR_RGB2BGR))
+
+
 @dataclass
 class EpisodeRecorder:
     """Keeps the frames of running episodes and writes those that are wanted (an `ppo.evaluation.EpisodeObserver`).
@@ -39,7 +57,8 @@ class EpisodeRecorder:
     Memory: one uint8 image per step of every running episode that may still be written.
 
     folder: made when the first video is written. outcomes: "success", "failure" or both. max_per_task: videos of each
-    task and outcome. files: what was written, by (task id, initial state id).
+    task and outcome. files: what was written, by (task id, initial state id). instructions: by task id, for the rows
+    of the contact sheet, which are kept in strips under the same keys.
     """
 
     folder: Path
@@ -49,6 +68,8 @@ class EpisodeRecorder:
     frames: dict[int, list[np.ndarray]] = field(default_factory=dict)
     num_saved: Counter = field(default_factory=Counter)
     files: dict[tuple[int, int | None], str] = field(default_factory=dict)
+    instructions: Sequence[str] = ()
+    strips: dict[tuple[int, int | None], np.ndarray] = field(default_factory=dict)
 
     def _wanted(self, task_id: int, outcome: str) -> bool:
         return outcome in self.outcomes and self.num_saved[task_id, outcome] < self.max_per_task
@@ -74,4 +95,16 @@ class EpisodeRecorder:
         file = self.folder / f"task_{result.task_id:02d}-episode_{result.init_state_id:03d}-{outcome}.mp4"
         self.folder.mkdir(parents=True, exist_ok=True)
         save_video(file, frames, self.fps)
-        self.files[result.task_id, result.init_state_id] = f"{self.folder.name}/{file.name}"
+        key = (result.task_id, result.init_state_id)
+        self.files[key] = f"{self.folder.name}/{file.name}"
+        instruction = self.instructions[result.task_id] if self.instructions else ""
+        label = f"{result.task_id}/{result.init_state_id} {outcome}, {result.length} steps: {instruction}"
+        self.strips[key] = contact_strip(frames, label)
+
+    def save_contact_sheet(self) -> Path | None:
+        """Write `contact_sheet.png` beside the videos, a row for each in task order; None without videos."""
+        if not self.strips:
+            return None
+        file = self.folder / "contact_sheet.png"
+        save_contact_sheet(file, [self.strips[key] for key in sorted(self.strips)])
+        return file
