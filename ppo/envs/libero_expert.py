@@ -1,8 +1,9 @@
 """A scripted expert for LIBERO: it solves tasks from the simulator's state, and whole episodes of it are recorded.
 
-It picks a bowl up by its rim and puts it down elsewhere (all of libero_spatial, most of libero_goal) without ever
-turning its hand. `ppo.envs.libero_expert_motion` says how it moves, this file what it takes hold of and where. With
-`imperfection` it is pushed off its way now and then, and recovers: demonstrations then show that too.
+It never turns its hand: it picks things up and puts them down elsewhere (all of libero_spatial, most of libero_goal),
+and pulls, strikes and pushes (the rest of libero_goal but the middle drawer). `libero_expert_motion` says how it moves,
+`libero_expert_plans` what it takes hold of and where. With `imperfection` it is pushed off its way now and then, and
+recovers: demonstrations then show that too.
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ppo.envs.base import ACTION_DIM, ResetRequest
+from ppo.envs.base import ResetRequest
 from ppo.envs.libero_expert_motion import (
     OPEN,
     Push,
@@ -65,7 +66,9 @@ class LiberoExpert:
         if imperfection and rng is None:
             raise ValueError("imperfection needs a generator")
         self.scene, self.imperfection, self.rng = Scene(domain), imperfection, rng
-        (goal,) = domain.parsed_problem["goal_state"]
+        goal, *more = domain.parsed_problem["goal_state"]
+        if more:
+            raise ValueError(f"the scripted expert cannot do several things: {goal}, {more}")
         self.command = OPEN
         self._attempt = 0
         self._num_tries = 0
@@ -127,8 +130,7 @@ def run_expert_episode(
     """
     image = env.reset(request)
     expert = LiberoExpert(env.domain, imperfection, rng)
-    recorded = Episode([], np.zeros((0, ACTION_DIM)), np.zeros(0), False, np.zeros(0), np.zeros(0), None)
-    actions, rewards, states, joint_states, wrist_images = [], [], [], [], []
+    images, actions, rewards, states, joint_states, wrist_images = [], [], [], [], [], []
     last_gripper = OPEN
     while True:
         action = expert.act()
@@ -137,7 +139,7 @@ def run_expert_episode(
         state, joint_state = env.proprioception()
         states.append(state)
         joint_states.append(joint_state)
-        recorded.images.append(image if record_size is None else env.render(record_size))
+        images.append(image if record_size is None else env.render(record_size))
         if record_size is not None:
             wrist_images.append(env.render(record_size, camera="robot0_eye_in_hand"))
         result = env.step(action)
@@ -146,7 +148,12 @@ def run_expert_episode(
         rewards.append(result.reward)
         if result.terminated or result.truncated:
             break
-    recorded.actions, recorded.rewards = np.stack(actions), np.asarray(rewards, dtype=np.float32)
-    recorded.states, recorded.joint_states = np.stack(states), np.stack(joint_states)
-    recorded.success, recorded.wrist_images = result.success, wrist_images or None
-    return recorded
+    return Episode(
+        images,
+        np.stack(actions),
+        np.asarray(rewards, dtype=np.float32),
+        result.success,
+        np.stack(states),
+        np.stack(joint_states),
+        wrist_images or None,
+    )
