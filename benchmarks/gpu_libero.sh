@@ -15,10 +15,11 @@ SUITE=${SUITE:-libero_spatial}
 NUM_DEMOS=${NUM_DEMOS:-600}
 IMPERFECTION=${IMPERFECTION:-0.2}
 IMAGE_SIZE=${IMAGE_SIZE:-140}
-SFT_STEPS=${SFT_STEPS:-6000}
+SFT_STEPS=${SFT_STEPS:-3000}
 NUM_TRIALS=${NUM_TRIALS:-20}
-PPO_STEPS=${PPO_STEPS:-24576}
+PPO_STEPS=${PPO_STEPS:-40960}
 NUM_ENVS=${NUM_ENVS:-32}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
 mkdir -p "$WORK"
 
@@ -37,7 +38,7 @@ sft() {
         --vision_dim 256 --vision_depth 7 --vision_heads 4 --llm_dim 384 --llm_depth 6 --llm_heads 6 --llm_mlp_dim 1024
     OMP_NUM_THREADS=8 "$PYTHON" vla-scripts/finetune.py --vla_path "$WORK/base" --data_root_dir "$WORK/data" \
         --dataset_name "${SUITE}_no_noops" --output_dir "$WORK/sft" --overwrite --max_steps "$SFT_STEPS" \
-        --per_device_train_batch_size 256 --learning_rate 6e-4 --lr_scheduler_type cosine --warmup_steps 300 \
+        --per_device_train_batch_size 256 --learning_rate 6e-4 --lr_scheduler_type cosine --warmup_steps "$((SFT_STEPS / 10))" \
         --weight_decay 0.05 --data_num_threads 12 --cache_gib 16 --save_freq 0 --log_freq 200
 }
 
@@ -51,9 +52,9 @@ eval() {
 ppo() {
     "$PYTHON" ppo_vllm_ray_fsdp_vla.py --vla_path "$WORK/sft" --task_suite_name "$SUITE" --env_gpu_id 0 --center_crop \
         --colocate --gpu_memory_utilization 0.3 --local_rollout_batch_size "$NUM_ENVS" --num_steps 64 \
-        --total_episodes "$PPO_STEPS" --local_mini_batch_size 1024 --per_device_train_batch_size 256 \
-        --learning_rate 2e-5 --value_learning_rate 1e-3 --value_init_steps 2 --temperature 1.0 --gamma 0.99 \
-        --run_root_dir "$WORK/ppo" --exp_id run --overwrite --eval_freq 6 --num_trials_per_task 3 --save_video
+        --total_episodes "$PPO_STEPS" --num_epochs 2 --local_mini_batch_size 512 --per_device_train_batch_size 256 \
+        --learning_rate 5e-5 --value_learning_rate 1e-3 --value_init_steps 2 --cliprange_high 0.28 --gamma 0.99 \
+        --run_root_dir "$WORK/ppo" --exp_id run --overwrite --eval_final --num_trials_per_task 5 --save_video
 }
 
 for stage in "$@"; do

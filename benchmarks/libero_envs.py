@@ -5,9 +5,9 @@
 
 Plain is what most scripts do: one process per environment, LIBERO's defaults (both cameras at 256 pixels every step,
 hard resets). Ours returns the policy's view (JPEG round trip and Lanczos-3 included). Everybody takes the same actions
-from the same fixed states. Three tables: steps/s between resets with their ratio to plain; steps/s when episodes end
-every `--episode_length` steps, each followed by one of another task, with and without preparing it beside the running
-one; and memory per process.
+from the same fixed states. Two tables: steps/s between resets, their ratio to plain, and memory per process; then
+steps/s and the waits for a step when episodes end every `--episode_length` steps and the next one is always of a task
+that the process has not made yet, which is the worst case.
 """
 
 import multiprocessing
@@ -153,7 +153,7 @@ def measure_vector(args: Args, num: int, quality: str) -> tuple[float, float]:
     return num * args.num_steps / seconds, memory
 
 
-def measure_resets(args: Args, num: int, prepares: bool) -> tuple[float, float, float]:
+def measure_resets(args: Args, num: int) -> tuple[float, float, float]:
     """With episodes that end: steps/s, and the mean and longest wait for a step in ms.
 
     Two groups take turns, as in a rollout: while one is in the simulator the policy acts for the other (here: 20 ms).
@@ -230,7 +230,7 @@ def main(args: Args) -> None:
     show(f"{args.task_suite_name}, {backend}, {os.cpu_count()} cores", columns, compare(args))
     rows = []
     for num in args.num_processes:
-        rate, mean_ms, longest_ms = measure_resets(args, num, prepares=True)
+        rate, mean_ms, longest_ms = measure_resets(args, num)
         rows.append([str(num), f"{rate:.1f}", f"{mean_ms:.0f}", f"{longest_ms:.0f}"])
     title = f"with resets: episodes of {args.episode_length} steps, always another task; fast"
     show(title, ["processes", "steps/s", "mean wait ms", "longest wait ms"], rows)
