@@ -6,7 +6,7 @@ pair of Jacobians a physics step instead of two, and an image only when one is a
 """
 
 import os
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -33,21 +33,31 @@ class Drawing:
         RuntimeError: no context can be made, e.g. of a GPU that is not there.
     """
 
+    _current: ClassVar["Drawing | None"] = None
+
     def __init__(self, env_gpu_id: int | None, is_fast: bool) -> None:
         self.backend = libero_install.choose_gl(env_gpu_id)
         self.is_fast = is_fast
         module = libero_install.load_gl(self.backend, env_gpu_id)
         try:
             self._gl = module.GLContext(640, 480)
-            self._gl.make_current()
+            self.use()
         except Exception as error:  # mujoco and PyOpenGL raise whatever comes up
             raise RuntimeError(
                 f"MUJOCO_GL={self.backend}, GPU {env_gpu_id}: no drawing context ({error!r}); "
                 "see docs/TROUBLESHOOTING.md"
             ) from error
 
+    def use(self) -> None:
+        """Make its context the one that GL's calls are for: another environment of this process may have drawn."""
+        if Drawing._current is not self:
+            self._gl.make_current()
+            Drawing._current = self
+
     def close(self) -> None:
         """Release the context; no drawing may follow."""
+        if Drawing._current is self:
+            Drawing._current = None
         self._gl.free()
 
 
@@ -55,7 +65,8 @@ class Canvas:
     """One model's geometry and textures in a `Drawing`, ready to be drawn; holds about 300 MB (the GPU's with EGL)."""
 
     def __init__(self, drawing: Drawing, model: mujoco.MjModel) -> None:
-        self.model, self.is_fast = model, drawing.is_fast
+        self.model, self.drawing = model, drawing
+        drawing.use()
         samples = model.vis.quality.offsamples
         if drawing.is_fast:
             model.vis.quality.offsamples = 0
@@ -76,6 +87,7 @@ class Canvas:
         largest = min(self.context.offWidth, self.context.offHeight)
         if camera_id < 0 or not 1 <= size <= largest:
             raise ValueError(f"camera {camera!r} at {size} pixels: use a camera of the model and 1 to {largest} pixels")
+        self.drawing.use()
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
         self.camera.fixedcamid = camera_id
         everything = mujoco.mjtCatBit.mjCAT_ALL
@@ -90,6 +102,7 @@ class Canvas:
 
     def close(self) -> None:
         """Free the GL memory."""
+        self.drawing.use()
         self.context.free()
 
 
