@@ -260,6 +260,7 @@ class _SimulatorPool:
             self._join()
         if any(s.task_id == task_id for s in self._waiting):
             return True
+        self._make_room()
         self._thread = threading.Thread(target=self._compose, args=(task_id,), daemon=True)
         self._thread.start()
         return False
@@ -288,11 +289,15 @@ class _SimulatorPool:
         if found is not None:
             self._waiting.remove(found)
         else:
-            while self._waiting and len(self._waiting) + self._num_taken >= self.max_simulators:
-                self._free(self._waiting[0])
+            self._make_room()
             found = Simulator(self.suite, task_id, self.is_exact)
         self._num_taken += 1
         return found
+
+    def _make_room(self) -> None:
+        """For one more simulator, as long as any waits that may go."""
+        while self._waiting and len(self._waiting) + self._num_taken >= self.max_simulators:
+            self._free(self._waiting[0])
 
     def give_back(self, simulator: Simulator) -> None:
         """Let a simulator wait for its next episode."""
