@@ -76,7 +76,7 @@ def play(played: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     env.seed(int(played["seed"]))
     env.reset()
     recorder = Recorder(env)
-    recorder.note(random_qpos=env.sim.data.qpos.copy(), body_pos=env.sim.model.body_pos.copy())
+    recorder.note(body_pos=env.sim.model.body_pos.copy())
     observation = env.set_init_state(suite.get_task_init_states(task_id)[int(played["init_state_id"])])
     recorder.draw(False)
     for _ in range(int(played["num_wait"])):
@@ -90,7 +90,20 @@ def play(played: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if number in pictured:
             recorder.note_pictures(observation)
             recorder.note_sensors(observation)
-    return {name: np.stack(values) for name, values in recorder.seen.items()}
+    layout = play_layout(env, played)
+    return {name: np.stack(values) for name, values in (recorder.seen | layout).items()}
+
+
+def play_layout(env: Any, played: dict[str, np.ndarray]) -> dict[str, list]:
+    """The layout that the seed draws, after a hard reset and without a fixed state, settled and stepped a little."""
+    env.seed(int(played["seed"]))
+    env.reset()
+    recorder = Recorder(env)
+    recorder.draw(False)
+    for action in [SETTLE] * int(played["num_wait"]) + list(played["actions"][:5]):
+        recorder.note(layout_qpos=env.sim.data.qpos.copy())
+        env.step(action)
+    return recorder.seen
 
 
 def main() -> None:

@@ -195,11 +195,18 @@ def test_states_rewards_and_the_end_are_those_of_liberos_own_environment(referen
     reference.env.reset(reference.request)
     fixtures = reference.env.simulator.model.body_pos
     np.testing.assert_array_equal(fixtures, seen["body_pos"][0])
-    layout = ResetRequest(FIXED.task_id, None, FIXED.seed)
+
+
+def test_a_layout_after_a_soft_reset_is_the_one_after_liberos_hard_reset(reference):
+    """From the first state on, through the settling steps, which `play` is left to do."""
+    env, actions = reference.env, reference.actions[:4]
+    leave_traces(env, ResetRequest(DRAWER_TASK, 7, 99))
+    leave_traces(env, ResetRequest(FIXED.task_id, 7, 99))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference.env, "num_steps_wait", 0)
-        reference.env.reset(layout)
-    np.testing.assert_array_equal(reference.env.simulator.data.qpos, seen["random_qpos"][0])
+        patch.setattr(env, "num_steps_wait", 0)
+        settling = np.tile(np.array([0, 0, 0, 0, 0, 0, -1], np.float32), (10, 1))
+        played = play(env, ResetRequest(FIXED.task_id, None, FIXED.seed), np.concatenate([settling, actions]))
+    np.testing.assert_array_equal(played.qpos, reference.seen["layout_qpos"])
 
 
 def test_images_are_those_of_liberos_own_drawing(reference):
