@@ -79,6 +79,7 @@ class _Slot:
         command: what the caller asked for and has not received yet.
         dropping: the command was a step of a lost episode: the replacement is reset instead.
         outcome: what came of the command.
+        upcoming: the next episode as far as the process has been told; it may be preparing that.
     """
 
     request: ResetRequest | None = None
@@ -86,6 +87,7 @@ class _Slot:
     command: Command | None = None
     dropping: bool = False
     outcome: Outcome | None = None
+    upcoming: ResetRequest | None = None
 
     def is_in_flight(self) -> bool:
         """Whether a process owes an outcome."""
@@ -368,6 +370,7 @@ class VectorEnv:
             )
             slot.lost = False
         slot.outcome = outcome
+        slot.upcoming = None if outcome.reset_used else slot.command.request
 
     # ------------------------------------------------------------------------------------------ deaths
 
@@ -395,9 +398,11 @@ class VectorEnv:
 
     def _describe_activity(self, process: EnvProcess) -> str:
         activity, env_id, step = process.activity()
-        if activity not in ("stepping", "resetting"):
+        if activity not in ("stepping", "resetting", "preparing"):
             return f"while {activity}"
         slot = self._slots[env_id]
+        if activity == "preparing":
+            return f"while preparing the next episode of environment {env_id}, {slot.upcoming}"
         request = slot.request
         if activity == "resetting" and slot.command is not None:
             request = slot.command.request or slot.request

@@ -229,6 +229,32 @@ def test_a_process_that_fails_is_replaced_and_only_its_episodes_are_void(log, fa
         assert step.episode_length.tolist() == [1, 3, 1, 3]
 
 
+class Preparer(ToyEnv):
+    """Dies once while it prepares the episode of seed 254."""
+
+    def prepare(self, request):
+        if request.seed == 254 and _first_time(Path(self.gate)):
+            os._exit(9)
+        return False
+
+
+PREPARING_SUITE = TaskSuite("preparing", SUITE.instructions, 5, 50, Preparer)
+
+
+def test_a_death_while_the_next_episode_is_prepared_names_that_episode(log, tmp_path):
+    options = {"image_size": SIZE, "env_kwargs": {"gate": str(tmp_path / "died")}}
+    with VectorEnv(f"{__name__}:PREPARING_SUITE", 1, num_processes=1, **options) as vector:
+        vector.reset([0], requests(1))
+        vector.send([0], actions(1), requests(2, seed=254))
+        assert not vector.receive([0]).dropped.any()
+        vector.send([0], actions(1), requests(3))
+        step = vector.receive([0])
+        assert step.dropped.all() and codes(step.images) == [(3, 0, 0)]
+        (message,) = log
+        assert "died while preparing the next episode of environment 0, ResetRequest(task_id=2," in message
+        assert "exited with status 9" in message
+
+
 def test_an_episode_lost_between_two_steps_is_dropped_at_the_next_one():
     """Environment 1 has its observation in hand when its process dies under environment 0."""
     with toy(2, 1) as vector:
