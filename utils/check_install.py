@@ -19,8 +19,8 @@ logger = get_logger(__name__)
 
 # One line each: what the project imports, quick ones first. cv2, torch and tensorflow load many shared libraries.
 PACKAGES = (
-    "numpy", "rich", "safetensors", "cv2", "simplejpeg", "imageio_ffmpeg", "torch", "torchvision", "timm", "transformers", "peft",
-    "ray", "tensorflow", "tensorflow_datasets", "vllm",
+    "numpy", "rich", "safetensors", "cv2", "simplejpeg", "imageio_ffmpeg", "torch", "torchvision", "timm",
+    "transformers", "peft", "ray", "tensorflow", "tensorflow_datasets", "vllm",
 )  # fmt: skip
 
 # `libero.libero.envs` imports the renderer, every scene and every object; the others come first to be named themselves.
