@@ -94,6 +94,20 @@ def assert_object_is_where_it_belongs(env, view: np.ndarray, name: str) -> None:
     np.testing.assert_allclose(found, expected, atol=20, err_msg=f"row and column of {name}")
 
 
+@pytest.mark.parametrize(
+    "suite", [pytest.param(s, marks=pytest.mark.libero(s)) for s in ("libero_object", "libero_10", "libero_90")]
+)
+def test_the_other_suites_start_from_their_fixed_states_where_their_assets_are(suite):
+    env = make_env(suite, num_steps_wait=0)
+    for task_id in (0, 9):
+        image = env.reset(ResetRequest(task_id, 1, 0))
+        num_positions = env.simulator.model.nq
+        state = libero_install.load_init_states(suite, task_id)[1]
+        np.testing.assert_array_equal(env.simulator.data.qpos, state[1 : 1 + num_positions])
+        assert image.std() > 10 and not env.step(ACTIONS[0]).success
+    env.close()
+
+
 @pytest.mark.parametrize("suite", ["libero_spatial", "libero_goal"])
 def test_every_task_starts_from_its_fixed_states_steps_and_draws_upright(suite, monkeypatch):
     """One environment plays all tasks in turn with room for two simulators and one canvas."""
