@@ -131,6 +131,23 @@ class TaskSuite:
         return frozenset(parameters) - {"image_size", "max_steps", "seed"}
 
 
+def checked_action(action: np.ndarray) -> np.ndarray:
+    """The action as (7,) float32. Raises ValueError for another shape or numbers that are not finite."""
+    action = np.asarray(action, dtype=np.float32)
+    if action.shape != (ACTION_DIM,) or not np.isfinite(action).all():
+        raise ValueError(f"action {action}: must be {ACTION_DIM} finite numbers")
+    return action
+
+
+def check_request(request: ResetRequest, world: str, num_tasks: int, num_init_states: int) -> None:
+    """Raise ValueError for a task or a fixed initial state that `world` (a name for the message) does not have."""
+    if not 0 <= request.task_id < num_tasks:
+        raise ValueError(f"task_id {request.task_id}: {world} has tasks 0..{num_tasks - 1}")
+    state_id = request.init_state_id
+    if state_id is not None and not 0 <= state_id < num_init_states:
+        raise ValueError(f"init_state_id {state_id}: {world} has states 0..{num_init_states - 1}")
+
+
 def split_options(suite: TaskSuite, **flags: Any) -> tuple[dict[str, Any], list[str]]:
     """Which of the flags that were given (not None) the suite's environments take, and a problem for each other one."""
     given = {name: value for name, value in flags.items() if value is not None}

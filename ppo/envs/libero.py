@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ppo.envs import libero_install
-from ppo.envs.base import ACTION_DIM, ResetRequest, StepResult, TaskSuite
+from ppo.envs.base import ResetRequest, StepResult, TaskSuite, check_request, checked_action
 from ppo.envs.images import policy_image
 from ppo.envs.libero_simulator import RENDER_SIZE, SETTLING_ACTION, Canvas, Drawing, Simulator
 
@@ -133,10 +133,7 @@ class LiberoEnv:
         Raises:
             ValueError: an action of another shape, or not finite.
         """
-        action = np.asarray(action, dtype=np.float32)
-        if action.shape != (ACTION_DIM,) or not np.isfinite(action).all():
-            raise ValueError(f"action {action}: must be {ACTION_DIM} finite numbers")
-        success = self.simulator.step(action)
+        success = self.simulator.step(checked_action(action))
         self._num_steps += 1
         truncated = self._num_steps >= self.max_steps and not success
         return StepResult(self.observe(self.simulator), float(success), success, truncated, success)
@@ -173,11 +170,7 @@ class LiberoEnv:
             self._drawing = None
 
     def _check(self, request: ResetRequest) -> None:
-        if not 0 <= request.task_id < self.num_tasks:
-            raise ValueError(f"task_id {request.task_id}: {self.suite_name} has tasks 0..{self.num_tasks - 1}")
-        state_id = request.init_state_id
-        if state_id is not None and not 0 <= state_id < libero_install.NUM_INIT_STATES:
-            raise ValueError(f"init_state_id {state_id}: LIBERO has states 0..{libero_install.NUM_INIT_STATES - 1}")
+        check_request(request, self.suite_name, self.num_tasks, libero_install.NUM_INIT_STATES)
 
     def _give_up_preparation(self) -> None:
         if self._next is not None:

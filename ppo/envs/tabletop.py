@@ -7,7 +7,7 @@ the actuation noise. Reward: 1 at the step that solves the task, else 0.
 
 import numpy as np
 
-from ppo.envs.base import ACTION_DIM, ResetRequest, StepResult, TaskSuite
+from ppo.envs.base import ResetRequest, StepResult, TaskSuite, check_request, checked_action
 from ppo.envs.tabletop_render import render_world
 from ppo.envs.tabletop_world import TASKS, Task, World, random_world
 
@@ -51,11 +51,8 @@ class TabletopEnv:
         Raises:
             ValueError: unknown task or initial state.
         """
-        if not 0 <= request.task_id < len(TASKS):
-            raise ValueError(f"task_id {request.task_id}: tabletop has tasks 0..{len(TASKS) - 1}")
+        check_request(request, "tabletop", len(TASKS), NUM_INIT_STATES)
         state_id = request.init_state_id
-        if state_id is not None and not 0 <= state_id < NUM_INIT_STATES:
-            raise ValueError(f"init_state_id {state_id}: tabletop has states 0..{NUM_INIT_STATES - 1}")
         seed = abs(request.seed + self.seed)
         layout_key = (_RANDOM, request.task_id, seed) if state_id is None else (_FIXED, request.task_id, state_id)
         self.task = TASKS[request.task_id]
@@ -70,10 +67,7 @@ class TabletopEnv:
         Raises:
             ValueError: an action of another shape, or not finite.
         """
-        action = np.asarray(action, dtype=np.float32)
-        if action.shape != (ACTION_DIM,) or not np.isfinite(action).all():
-            raise ValueError(f"action {action}: must be {ACTION_DIM} finite numbers")
-        self.world.move(action, self._rng)
+        self.world.move(checked_action(action), self._rng)
         self._num_steps += 1
         success = self.world.solved(self.task)
         truncated = self._num_steps >= self.max_steps and not success

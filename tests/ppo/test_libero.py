@@ -413,7 +413,7 @@ def test_wrong_requests_actions_and_cameras_are_refused_and_the_episode_goes_on(
     for method in (env.reset, env.prepare):
         with pytest.raises(ValueError, match=r"task_id 10: libero_spatial has tasks 0\.\.9"):
             method(ResetRequest(10, 0, 0))
-        with pytest.raises(ValueError, match=r"init_state_id 50: LIBERO has states 0\.\.49"):
+        with pytest.raises(ValueError, match=r"init_state_id 50: libero_spatial has states 0\.\.49"):
             method(ResetRequest(0, 50, 0))
     for action in (np.zeros(6, np.float32), np.full(7, np.nan, np.float32)):
         with pytest.raises(ValueError, match="must be 7 finite numbers"):
