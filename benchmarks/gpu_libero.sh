@@ -24,7 +24,7 @@ export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 VLLM_NO_U
 mkdir -p "$WORK"
 
 envs() {
-    "$PYTHON" benchmarks/libero_envs.py --env_gpu_id 0 --num_processes 16 32 --num_steps 100 --episode_length 60
+    "$PYTHON" benchmarks/libero_envs.py --env_gpu_id 0 --num_processes 16 32 --num_rounds 1 --num_steps 100 --episode_length 60
 }
 
 demos() {

@@ -45,6 +45,8 @@ class Args:
     """Numbers of processes, one environment each."""
     num_steps: int = 60
     """Steps of each environment that are timed, after five that are not."""
+    num_rounds: int = 3
+    """Rounds of the first table, in each of which every kind has its turn; the medians count."""
     episode_length: int = 40
     """Time limit of the episodes in the second table."""
     num_episodes: int = 3
@@ -215,11 +217,11 @@ def compare(args: Args) -> list[list[str]]:
         ("ours, fast", lambda n: measure_vector(args, n, "fast")),
     ]
     for num in args.num_processes:
-        base = None
-        for name, measure in measures:
-            rate, memory = measure(num)
-            base = base or rate
-            rows.append([str(num), name, f"{rate:.1f}", f"{rate / num:.1f}", f"{rate / base:.2f}", f"{memory:.2f}"])
+        rounds = [[measure(num) for _, measure in measures] for _ in range(args.num_rounds)]
+        for kind, (name, _) in enumerate(measures):
+            rate, memory = (statistics.median(r[kind][i] for r in rounds) for i in (0, 1))
+            ratio = statistics.median(r[kind][0] / r[0][0] for r in rounds)
+            rows.append([str(num), name, f"{rate:.1f}", f"{rate / num:.1f}", f"{ratio:.2f}", f"{memory:.2f}"])
     return rows
 
 

@@ -96,6 +96,7 @@ class _Slot:
     """One environment, its running episode, and the request that will follow it as far as the parent has said."""
 
     env: Environment
+    preparing: PreparingEnvironment | None  # the same, if it can
     request: ResetRequest | None = None
     next_request: ResetRequest | None = None
     episode_return: float = 0.0
@@ -118,7 +119,8 @@ class _Worker:
         suite = get_suite(config.suite_name)
         for env_id in config.env_ids:
             self.note("starting", env_id)
-            self.slots[env_id] = _Slot(suite.make_env(config.image_size, config.max_steps, **config.env_kwargs))
+            env = suite.make_env(config.image_size, config.max_steps, **config.env_kwargs)
+            self.slots[env_id] = _Slot(env, env if isinstance(env, PreparingEnvironment) else None)
         if "cv2" in sys.modules:
             sys.modules["cv2"].setNumThreads(1)
         self.note("idle")
@@ -167,10 +169,10 @@ class _Worker:
     def prepare(self) -> bool:
         """Let one environment do a slice of work towards its next episode; whether any did."""
         for env_id, slot in self.slots.items():
-            if slot.next_request is None or not isinstance(slot.env, PreparingEnvironment):
+            if slot.next_request is None or slot.preparing is None:
                 continue
             self.note("preparing", env_id)
-            if slot.env.prepare(slot.next_request):
+            if slot.preparing.prepare(slot.next_request):
                 return True
         return False
 
