@@ -22,11 +22,11 @@ _VISUAL_GROUP, _COLLISION_GROUP = 1, 0
 
 
 class Drawing:
-    """What draws for one process: a GL library and a context of it, shared by all its simulators.
+    """What draws for one environment: a GL library and a context of it, shared by all its simulators.
 
     Args:
         env_gpu_id: GPU to draw on (EGL's number); None: see `libero_install.choose_gl`.
-        is_fast: without multisampling and reflections: a third of the time on a CPU, mean change 2.8 of 255.
+        is_fast: without multisampling and reflections: a third of the time on a CPU, mean change about 2 of 255.
 
     Raises:
         LiberoMissingError: a system library is missing.

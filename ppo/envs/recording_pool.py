@@ -9,7 +9,6 @@ import faulthandler
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import traceback
 from collections import deque
@@ -19,11 +18,11 @@ from multiprocessing.connection import Connection, wait
 from typing import IO, Any
 
 from ppo.envs.recording import LIBERO_SUITES, ExpertFailedError, Recorder, RecordingSettings
+from ppo.envs.vector_process import spawn_python
 from prismatic.vla.datasets.store import EpisodeStore
 
 # Called with an episode's number, its steps and its counts when it is in the store.
 OnDone = Callable[[int, int, dict[str, int]], None]
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 _TAIL_BYTES = 4000
 
 
@@ -111,15 +110,8 @@ class _Process:
         self.index: int | None = None  # the episode it works on
         self.connection, child_end = Pipe()
         self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `end`)
-        paths = [path or os.getcwd() for path in sys.path]
-        self._popen = subprocess.Popen(
-            [sys.executable, "-c", f"from ppo.envs.recording_pool import main; main({child_end.fileno()})"],
-            stdin=subprocess.DEVNULL,
-            stdout=self._output,
-            stderr=self._output,
-            pass_fds=(child_end.fileno(),),
-            env={**os.environ, **dict.fromkeys(_THREAD_VARIABLES, "1"), "PYTHONPATH": os.pathsep.join(paths)},
-        )
+        program = f"from ppo.envs.recording_pool import main; main({child_end.fileno()})"
+        self._popen = spawn_python(program, self._output, (child_end.fileno(),))
         child_end.close()
         self.connection.send((settings, store))
 

@@ -18,6 +18,30 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS
 _TAIL_BYTES = 6000
 
 
+def spawn_python(
+    program: str, output: IO[bytes], pass_fds: tuple[int, ...], variables: dict[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start a plain Python process of one thread a library, with this one's import path and nothing else of it.
+
+    `program` is its source; it writes to `output`, keeps the file descriptors `pass_fds`, and gets the environment
+    variables `variables` besides this process's.
+    """
+    paths = [path or os.getcwd() for path in sys.path]
+    return subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        pass_fds=pass_fds,
+        env={
+            **os.environ,
+            **dict.fromkeys(_THREAD_VARIABLES, "1"),
+            "PYTHONPATH": os.pathsep.join(paths),
+            **(variables or {}),
+        },
+    )
+
+
 class EnvProcess:
     """One process and the environments in it; can be started again after its death.
 
@@ -54,23 +78,10 @@ class EnvProcess:
         """Start the process; it says ("ready", None) once its environments are made."""
         parent_end, child_end = Pipe()
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `kill`)
-        paths = [path or os.getcwd() for path in sys.path]
         program = f"from ppo.envs.vector_worker import main; main({child_end.fileno()}, {self.memory_fd})"
         self.started_at = time.monotonic()
         self.board.activity[self.config.process_index] = (0, -1, 0, self.started_at)
-        self._popen = subprocess.Popen(
-            [sys.executable, "-c", program],
-            stdin=subprocess.DEVNULL,
-            stdout=self._output,
-            stderr=self._output,
-            pass_fds=(child_end.fileno(), self.memory_fd),
-            env={
-                **os.environ,
-                **dict.fromkeys(_THREAD_VARIABLES, "1"),
-                "PYTHONPATH": os.pathsep.join(paths),
-                **self.variables,
-            },
-        )
+        self._popen = spawn_python(program, self._output, (child_end.fileno(), self.memory_fd), self.variables)
         child_end.close()
         self.connection = parent_end
         self.is_ready = False
