@@ -19,7 +19,6 @@ import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -55,14 +54,6 @@ GL_PACKAGES = {"osmesa": "libosmesa6", "egl": "libegl1 libglvnd0 libgl1 libglx0"
 
 class LiberoMissingError(ImportError):
     """LIBERO, its assets or a GL library is not on this machine; the message says how to get it."""
-
-
-@dataclass(frozen=True)
-class LiberoPaths:
-    """Where LIBERO's files are; `assets` is None where the package would have to download them."""
-
-    package: Path
-    assets: Path | None
 
 
 @cache
@@ -116,7 +107,7 @@ def _digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
 
 
-def prepare() -> LiberoPaths:
+def prepare() -> None:
     """Make `import libero.libero` possible in this process: no question, no download where assets are at hand.
 
     Writes LIBERO's configuration file to a folder of this user's under the system's temporary one and sets
@@ -139,7 +130,6 @@ def prepare() -> LiberoPaths:
     libero: Any = importlib.import_module("libero.libero")
     if assets is not None:
         libero._assets_path_cache = str(assets)  # its setting in config.yaml is not read by `get_assets_path`
-    return LiberoPaths(package, assets)
 
 
 def _own_config_dir() -> str:
