@@ -1,14 +1,17 @@
-"""Write a random OpenVLA policy at a few million parameters: the 7B's architecture, parameter names and files.
+"""Write an OpenVLA policy with random weights: the 7B's architecture, parameter names and files at a size of choice.
 
-Example:
+Examples:
     python vla-scripts/make_tiny_vla.py --output_dir runs/tiny --seed 0
+    python vla-scripts/make_tiny_vla.py --output_dir /dev/shm/openvla-7b --size 7b
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
+from prismatic.extern.hf.random_prismatic import save_random_vla
 from prismatic.extern.hf.tiny_prismatic import TinyVLAConfig, save_tiny_vla
 from utils.logging_utils import get_logger
 
@@ -21,16 +24,30 @@ class Args(TinyVLAConfig):
 
     output_dir: str
     """Folder to write; it must be empty or not exist."""
+    size: Literal["tiny", "small", "7b"] = "tiny"
+    """tiny: the sizes below. small: 25 M parameters at 140 pixels. 7b: openvla-7b's exact shape in bfloat16 (15 GB),
+    made on the GPU where there is one. The last two come with action statistics for tabletop."""
+
+
+def validate(args: Args) -> None:
+    """Raise ValueError when the folder holds something already, or sizes are given that `--size` does not read."""
+    output_dir = Path(args.output_dir)
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise ValueError(f"--output_dir {output_dir} is not empty: give a new folder, or remove this one")
+    given = [f"--{f.name}" for f in fields(TinyVLAConfig) if f.name != "seed" and getattr(args, f.name) != f.default]
+    if args.size != "tiny" and given:
+        raise ValueError(f"--size {args.size} has sizes of its own: remove {', '.join(given)}, or use --size tiny")
 
 
 def main(args: Args) -> None:
     """Make the folder. Raises ValueError when it holds something already or a size cannot work."""
-    output_dir = Path(args.output_dir)
-    if output_dir.exists() and any(output_dir.iterdir()):
-        raise ValueError(f"--output_dir {output_dir} is not empty: give a new folder, or remove this one")
-    model = save_tiny_vla(args, output_dir)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    logger.info(f"{output_dir}: {num_parameters / 1e6:.2f} M parameters, seed {args.seed}")
+    validate(args)
+    if args.size == "tiny":
+        model = save_tiny_vla(args, args.output_dir)
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    else:
+        num_parameters = save_random_vla(args.size, args.output_dir, args.seed)
+    logger.info(f"{args.output_dir}: {num_parameters / 1e6:.2f} M parameters, seed {args.seed}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from prismatic.extern.hf.processing_prismatic import (
 )
 
 PADDING_ROWS = 64
+CONTROL_PIECES = ("<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)))
 # What DINOv2 and SigLIP were trained with; openvla-7b's preprocessor_config.json has the same.
 MEANS = [[0.485, 0.456, 0.406], [0.5, 0.5, 0.5]]
 STDS = [[0.229, 0.224, 0.225], [0.5, 0.5, 0.5]]
@@ -92,11 +93,19 @@ def build_tiny_tokenizer(extra_words: tuple[str, ...] = ()) -> PreTrainedTokeniz
     pieces have), everything else falls back to bytes. PAD is the first padding row, as in openvla-7b.
     """
     head, tail = PROMPT_TEMPLATE.split("{instruction}")
-    words = sorted({word.lower() for word in (*WORDS.split(), *extra_words)})
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), head, tail, EMPTY_PIECE]
-    pieces += [EMPTY_PIECE + word for word in words]
+    pieces = [*CONTROL_PIECES, head, tail, EMPTY_PIECE, *word_pieces(extra_words)]
     pieces += [f"<unused_{index}>" for index in range(-len(pieces) % 64)]
     pieces += [f"<action_{index}>" for index in range(256)]
+    return assemble_tokenizer(pieces, whole=(head, tail))
+
+
+def word_pieces(extra_words: tuple[str, ...] = ()) -> list[str]:
+    """Return the known words, sorted, each with the mark of its leading space."""
+    return [EMPTY_PIECE + word for word in sorted({word.lower() for word in (*WORDS.split(), *extra_words)})]
+
+
+def assemble_tokenizer(pieces: list[str], whole: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of `pieces`, in the order of their ids; the texts `whole` are never split. PAD comes last."""
     # All pieces cost the same, so the segmentation with the fewest pieces wins: a known word stays whole.
     backend = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0, byte_fallback=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=EMPTY_PIECE, prepend_scheme="always", split=True)
@@ -104,7 +113,7 @@ def build_tiny_tokenizer(extra_words: tuple[str, ...] = ()) -> PreTrainedTokeniz
         [decoders.Replace(Regex(EMPTY_PIECE), " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    backend.add_tokens([AddedToken(text, normalized=False) for text in (head, tail)])
+    backend.add_tokens([AddedToken(text, normalized=False) for text in whole])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         unk_token="<unk>",
