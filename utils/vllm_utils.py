@@ -313,7 +313,6 @@ class ActionEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        first = self._model_config.first_action_token_id
         params = SamplingParams(
             temperature=0.0 if greedy else temperature,
             max_tokens=NUM_ACTION_TOKENS,
@@ -321,7 +320,6 @@ class ActionEngine:
             flat_logprobs=True,
             detokenize=False,
             ignore_eos=True,
-            allowed_token_ids=list(range(first, first + self._model_config.n_action_bins)),
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,
         )

@@ -12,9 +12,11 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.config.multimodal import BaseDummyOptions
+from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.inputs import MultiModalDataDict, MultiModalInput
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings, SupportsMultiModal
 from vllm.model_executor.models.utils import AutoWeightsLoader, init_vllm_registered_model, maybe_prefix
@@ -140,7 +142,7 @@ class OpenVLAForActionPrediction(nn.Module, SupportsMultiModal):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        config = cast(OpenVLAConfig, vllm_config.model_config.hf_config)
+        self.config = config = cast(OpenVLAConfig, vllm_config.model_config.hf_config)
         means, stds = read_pixel_statistics(vllm_config.model_config.model)
         # Plain attributes: as buffers they would look to vLLM's weight reload like weights that never came.
         self._pixel_scale, self._pixel_shift = 1.0 / (255.0 * stds), -means / stds
@@ -187,8 +189,23 @@ class OpenVLAForActionPrediction(nn.Module, SupportsMultiModal):
         return self.language_model.model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """Return logits over the whole vocabulary; sampling keeps the action tokens."""
-        return self.language_model.compute_logits(hidden_states)
+        """Return float32 logits (N, vocabulary): the trainer's for the action tokens, minus infinity for all others.
+
+        As the trainer computes them, from the head's action rows in float32: in bfloat16 a logit of 8 is rounded to
+        0.03, and every log-prob with it. Tensor parallelism splits the head's rows; each rank adds those it has.
+        """
+        config, head = self.config, self.language_model.lm_head
+        first, end = config.first_action_token_id, config.action_vocab_size
+        first_row, end_row = head.shard_indices.org_vocab_start_index, head.shard_indices.org_vocab_end_index
+        own = range(max(first, first_row), min(end, end_row))
+        hidden_ND = hidden_states.float()
+        logits = hidden_ND.new_full((len(hidden_ND), config.text_config.vocab_size), -torch.inf)
+        actions = hidden_ND.new_zeros((len(hidden_ND), end - first))
+        if own:
+            rows = head.weight[own.start - first_row : own.stop - first_row]
+            actions[:, own.start - first : own.stop - first] = F.linear(hidden_ND, rows.float())
+        logits[:, first:end] = tensor_model_parallel_all_reduce(actions)
+        return logits
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load (a part of) a checkpoint by its own names."""
