@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -67,6 +68,28 @@ def data_mesh(device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, (dist.get_world_size(),))
 
 
+def cast_frozen(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast `model`'s frozen floating-point parameters to `dtype` in place and return it; before `shard_model`.
+
+    Only what trains needs float32 master weights: at 7B with a LoRA this is 15 GB instead of 30, and no cast per pass.
+    """
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile the forward of each ViT block and Llama layer in place; parameter names stay as they are.
+
+    All blocks of a class share one compilation per shape and mode (with or without gradients). Hooks (FSDP's,
+    activation checkpointing) stay outside. Call it before `shard_model`.
+    """
+    for module in model.modules():
+        if type(module).__name__ in UNIT_CLASSES:
+            module.forward = torch.compile(module.forward)  # type: ignore[method-assign]
+
+
 def shard_model(
     model: nn.Module,
     *,
@@ -80,11 +103,17 @@ def shard_model(
     Parameters keep their own dtype (float32 master weights); `param_dtype` is what compute and all-gathers use,
     gradients are reduced in float32. `reshard_after_forward=False` keeps the gathered weights for the backward pass
     (ZeRO-2). `forward_actions` and `encode_vision`, where the model has them, run with gathered weights too.
+
+    A single rank keeps frozen parameters that have the compute dtype already (see `cast_frozen`) outside FSDP, which
+    would only hold a second copy of them: they are plain tensors then. `offload` keeps everything on the CPU.
     """
     mesh = data_mesh(next(model.parameters()).device)
     lower = None if param_dtype == torch.float32 else param_dtype
     policy = MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32, cast_forward_inputs=False)
     offload_policy = CPUOffloadPolicy() if offload else OffloadPolicy()
+    ignored: set[nn.Parameter] = set()
+    if mesh.size() == 1 and not offload:
+        ignored = {p for p in model.parameters() if not p.requires_grad and p.dtype == param_dtype}
 
     def shard(module: nn.Module) -> None:
         fully_shard(
@@ -93,20 +122,34 @@ def shard_model(
             mp_policy=policy,
             offload_policy=offload_policy,
             reshard_after_forward=reshard_after_forward,
+            ignored_params=ignored,
         )
 
+    units: dict[str, list[FSDPModule]] = {}
     for name, module in list(model.named_modules()):
-        if type(module).__name__ not in UNIT_CLASSES or sum(p.numel() for p in module.parameters()) < min_unit_params:
+        size = sum(p.numel() for p in module.parameters() if p not in ignored)
+        if type(module).__name__ not in UNIT_CLASSES or size < min_unit_params:
             continue
-        siblings = list(model.get_submodule(name.rpartition(".")[0]).children())
+        parent = name.rpartition(".")[0]
+        siblings = list(model.get_submodule(parent).children())
         # OpenVLA never computes the last block of a ViT; a unit that runs no forward breaks gradient accumulation.
         if not (type(module).__name__ == "Block" and siblings[-1] is module):
             shard(module)
+            units.setdefault(parent, []).append(cast(FSDPModule, module))
     shard(model)
+    _prefetch_neighbours(units.values())
     for method in FORWARD_METHODS:
         if hasattr(model, method):
             register_fsdp_forward_method(model, method)
     return model
+
+
+def _prefetch_neighbours(chains: Iterable[list[FSDPModule]]) -> None:
+    """Gather each unit's weights while its neighbour computes: the next one in the forward, the previous one after."""
+    for chain in chains:
+        for earlier, later in pairwise(chain):
+            earlier.set_modules_to_forward_prefetch([later])
+            later.set_modules_to_backward_prefetch([earlier])
 
 
 def set_gradient_sync(model: nn.Module, is_last_micro_batch: bool) -> None:

@@ -7,6 +7,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from utils.checkpoint_utils import read_shapes
+from utils.lora_linear import fuse_lora
 from utils.merge_utils import fingerprint_problems, record_base
 
 
@@ -36,8 +37,8 @@ def add_lora(
 ) -> PeftModel:
     """Freeze `model` and inject a fresh LoRA (B = 0) into its linear layers, in place; returns the peft wrapper.
 
-    `alpha` defaults to min(rank, 16) as in OpenVLA (scaling = alpha / rank). `base_name` is what the saved adapter
-    names as its base.
+    The adapter is float32 whatever the model's dtype. `alpha` defaults to min(rank, 16) as in OpenVLA (scaling =
+    alpha / rank). `base_name` is what the saved adapter names as its base.
     """
     config = LoraConfig(
         r=rank,
@@ -49,12 +50,15 @@ def add_lora(
     wrapper = get_peft_model(model, config)  # type: ignore[arg-type]
     if base_name is not None:
         wrapper.peft_config["default"].base_model_name_or_path = base_name
+    fuse_lora(model)
     return wrapper  # type: ignore[return-value]
 
 
 def load_lora(model: nn.Module, adapter_dir: str | Path) -> PeftModel:
-    """Inject the adapter saved in `adapter_dir` into `model`, trainable."""
-    return PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=True)  # type: ignore[arg-type]
+    """Inject the adapter saved in `adapter_dir` into `model`, trainable and in float32."""
+    wrapper = PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=True)  # type: ignore[arg-type]
+    fuse_lora(model)
+    return wrapper
 
 
 def check_adapter_fits(adapter_dir: str | Path, model_dir: str | Path) -> list[str]:

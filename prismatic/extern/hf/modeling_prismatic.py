@@ -232,6 +232,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             ids, num_read = _append_tokens(prompt_ids_BL, lengths_B, action_ids_BA[:, :-1]), action_ids_BA.shape[1]
         hidden_BSD = self._hidden_states(self._embed(ids, features_BPD))
         hidden_BAD = _read_from(hidden_BSD, lengths_B + (features_BPD.shape[1] - 1), num_read)
+        hidden_BAD = self.language_model.model.norm(hidden_BAD)
         logits = None if action_ids_BA is None else self._action_logits(hidden_BAD)
         return ActionOutput(logits, hidden_BAD[:, 0])
 
@@ -259,7 +260,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         if attention_mask is not None:
             _check_right_padded(attention_mask)
         features_BPD = self._vision_features(pixel_values, vision_features)
-        hidden_BSD = self._hidden_states(self._embed(input_ids, features_BPD))
+        hidden_BSD = self.language_model.model.norm(self._hidden_states(self._embed(input_ids, features_BPD)))
         lm_head = self.language_model.lm_head
         if labels is None:
             return PrismaticCausalLMOutput(logits=lm_head(hidden_BSD))
@@ -379,7 +380,25 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         return torch.cat([text_BSD[:, :1], patches_BPD, text_BSD[:, 1:]], dim=1)
 
     def _hidden_states(self, embeddings_BSD: Tensor) -> Tensor:
-        return self.language_model.model(inputs_embeds=embeddings_BSD, use_cache=False).last_hidden_state
+        """Hidden states of every position before the final norm; causal attention from position 0, nothing cached.
+
+        Runs the layers itself: `LlamaModel.forward` would look for packed sequences in the positions, which waits for
+        the GPU in every pass. Without a mask only these attention implementations are causal.
+        """
+        decoder = self.language_model.model
+        if decoder.config._attn_implementation not in ("sdpa", "flash_attention_2", "flash_attention_3"):
+            raise ValueError(
+                f"attn_implementation {decoder.config._attn_implementation!r} needs a mask that is not built here: "
+                "use sdpa or flash_attention_2"
+            )
+        position_ids = torch.arange(embeddings_BSD.shape[1], device=embeddings_BSD.device)[None]
+        position_embeddings = decoder.rotary_emb(embeddings_BSD, position_ids=position_ids)
+        hidden_BSD = embeddings_BSD
+        for layer in decoder.layers:
+            hidden_BSD = layer(
+                hidden_BSD, attention_mask=None, position_ids=position_ids, position_embeddings=position_embeddings
+            )
+        return hidden_BSD
 
     def _action_logits(self, hidden_BAD: Tensor) -> Tensor:
         """Logits of the action tokens only, float32: `lm_head`'s rows of those ids, with its LoRA if it has one."""
