@@ -1,15 +1,21 @@
-"""Starting Ray and placing actors: one placement group for trainers, one for rollout workers."""
+"""Starting Ray, the nodes of a cluster, and actors in the bundles that `utils/placement.py` chose."""
 
+import contextlib
 import os
 import socket
-from collections.abc import Sequence
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from utils.logging_utils import get_logger
+from utils.placement import Demand, Node, Placement, place, placement_problems
 
 logger = get_logger(__name__)
 
@@ -27,23 +33,32 @@ QUIET_ENV = {
 }
 
 
+# Ray's label on every node, for bundles that shall sit there.
+NODE_ID_LABEL = "ray.io/node-id"
+# Set for the driver, wanted by its actors: on a running cluster those inherit the environment of `ray start` instead.
+FORWARDED_ENV = ("PPO_VLA_", "MUJOCO_GL", "LIBERO_", "VLLM_", "NCCL_", "GLOO_", "HF_HUB_OFFLINE", "TORCH_NCCL_")
+# A file system between nodes may show a new file to others only after its cache has expired.
+SHARED_FILE_TIMEOUT_S = 40.0
+
+
 def actor_env(**variables: str) -> dict[str, dict[str, str]]:
-    """Runtime environment of an actor: `variables`, and quiet libraries unless everything is to be shown."""
+    """Runtime environment of an actor: the driver's settings, `variables`, and quiet libraries unless in debug mode."""
     quiet = {} if os.environ.get("PPO_VLA_LOG_LEVEL") == "DEBUG" else QUIET_ENV
-    return {"env_vars": quiet | variables}
+    forwarded = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED_ENV)}
+    return {"env_vars": forwarded | quiet | variables}
 
 
 def start_ray(address: str | None, num_gpus: int, num_cpu_slots: int = LOCAL_CPU_SLOTS) -> None:
     """Connect to a running cluster (`address`), or start one on this machine bound to the loopback interface.
 
     A local cluster gets exactly `num_gpus` GPUs and as many CPU slots as our actors ask for; thread counts are set per
-    actor, so slots do not have to be cores.
+    actor, so slots do not have to be cores. A running cluster may want a token: Ray reads RAY_AUTH_TOKEN_PATH.
     """
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else Ray writes a token into the home directory
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address:
         ray.init(address=address, log_to_driver=True)
         return
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else Ray writes a token into the home directory
     ray.init(
         num_cpus=max(num_cpu_slots, os.cpu_count() or 1),
         num_gpus=num_gpus,
@@ -51,6 +66,57 @@ def start_ray(address: str | None, num_gpus: int, num_cpu_slots: int = LOCAL_CPU
         log_to_driver=True,
         _node_ip_address="127.0.0.1",
     )
+
+
+def local_node(num_gpus: int, demand: Demand) -> Node:
+    """The machine that the driver runs on, as `start_ray` presents it to Ray for `demand`."""
+    return Node(num_gpus, max(demand.num_cpus, LOCAL_CPU_SLOTS, os.cpu_count() or 1))
+
+
+def cluster_nodes(*, free: bool = False) -> list[Node]:
+    """The live nodes of the connected cluster, the driver's first: all that they have, or what is `free` now."""
+    from ray._private.state import available_resources_per_node
+
+    available = available_resources_per_node() if free else {}
+    here = ray.get_runtime_context().get_node_id()
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    addresses = [node["NodeManagerAddress"] for node in alive]
+    nodes = []
+    for node in alive:
+        node_id, address = node["NodeID"], node["NodeManagerAddress"]
+        resources = available.get(node_id, {}) if free else node["Resources"]
+        name = address if addresses.count(address) == 1 else f"{address} ({node_id[:6]})"
+        nodes.append(Node(int(resources.get("GPU", 0)), int(resources.get("CPU", 0)), name, node_id))
+    return sorted(nodes, key=lambda node: (node.node_id != here, node.name))
+
+
+def place_on_cluster(demand: Demand) -> Placement:
+    """Lay `demand` out on what is free now if that is enough, else on what is there in all (`reserve` then waits).
+
+    Raises ValueError if the cluster is too small.
+    """
+    free = cluster_nodes(free=True)
+    return place(demand, cluster_nodes() if placement_problems(demand, free) else free)
+
+
+def reserve(placement: Placement, timeout_s: float) -> PlacementGroup:
+    """Reserve the bundles, all or none, each on its node.
+
+    Raises:
+        TimeoutError: not placed within `timeout_s`; names what was asked for and what is free.
+    """
+    selectors = [{NODE_ID_LABEL: node_id} for node_id in placement.node_ids]
+    group = placement_group(list(placement.bundles), strategy="PACK", bundle_label_selector=selectors)
+    try:
+        ray.get(group.ready(), timeout=timeout_s)
+    except ray.exceptions.GetTimeoutError:
+        remove_placement_group(group)
+        free = [f"{node.name}: {node.gpus} GPUs, {node.cpus} CPU slots" for node in cluster_nodes(free=True)]
+        raise TimeoutError(
+            f"not placed within --placement_timeout_s {timeout_s:.0f} ({'; '.join(placement.lines)}): the rest of the "
+            f"cluster is in use; free are {'; '.join(free)}"
+        ) from None
+    return group
 
 
 def check_cluster(num_gpus: int, layout: str) -> None:
@@ -93,6 +159,101 @@ def free_port() -> int:
 def node_address() -> str:
     """Address at which this node's actors reach each other (loopback on a one-machine cluster)."""
     return ray.util.get_node_ip_address()
+
+
+def interface_of(address: str) -> str | None:
+    """Name of the network interface with this address; None for loopback and for an address of another machine."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if not address.startswith("127.") and any(entry.address == address for entry in addresses):
+            return name
+    return None
+
+
+def use_node_interface() -> None:
+    """Let gloo and NCCL of this process listen where Ray does; GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME set before win.
+
+    Else gloo listens at the address of the host's name, which many systems resolve to loopback: no other node gets
+    there. To be called before the first process group is made.
+    """
+    if name := interface_of(node_address()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+
+
+def node_problems(placement: Placement, shared_dir: str | Path, model_dirs: Iterable[str | Path]) -> list[str]:
+    """What the placement's nodes lack: our code, `shared_dir` as the driver sees it, the `model_dirs` with all files.
+
+    All paths are absolute. Nodes write into `shared_dir` and read what the driver wrote; nothing stays there.
+    """
+    names = {node.node_id: node.name for node in cluster_nodes()}
+    shared, token = Path(shared_dir), uuid.uuid4().hex[:8]
+    shared.mkdir(parents=True, exist_ok=True)
+    models = {str(folder): _file_sizes(Path(folder)) for folder in model_dirs}
+    with _probe_file(shared / f".probe-{token}-driver") as probe:
+        calls = {}
+        for node_id in dict.fromkeys(placement.node_ids):
+            here = NodeAffinitySchedulingStrategy(node_id, soft=False)
+            remote = ray.remote(probe_node).options(num_cpus=0, scheduling_strategy=here, runtime_env=actor_env())
+            calls[node_id] = remote.remote(str(probe), str(shared / f".probe-{token}-{node_id}"), models)
+        problems = []
+        for node_id, call in calls.items():
+            written = shared / f".probe-{token}-{node_id}"
+            try:
+                found = ray.get(call)
+            except (ray.exceptions.RayError, ImportError) as error:
+                root = Path(__file__).parents[1]
+                found = [f"cannot run this project's code, which must be at {root} on every node: {error}"]
+            else:
+                if not found and not _appears(written):
+                    found = [f"--run_root_dir: {shared} is not the driver's folder, what is written there stays there"]
+            written.unlink(missing_ok=True)
+            problems += [f"node {names[node_id]}: {problem}" for problem in found]
+    return problems
+
+
+def probe_node(probe: str, answer: str, models: dict[str, dict[str, int]]) -> list[str]:
+    """Runs on a node: problems with the driver's file `probe`, with writing `answer`, and with the model folders."""
+    problems = []
+    for folder, wanted in models.items():
+        found = _file_sizes(Path(folder))
+        differing = sorted(name for name in wanted if found.get(name) != wanted[name])
+        if not found:
+            problems.append(f"no model folder {folder}: copy it there, or use a file system that all nodes share")
+        elif differing:
+            problems.append(f"{folder} lacks {', '.join(differing)} or has other versions: copy the folder again")
+    shared_dir = Path(probe).parent
+    hint = "use a --run_root_dir on a file system that all nodes share"
+    if not _appears(Path(probe)):
+        return [*problems, f"{shared_dir} lacks what the driver wrote there: {hint}"]
+    try:
+        Path(answer).touch()
+    except OSError as error:
+        problems.append(f"{shared_dir} cannot be written ({error.strerror}): {hint}")
+    return problems
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each file in `folder`; empty if there is no such folder."""
+    return {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()} if folder.is_dir() else {}
+
+
+@contextlib.contextmanager
+def _probe_file(path: Path) -> Iterator[Path]:
+    path.touch()
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _appears(path: Path) -> bool:
+    """Whether `path` exists, or does so soon; a missing folder is not waited for."""
+    deadline = time.monotonic() + SHARED_FILE_TIMEOUT_S
+    while not path.exists():
+        if not path.parent.is_dir() or time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def wait_all(refs: Sequence[Any], what: str) -> list[Any]:
