@@ -54,6 +54,16 @@ def read_pixel_statistics(model_dir: str | Path) -> tuple[Tensor, Tensor]:
     return torch.tensor(means, dtype=torch.float32, device=cpu), torch.tensor(stds, dtype=torch.float32, device=cpu)
 
 
+def compile_blocks(backbone: PrismaticVisionBackbone) -> None:
+    """Compile the ViTs' blocks in place, for any batch: all blocks of a ViT share one graph, compiled in seconds.
+
+    The weights are arguments of the graph, so that updates and sleeping do not concern it.
+    """
+    for featurizer in backbone.featurizers:
+        for block in featurizer.blocks:
+            block.compile(dynamic=True)
+
+
 class OpenVLAProcessingInfo(BaseProcessingInfo):
     """Sizes that vLLM needs to plan: one image a prompt, always the same number of tokens."""
 
@@ -158,6 +168,9 @@ class OpenVLAForActionPrediction(nn.Module, SupportsMultiModal):
                 prefix=maybe_prefix(prefix, "language_model"),
                 architectures=["LlamaForCausalLM"],
             )
+        self._vision_is_compiled = vllm_config.compilation_config.compile_mm_encoder
+        if self._vision_is_compiled:
+            compile_blocks(self.vision_backbone)
         self.configure_mm_token_handling(config.text_config.vocab_size, [config.pad_token_id])  # type: ignore[operator]
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
 
@@ -175,7 +188,11 @@ class OpenVLAForActionPrediction(nn.Module, SupportsMultiModal):
         pixels_BHWC = kwargs.get(PIXELS)
         if not isinstance(pixels_BHWC, Tensor):
             return []
-        return self.projector(self.vision_backbone(self.normalize_pixels(pixels_BHWC)))
+        # A batch of one would be compiled for itself, in the middle of a run: it is encoded twice instead.
+        num_images = len(pixels_BHWC)
+        if self._vision_is_compiled and num_images == 1:
+            pixels_BHWC = pixels_BHWC.expand(2, -1, -1, -1)
+        return self.projector(self.vision_backbone(self.normalize_pixels(pixels_BHWC))[:num_images])
 
     def forward(
         self,
