@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils.vllm_utils import EngineConfig, engine_env, validate_engine_options, vllm_version
+from utils.vllm_utils import EngineConfig, compilation_config, engine_env, validate_engine_options, vllm_version
 from utils.weight_transfer import WeightReceiver, WeightUpdateError, bucket_manifest, manifest_problems
 
 SHAPES = {"a.weight": (2, 3), "b.weight": (4,)}
@@ -98,3 +98,12 @@ def test_receiver_refuses_what_the_manifest_did_not_announce() -> None:
         receiver.update(wrong, list(SHAPES.items()), 1)
     assert llm.calls.count("update_weights") == 1 and llm.calls[-1] == "finish_weight_update"
     assert receiver.update([{"weights": WEIGHTS}], list(SHAPES.items()), 2).version == 2
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 2, 5, 8, 20, 64])
+def test_graphs_cover_every_decode_batch_and_no_more(max_num_seqs: int) -> None:
+    sizes = compilation_config(max_num_seqs)["cudagraph_capture_sizes"]
+    assert sizes == sorted(set(sizes)) and sizes[-1] == max_num_seqs
+    for batch in range(1, max_num_seqs + 1):
+        padded = min(size for size in sizes if size >= batch)
+        assert padded - batch < 8
