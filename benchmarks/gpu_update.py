@@ -77,14 +77,14 @@ class Case:
 CASES = {
     "lora-frozen": Case("lora", (8, 16, 32, 64), freeze_vision=True),
     "lora-frozen-peft": Case("lora", (32,), freeze_vision=True, peft_forward=True),
-    "lora-frozen-compile": Case("lora", (32, 64), freeze_vision=True, compile=True),
+    "lora-frozen-compile": Case("lora", (32,), freeze_vision=True, compile=True),
     "lora": Case("lora", (16, 32)),
-    "lora-compile": Case("lora", (32, 64), compile=True),
+    "lora-compile": Case("lora", (32,), compile=True),
     "lora-ckpt": Case("lora", (64,), checkpointing=True),
     "full": Case("full", (8, 16), zero=3),
-    "full-compile": Case("full", (8, 16), zero=3, compile=True),
+    "full-compile": Case("full", (16,), zero=3, compile=True),
     "full-ckpt": Case("full", (16, 32), checkpointing=True),
-    "full-ckpt-compile": Case("full", (16, 32), checkpointing=True, compile=True),
+    "full-ckpt-compile": Case("full", (32,), checkpointing=True, compile=True),
 }
 COLUMNS = (
     "case", "micro", "samples/s", "tokens/s", "TFLOP/sample", "attention %", "MFU policy", "MFU all", "peak GiB",
@@ -186,8 +186,6 @@ def build_learner(case: Case, args: Args) -> PPOLearner:
     if case.freeze_vision:
         model.vision_backbone.requires_grad_(False)
     fsdp_utils.cast_frozen(model.to(device), compute)
-    if case.compile:
-        fsdp_utils.compile_blocks(model)
     hidden_size = model.config.text_config.hidden_size
 
     def trainable(module: torch.nn.Module, dtype: torch.dtype, learning_rate: float) -> Trainable:
@@ -197,6 +195,8 @@ def build_learner(case: Case, args: Args) -> PPOLearner:
         return Trainable(module, parameters, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0, 1))
 
     policy = trainable(model, compute, 1e-6)
+    if case.compile:
+        fsdp_utils.compile_blocks(policy.model)
     critic = trainable(ValueHead(hidden_size).to(device), torch.float32, 1e-4)
     learner = TimedLearner(update_flags(case, args), policy, critic, processor, dtype=compute)
     learner.timer = SyncedTimer()

@@ -4,7 +4,7 @@ Everything here works the same over NCCL on GPUs and over gloo on CPUs, with one
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
@@ -82,12 +82,29 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 def compile_blocks(model: nn.Module) -> None:
     """Compile the forward of each ViT block and Llama layer in place; parameter names stay as they are.
 
-    All blocks of a class share one compilation per shape and mode (with or without gradients). Hooks (FSDP's,
-    activation checkpointing) stay outside. Call it before `shard_model`.
+    All blocks of a class share one compilation per shape and mode (gradients or not, for the input too). Hooks (FSDP's)
+    stay outside. Call it after `shard_model`: a forward taken before that would not be the outermost one of
+    transformers' layers, and those checkpoint only there.
     """
+    # Two kinds of ViT, each with and without gradients, its first block apart: more than the default of eight.
+    torch._dynamo.config.recompile_limit = 64
     for module in model.modules():
-        if type(module).__name__ in UNIT_CLASSES:
-            module.forward = torch.compile(module.forward)  # type: ignore[method-assign]
+        if _is_unit(module):
+            module.forward = _contiguous_first(torch.compile(module.forward))  # type: ignore[method-assign]
+
+
+def _is_unit(module: nn.Module) -> bool:
+    """Whether `module` is one of UNIT_CLASSES, sharded (FSDP2 makes a subclass) or not."""
+    return any(base.__name__ in UNIT_CLASSES for base in type(module).__mro__)
+
+
+def _contiguous_first(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`function` of a contiguous first argument: the first block of a ViT gets patches strided by the convolution."""
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return function(x.contiguous(), *args, **kwargs)
+
+    return forward
 
 
 def shard_model(
@@ -128,7 +145,7 @@ def shard_model(
     units: dict[str, list[FSDPModule]] = {}
     for name, module in list(model.named_modules()):
         size = sum(p.numel() for p in module.parameters() if p not in ignored)
-        if type(module).__name__ not in UNIT_CLASSES or size < min_unit_params:
+        if not _is_unit(module) or size < min_unit_params:
             continue
         parent = name.rpartition(".")[0]
         siblings = list(model.get_submodule(parent).children())
