@@ -24,6 +24,7 @@ from utils.checkpoint_utils import check_model_dir, read_shapes
 from utils.logging_utils import get_logger
 from utils.weight_transfer import (
     BACKENDS,
+    OBJECT_STORE,
     Bucket,
     Manifest,
     WeightReceiver,
@@ -65,7 +66,8 @@ class EngineConfig:
     enforce_eager: no compilation and no CUDA graphs. max_num_seqs: requests in one step; more wait their turn.
     kv_cache_memory_bytes: None fits it to max_num_seqs on CPU and leaves it to gpu_memory_utilization on GPU.
     max_model_len: tokens of a sequence, None for patches + 112 text tokens + 7. num_threads: OpenMP threads on CPU.
-    weight_transfer_backend: object_store, nccl or ipc. enable_sleep_mode: GPU memory can be given back between steps.
+    weight_transfer_backend: object_store, gloo (CPUs), nccl (GPUs) or ipc (on the trainer's own GPU).
+    enable_sleep_mode: GPU memory can be given back between steps.
     extra: vLLM engine arguments by name, see `validate_engine_options`.
     """
 
@@ -349,7 +351,11 @@ class ActionEngine:
         return seeded
 
     def init_weight_transfer(self, backend: str, info: dict[str, Any] | None = None) -> None:
-        """Open the weight transfer. NCCL's info: master_address, master_port, rank_offset, world_size."""
+        """Open the weight transfer; `info` is `weight_transfer.engine_info`'s for gloo, nccl and ipc.
+
+        The trainer ranks' `WeightSender.connect` must run at the same time; raises RuntimeError within the time-out
+        when they do not. May be repeated after a failure.
+        """
         self._receiver.init(backend, info or {})
 
     def update_weights(
@@ -364,15 +370,16 @@ class ActionEngine:
         if manifest is None:
             buckets = list(buckets)
             manifest = bucket_manifest(buckets)
-        return self._receiver.update(({"weights": bucket} for bucket in buckets), manifest, version)
+        return self._receiver.update(buckets, manifest, version)
 
-    def receive_weights(self, update_infos: Sequence[dict[str, Any]], version: int) -> WeightUpdateReport:
-        """Receive a complete state dict over `nccl` or `ipc`: vLLM's update infos (names, dtype_names, shapes).
+    def receive_weights(self, version: int) -> WeightUpdateReport:
+        """Receive a complete state dict over the opened channel while the trainer ranks' `WeightSender.send` runs.
 
-        The trainer must send at the same time and in the same order. The names are checked first, as above.
+        Raises WeightUpdateError: names or shapes that are not the model's (before anything is overwritten, and the
+        trainer hears it), another version, checksums that differ, a trainer that went away. The engine then refuses
+        to generate until a complete update.
         """
-        manifest = [item for info in update_infos for item in zip(info["names"], info["shapes"], strict=True)]
-        return self._receiver.update(update_infos, manifest, version)
+        return self._receiver.receive(version)
 
     def sleep(self, level: int = 2) -> None:
         """Give GPU memory back; level 2 also drops the weights, to be sent again. Nothing happens on CPU."""
@@ -406,4 +413,6 @@ def _prepare_process(config: EngineConfig, is_cpu: bool) -> None:
 def _weight_transfer_config(backend: str) -> Any:
     from vllm.config import WeightTransferConfig
 
-    return WeightTransferConfig(backend=backend)
+    from prismatic.extern.vllm import CHANNEL
+
+    return WeightTransferConfig(backend=OBJECT_STORE if backend == OBJECT_STORE else CHANNEL)

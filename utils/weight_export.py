@@ -34,7 +34,7 @@ class LoraFactors:
 
     @property
     def scaling(self) -> float:
-        """alpha / rank (peft may change it at any time)."""
+        """The adapter's alpha / rank (peft may change it at any time)."""
         return self.layer.scaling[self.adapter]
 
     @property
@@ -76,7 +76,7 @@ class RowGather:
         return min(rank * chunk, num_rows), min((rank + 1) * chunk, num_rows)
 
     def slots(self, packed: Tensor) -> list[Tensor]:
-        """This rank's place for each tensor's rows in its buffer `packed` (num_elements,)."""
+        """Return this rank's place for each tensor's rows in its buffer `packed` (num_elements,)."""
         slots = []
         for index, shape in enumerate(self.shapes):
             first, end = self.rows(index, self.rank)
@@ -159,7 +159,7 @@ class WeightExporter:
         None: take part with this rank's shards and keep nothing. Nothing waits for the device.
         """
         sources = self._bucket_sources[index]
-        outputs = [None] * len(sources) if buffer is None else [t for _, t in self.layout.views(index, buffer)]
+        outputs = [] if buffer is None else [tensor for _, tensor in self.layout.views(index, buffer)]
         downs = self._whole_down_factors(sources)
         sharded = [i for i, source in enumerate(sources) if self._is_split(source.parameter)]
         whole = [i for i in range(len(sources)) if i not in set(sharded)] if buffer is not None else []
@@ -183,7 +183,7 @@ class WeightExporter:
         return self.world_size > 1 and isinstance(parameter, DTensor)
 
     def _local(self, tensor: Tensor) -> Tensor:
-        """This rank's rows on the compute device (offloaded ones come by a copy that does not wait)."""
+        """Return this rank's rows on the compute device (offloaded ones come by a copy that does not wait)."""
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
         return local.to(self.device, non_blocking=True)
 
@@ -201,7 +201,7 @@ class WeightExporter:
             torch._foreach_copy_(plain_targets, plain_rows)
 
     def _merged_rows(self, source: Source, adapters: list[LoraFactors], downs: dict[int, Tensor]) -> Tensor:
-        """This rank's rows of W + sum of scaling * up @ down, in float32."""
+        """Return this rank's rows of W + sum of scaling * up @ down, in float32."""
         merged = self._local(source.parameter).to(torch.float32, copy=True)
         for factors in adapters:
             rows = self._rows_of(factors.up, source.parameter).float()

@@ -1,17 +1,20 @@
-"""Weight updates of a vLLM engine: the list of names is checked first, then buckets are loaded, then counted.
+"""Weight updates of a vLLM engine: the list of names is checked first, then weights are loaded, then counted.
 
-Uses vLLM 0.26's native interface (`init_weight_transfer_engine`, `start_weight_update`, `update_weights`,
-`finish_weight_update`), which changed between 0.25 and 0.29: nothing outside this file calls it. It knows no PPO.
+Two ways: `receive` takes a version from a trainer's channel (gloo, nccl, ipc; utils.weight_sender sends it), `update`
+takes tensors from the caller (object_store). Both use vLLM 0.26's native interface (`init_weight_transfer_engine`,
+`start_weight_update`, `update_weights`, `finish_weight_update`), which changed between 0.25 and 0.29: nothing outside
+this file calls it. It knows no PPO.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
+from prismatic.extern.vllm.weight_buckets import BucketLayout
+from prismatic.extern.vllm.weight_channel import BACKENDS as CHANNEL_BACKENDS
 from utils.logging_utils import get_logger
 
 if TYPE_CHECKING:
@@ -19,7 +22,8 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-BACKENDS = ("object_store", "nccl", "ipc")
+OBJECT_STORE = "object_store"
+BACKENDS = (OBJECT_STORE, *CHANNEL_BACKENDS)
 NUM_NAMES_SHOWN = 4
 # Old Llama checkpoints carry this buffer; no parameter of any model here.
 IGNORED_SUFFIX = "rotary_emb.inv_freq"
@@ -30,11 +34,15 @@ Manifest = Sequence[tuple[str, Sequence[int]]]
 
 @dataclass(frozen=True)
 class WeightUpdateReport:
-    """What one complete update brought: named parameters, their bytes as sent, and the version they are."""
+    """What one complete update brought: named parameters, their bytes as sent, and the version they are.
+
+    num_verified: parameters whose checksum was compared with the trainer's, in every worker of the engine.
+    """
 
     num_params: int
     num_bytes: int
     version: int
+    num_verified: int = 0
 
 
 class WeightUpdateError(ValueError):
@@ -71,6 +79,23 @@ def _shorten(names: list[str]) -> str:
     return ", ".join(names[:NUM_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
+def engine_info(
+    infos: Sequence[dict[str, Any] | None], backend: str, engine_index: int, tensor_parallel_size: int = 1
+) -> dict[str, Any]:
+    """What engine `engine_index` needs to join, from what each trainer rank's `WeightSender.open` returned.
+
+    nccl, gloo: all workers of all engines join rank 0's channel. ipc: worker w (counted over all engines) joins the
+    channel of trainer rank w, which must be on the same GPU.
+    """
+    workers = range(engine_index * tensor_parallel_size, (engine_index + 1) * tensor_parallel_size)
+    senders = [(infos[w], 1) if backend == "ipc" else (infos[0], 1 + w) for w in workers]
+    joins = [{"address": info["address"], "rank": rank} for info, rank in senders if info is not None]
+    assert len(joins) == len(senders), "an engine's trainer rank has opened no channel"
+    first = senders[0][0]
+    assert first is not None
+    return {"layout": first["layout"], "joins": joins}
+
+
 class WeightReceiver:
     """Brings one engine from policy version to policy version; owns the only calls of vLLM's transfer interface.
 
@@ -84,55 +109,97 @@ class WeightReceiver:
         self.backend = backend
         self.version = 0
         self.problem: str | None = None
-        self._is_initialized = False
+        self._manifest: list[tuple[str, tuple[int, ...]]] | None = None
 
     def init(self, backend: str, info: dict[str, Any]) -> None:
-        """Open the connection to the trainer; `info` is the backend's own (NCCL: master_address, master_port, ...)."""
+        """Open the connection to the trainer; `info` is `engine_info`'s, nothing for object_store.
+
+        Raises ValueError for another backend than the engine's, RuntimeError when the trainer is not reached.
+        """
         if backend != self.backend:
             raise ValueError(
                 f"weight transfer backend {backend!r} was asked for, but the engine was built for {self.backend!r}: "
                 f"set EngineConfig.weight_transfer_backend (one of {', '.join(BACKENDS)})"
             )
+        self._manifest = None
         self.llm.init_weight_transfer_engine({"init_info": info})
-        self._is_initialized = True
+        if backend != OBJECT_STORE:
+            self._manifest = BucketLayout.from_dict(info["layout"]).manifest
 
-    def update(self, infos: Iterable[dict[str, Any]], manifest: Manifest, version: int) -> WeightUpdateReport:
-        """Run one update: check `manifest`, load every info (a backend's update_info), count, and set `version`.
+    def receive(self, version: int) -> WeightUpdateReport:
+        """Receive `version` from the trainer's channel, while every trainer rank sends it.
+
+        Names and shapes are checked before anything is overwritten; the trainer hears a refusal. Raises
+        WeightUpdateError when they are wrong, when another end refuses, when a checksum differs and when the trainer
+        does not answer in time.
+        """
+        if self._manifest is None:
+            raise ValueError(f"no channel is open for weight transfer backend {self.backend!r}: init_weight_transfer")
+        problems = manifest_problems(self.expected, self._manifest)
+        refusal = "; ".join(problems) or None
+        self.problem = f"the update to version {version} broke off half-way"
+        self.llm.start_weight_update()
+        try:
+            self.llm.update_weights({"update_info": {"version": version, "refusal": refusal}})
+        except RuntimeError as error:
+            if problems:
+                self._refuse(version, "nothing was overwritten", problems)
+            self.problem = f"the weight update to version {version} failed: {error}"
+            raise WeightUpdateError(self.problem) from error
+        self.llm.finish_weight_update()
+        report = self._worker_report(version)
+        self._accept(version)
+        return report
+
+    def _worker_report(self, version: int) -> WeightUpdateReport:
+        """What the engine's workers report, which must be the same and complete."""
+        reports = self.llm.collective_rpc(_received_by)
+        report = WeightUpdateReport(**reports[0])
+        if any(other != reports[0] for other in reports) or (report.version, report.num_params) != (
+            version,
+            len(self.expected),
+        ):
+            self._refuse(version, "its workers disagree", [str(other) for other in reports])
+        return report
+
+    def update(self, buckets: Iterable[Bucket], manifest: Manifest, version: int) -> WeightUpdateReport:
+        """Run one update with tensors: check `manifest`, load every bucket, count, and set `version`.
 
         Raises WeightUpdateError before anything is overwritten when the manifest is not exactly the model's
         parameters, and when what comes is not what the manifest announced.
         """
-        if not self._is_initialized:
-            self.init(self.backend, {})
         problems = manifest_problems(self.expected, manifest)
         if problems:
             self._refuse(version, "nothing was overwritten", problems)
         self.problem = f"the update to version {version} broke off half-way"
-        num_bytes = self._load(infos, dict(manifest), version)
+        num_bytes = self._load(buckets, dict(manifest), version)
+        self._accept(version)
+        return WeightUpdateReport(len(manifest), num_bytes, version)
+
+    def _accept(self, version: int) -> None:
         # Prefix, image and encoder caches would hold results of the old weights.
         self.llm.reset_prefix_cache()
         self.llm.llm_engine.reset_mm_cache()
         self.llm.llm_engine.reset_encoder_cache()
         self.version, self.problem = version, None
-        return WeightUpdateReport(len(manifest), num_bytes, version)
 
-    def _load(self, infos: Iterable[dict[str, Any]], announced: Mapping[str, Sequence[int]], version: int) -> int:
+    def _load(self, buckets: Iterable[Bucket], announced: Mapping[str, Sequence[int]], version: int) -> int:
         received: list[tuple[str, tuple[int, ...]]] = []
         problems: list[str] = []
         num_bytes = 0
         self.llm.start_weight_update()
         is_open = True
         try:
-            for info in infos:
-                headers, info_bytes = _info_headers(info)
+            for bucket in buckets:
+                headers = bucket_manifest([bucket])
                 problems = manifest_problems(announced, received + headers, complete=False)
                 if problems:
                     break
                 is_open = False  # vLLM ends the session itself when this call raises
-                self.llm.update_weights({"update_info": info})
+                self.llm.update_weights({"update_info": {"weights": bucket}})
                 is_open = True
                 received += headers
-                num_bytes += info_bytes
+                num_bytes += sum(tensor.numel() * tensor.element_size() for _, tensor in bucket)
         finally:
             if is_open:
                 self.llm.finish_weight_update()
@@ -146,12 +213,6 @@ class WeightReceiver:
         raise WeightUpdateError(f"{self.problem}. Send every parameter once, by its checkpoint name")
 
 
-def _info_headers(info: Mapping[str, Any]) -> tuple[list[tuple[str, tuple[int, ...]]], int]:
-    """Names, shapes and bytes of one update_info: tensors (object store) or headers (NCCL, IPC)."""
-    if "weights" in info:
-        weights: Bucket = info["weights"]
-        return bucket_manifest([weights]), sum(t.numel() * t.element_size() for _, t in weights)
-    shapes = [tuple(shape) for shape in info["shapes"]]
-    sizes = [getattr(torch, dtype.removeprefix("torch.")).itemsize for dtype in info["dtype_names"]]
-    num_bytes = sum(torch.Size(shape).numel() * size for shape, size in zip(shapes, sizes, strict=True))
-    return list(zip(info["names"], shapes, strict=True)), num_bytes
+def _received_by(worker: Any) -> dict[str, int]:
+    """What a worker's last update brought; runs in the worker."""
+    return asdict(worker.weight_transfer_engine.received)

@@ -1,15 +1,17 @@
-"""OpenVLA in vLLM: the model class, its inputs and the weight transfer for CPU engines.
+"""OpenVLA in vLLM: the model class, its inputs and the weight transfer.
 
 `register` is the entry point `vllm.general_plugins` of pyproject.toml, so that every process of an engine knows the
 class. It replaces vLLM's own `OpenVLAForActionPrediction`, which takes only 224-pixel images and the two 7B ViTs.
 """
 
 ARCHITECTURE = "OpenVLAForActionPrediction"
-OBJECT_STORE = "object_store"
+# Names of our weight transfer engines; vLLM's own have `nccl` and `ipc`.
+OBJECT_STORE, CHANNEL = "object_store", "channel"
+TRANSFER_ENGINES = {OBJECT_STORE: "ObjectStoreWeightTransferEngine", CHANNEL: "ChannelWeightTransferEngine"}
 
 
 def register() -> None:
-    """Tell vLLM about the model, its configuration class and the `object_store` weight transfer; may be repeated."""
+    """Tell vLLM about the model, its configuration class and the weight transfers; may be repeated."""
     from vllm import ModelRegistry
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.platforms import current_platform
@@ -26,7 +28,6 @@ def register() -> None:
         from prismatic.extern.vllm.cpu_ops import register_cpu_ops
 
         register_cpu_ops()
-    if OBJECT_STORE not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(
-            OBJECT_STORE, "prismatic.extern.vllm.weight_transfer", "ObjectStoreWeightTransferEngine"
-        )
+    for name, class_name in TRANSFER_ENGINES.items():
+        if name not in WeightTransferEngineFactory._registry:
+            WeightTransferEngineFactory.register_engine(name, "prismatic.extern.vllm.weight_transfer", class_name)
