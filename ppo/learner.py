@@ -7,7 +7,6 @@ tokens, V action vocabulary, P patches, D hidden.
 """
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ppo.batch import Averages, Batch, to_device
 from ppo.gae import gae
 from ppo.losses import (
     action_logprobs,
@@ -26,6 +26,7 @@ from ppo.losses import (
     moments,
     normalize,
     policy_loss,
+    truncated_importance_weight,
     value_loss,
     weighted_mean,
 )
@@ -33,77 +34,6 @@ from ppo.rollout import Rollout, minibatches
 from prismatic.vla.action_tokenizer import ActionTokenizer
 from utils import fsdp_utils
 from utils.logging_utils import PhaseTimer
-
-
-@dataclass
-class Batch:
-    """One rank's rollout as N samples, with what the update needs; every tensor is indexed by sample."""
-
-    prompt_ids_NL: Tensor
-    prompt_mask_NL: Tensor
-    images_NHWC: Tensor  # uint8
-    action_ids_NA: Tensor
-    old_logprob_NA: Tensor
-    weight_N: Tensor  # 1, or 0 for samples of a dropped episode
-    features_NPD: Tensor | None = None  # vision features, where the vision backbone is frozen
-    hidden_ND: Tensor | None = None  # the policy's prompt features, for the shared critic
-    ref_logprob_NA: Tensor | None = None
-    old_value_N: Tensor | None = None
-    advantage_N: Tensor | None = None
-    return_N: Tensor | None = None
-
-    def __getitem__(self, index: Tensor | slice) -> "Batch":
-        """The samples at `index`."""
-        taken: dict[str, Any] = {name: value[index] for name, value in self._tensors().items()}
-        return dataclasses.replace(self, **taken)
-
-    def _tensors(self) -> dict[str, Tensor]:
-        """The fields that are there."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in fields.items() if value is not None}
-
-    def to(self, device: torch.device) -> "Batch":
-        """Everything but the images on `device`; those follow micro-batch by micro-batch."""
-        moved: dict[str, Any] = {n: v.to(device) for n, v in self._tensors().items() if n != "images_NHWC"}
-        return dataclasses.replace(self, **moved)
-
-    def __len__(self) -> int:
-        """Number of samples."""
-        return len(self.action_ids_NA)
-
-
-class Averages:
-    """Weighted means, and maxima, of named scalars over every minibatch and every rank."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._maxima: dict[str, float] = {}
-
-    def add(self, values: dict[str, Tensor | float], weight: float = 1.0) -> None:
-        """Add one observation of each value; weight 0 only makes the name known (names must agree on all ranks)."""
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + (float(value) * weight if weight else 0.0)
-            self._sums[f"{name}#"] = self._sums.get(f"{name}#", 0.0) + weight
-
-    def add_shares(self, shares: dict[str, Tensor], is_last: bool) -> None:
-        """Add a micro-batch's shares of its minibatch's means; the last micro-batch closes the observation."""
-        for name, share in shares.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(share.detach())
-            self._sums[f"{name}#"] = self._sums.get(f"{name}#", 0.0) + float(is_last)
-
-    def add_maximum(self, name: str, value: Tensor | float) -> None:
-        """Keep the largest value seen under `name`."""
-        self._maxima[name] = max(self._maxima.get(name, -math.inf), float(value))
-
-    def reduce(self, device: torch.device) -> dict[str, float | None]:
-        """Means and maxima over all ranks (collectives); None where nothing was added anywhere."""
-        sums = fsdp_utils.all_reduce_sums(self._sums, device)
-        names = sorted(self._maxima)
-        maxima = torch.tensor([self._maxima[n] for n in names], dtype=torch.float64, device=device)
-        if names:
-            dist.all_reduce(maxima, dist.ReduceOp.MAX)
-        means = {n: sums[n] / sums[f"{n}#"] if sums[f"{n}#"] else None for n in sums if not n.endswith("#")}
-        return means | dict(zip(names, maxima.tolist(), strict=True))
 
 
 class PPOArgs(Protocol):
@@ -133,6 +63,10 @@ class PPOArgs(Protocol):
     cliprange_value: float
     vf_coef: float
     freeze_vision_backbone: bool
+    async_depth: int
+    importance_weight_cap: float
+    compile: bool
+    sharding_strategy: Literal["full-shard", "shard-grad-op"]
 
 
 @dataclass(frozen=True)
@@ -181,6 +115,9 @@ class PPOLearner:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.first_action_id = int(ActionTokenizer.from_config(policy.model.config).action_token_ids[0])
         self.timer = PhaseTimer()
+        # 0: not chosen yet, see `ppo.memory.check_memory`
+        size = args.per_device_train_batch_size or largest_micro_batch(args.local_mini_batch_size)
+        self.micro_batch_size, self.forward_batch_size = size, args.per_device_forward_batch_size or size
 
     def update(self, rollout: Rollout, step: int) -> dict[str, float | None]:
         """One training step (counted from 1) on this rank's environments.
@@ -203,17 +140,13 @@ class PPOLearner:
         metrics["train/value_learning_rate"] = self.critic.scheduler.get_last_lr()[0]
         return metrics | {f"time/trainer_{k}_s": v for k, v in self.timer.pop().items()}
 
-    def _micro_batches(self, batch: Batch, size: int) -> Iterator[Batch]:
-        """Consecutive micro-batches without padding beyond their longest prompt."""
-        for start in range(0, len(batch), size):
-            micro = batch[slice(start, start + size)]
-            longest = int(micro.prompt_mask_NL.sum(1).max())
-            micro.prompt_ids_NL = micro.prompt_ids_NL[:, :longest]
-            micro.prompt_mask_NL = micro.prompt_mask_NL[:, :longest]
-            yield micro
+    def _micro_batches(self, batch: Batch, size: int, indices: Tensor | None = None) -> Iterator[Batch]:
+        # Compiled code wants one shape for all; the template makes up most of a prompt, so the padding is little.
+        return batch.micro_batches(size, indices, whole_prompts=self.args.compile)
 
     def _pixels(self, micro: Batch) -> Tensor:
-        return self.processor.image_processor.normalize(micro.images_NHWC.to(self.device), self.dtype)
+        assert micro.images_NHWC is not None
+        return self.processor.image_processor.normalize(to_device(micro.images_NHWC, self.device), self.dtype)
 
     def _forward(self, model: Any, micro: Batch, *, with_actions: bool = True) -> Any:
         """`forward_actions` of a policy on a micro-batch, from cached vision features where there are any."""
@@ -234,8 +167,12 @@ class PPOLearner:
         """Old log-probs, values, GAE and normalised advantages of this rank's rollout, as flat samples."""
         num_samples = rollout.num_steps * rollout.num_envs
         batch = self._flatten(rollout)
-        engine_logprob_NA = batch.old_logprob_NA[:num_samples]
+        engine_logprob_NA = batch.old_logprob_NA
         self._evaluate(batch)
+        if self.args.async_depth > 0 and self.args.old_logprobs == "recompute":
+            batch.importance_weight_N = truncated_importance_weight(
+                batch.old_logprob_NA, engine_logprob_NA, self.args.importance_weight_cap
+            )
         assert batch.old_value_N is not None
         rest = (rollout.num_envs, len(rollout.final_t_K))
         values = batch.old_value_N.cpu()[: num_samples + sum(rest)].split((num_samples, *rest))
@@ -248,7 +185,9 @@ class PPOLearner:
         batch = batch[slice(0, num_samples)]
         batch.return_N = return_TB.flatten().to(self.device)
         batch.advantage_N = self._normalise(advantage_TB.flatten(), batch.weight_N.cpu()).to(self.device)
-        self._log_prepared(batch, engine_logprob_NA, averages)
+        self._log_prepared(batch, engine_logprob_NA[:num_samples], averages)
+        fsdp_utils.free_gathered(self.policy.model)
+        fsdp_utils.free_gathered(self.critic.model)
         return batch
 
     def _flatten(self, rollout: Rollout) -> Batch:
@@ -264,13 +203,17 @@ class PPOLearner:
         images_NHWC = torch.cat(
             [rollout.images_TBHWC.flatten(0, 1), rollout.last_images_BHWC, rollout.final_images_KHWC]
         )
-        row_N = torch.arange(len(task_N) + int(most) - num_final).clamp(max=len(task_N) - 1)
+        num_rows = len(task_N) + int(most) - num_final
+        if self.args.compile:  # every forward micro-batch of one size
+            num_rows = math.ceil(num_rows / self.forward_batch_size) * self.forward_batch_size
+        row_N = torch.arange(num_rows).clamp(max=len(task_N) - 1)
         # what has no action of its own (observations after the rollout) borrows the first one and has weight 0
         action_N = torch.where(row_N < num_samples, row_N, 0)
         prompt_ids, prompt_mask = self.processor.collate_prompts(rollout.prompts)
         batch = Batch(
             prompt_ids_NL=prompt_ids[task_N[row_N]],
             prompt_mask_NL=prompt_mask[task_N[row_N]],
+            length_N=prompt_mask.sum(1)[task_N[row_N]],
             images_NHWC=images_NHWC[row_N],
             action_ids_NA=rollout.action_ids_TBA.flatten(0, 1)[action_N],
             old_logprob_NA=rollout.logprob_TBA.flatten(0, 1)[action_N],
@@ -280,14 +223,17 @@ class PPOLearner:
 
     def _evaluate(self, batch: Batch) -> None:
         """Fill vision features, prompt features, old (and reference) log-probs and values, without gradients."""
-        args, size = self.args, self.args.per_device_forward_batch_size or self.args.per_device_train_batch_size
+        args, policy, size = self.args, self.policy.model, self.forward_batch_size
         if args.freeze_vision_backbone:
-            features = [self.policy.model.encode_vision(self._pixels(m)) for m in self._micro_batches(batch, size)]
-            batch.features_NPD = torch.cat(features)
+            for number, micro in enumerate(self._micro_batches(batch, size)):
+                features = policy.encode_vision(self._pixels(micro))
+                if batch.features_NPD is None:  # whole at once: a list of pieces would need the memory twice
+                    batch.features_NPD = features.new_empty(len(batch), *features.shape[1:])
+                batch.features_NPD[number * size : number * size + len(micro)] = features
         recompute = args.old_logprobs == "recompute"
         hidden, logprobs = [], []
         for micro in self._micro_batches(batch, size):
-            out = self._forward(self.policy.model, micro, with_actions=recompute)
+            out = self._forward(policy, micro, with_actions=recompute)
             hidden.append(out.prompt_hidden_BD.float())
             if recompute:
                 logprobs.append(self._logprobs(out.logits_BAV, micro))
@@ -297,7 +243,9 @@ class PPOLearner:
         if args.beta:
             micros = self._micro_batches(batch, size)
             batch.ref_logprob_NA = torch.cat([self._reference_logprobs(m) for m in micros])
-        batch.old_value_N = torch.cat([self._values(m).detach() for m in self._micro_batches(batch, size)])
+        batch.old_value_N = torch.cat([self._values(m) for m in self._micro_batches(batch, size)])
+        if args.freeze_vision_backbone and args.value_model_type == "shared":
+            batch.images_NHWC = None
 
     def _reference_logprobs(self, micro: Batch) -> Tensor:
         assert self.reference is not None
@@ -330,6 +278,11 @@ class PPOLearner:
         ):
             averages.add({name: x_N[valid].mean()}, count)
         averages.add_maximum("train/engine_logprob_max_diff", difference_NA.max())
+        if batch.importance_weight_N is not None:
+            weight_N = batch.importance_weight_N[valid]
+            truncated_N = (weight_N >= self.args.importance_weight_cap).float()
+            averages.add({"train/importance_weight_mean": weight_N.mean()}, count)
+            averages.add({"train/importance_weight_truncated_fraction": truncated_N.mean()}, count)
         explained = self._explained_variance(old_value_N[valid], return_N[valid])
         averages.add({"train/explained_variance": explained}, float(math.isfinite(explained)))
 
@@ -339,14 +292,21 @@ class PPOLearner:
         dist.all_reduce(sums_23)
         return explained_variance_of_moments(sums_23[0], sums_23[1])
 
+    def _training_micro_batches(
+        self, trained: Trainable, batch: Batch, indices: Tensor
+    ) -> Iterator[tuple[Batch, bool]]:
+        """The micro-batches of a minibatch, each with whether it is the last, and FSDP told so."""
+        keep = self.args.sharding_strategy == "shard-grad-op"
+        for micro, is_last in with_last(self._micro_batches(batch, self.micro_batch_size, indices)):
+            fsdp_utils.set_gradient_sync(trained.model, is_last, keep_gathered=keep)
+            yield micro, is_last
+
     def update_value(self, batch: Batch, step: int, averages: Averages) -> None:
         """`num_value_epochs` passes of the critic's optimizer over the rollout."""
         args = self.args
         for indices in self._minibatch_indices(len(batch), step, args.num_value_epochs or args.num_epochs, "value"):
-            minibatch = batch[indices]
-            normalizer = self._normalizer(minibatch)
-            for micro, is_last in with_last(self._micro_batches(minibatch, args.per_device_train_batch_size)):
-                fsdp_utils.set_gradient_sync(self.critic.model, is_last)
+            normalizer = self._normalizer(batch, indices)
+            for micro, is_last in self._training_passes(self.critic, batch, indices):
                 assert micro.old_value_N is not None and micro.return_N is not None
                 result = value_loss(
                     self._values(micro), micro.old_value_N, micro.return_N, args.cliprange_value or None,
@@ -361,11 +321,9 @@ class PPOLearner:
         """`num_epochs` passes of clipped PPO over the rollout, or fewer where `max_approx_kl` is exceeded."""
         args = self.args
         for number, indices in enumerate(self._minibatch_indices(len(batch), step, args.num_epochs, "policy")):
-            minibatch = batch[indices]
-            normalizer = self._normalizer(minibatch)
+            normalizer = self._normalizer(batch, indices)
             approx_kl = torch.zeros((), dtype=torch.float64, device=self.device)
-            for micro, is_last in with_last(self._micro_batches(minibatch, args.per_device_train_batch_size)):
-                fsdp_utils.set_gradient_sync(self.policy.model, is_last)
+            for micro, is_last in self._training_passes(self.policy, batch, indices):
                 loss, shares, ratio_dev = self._policy_loss(micro, normalizer)
                 loss.backward()
                 averages.add_shares(shares, is_last)
@@ -379,7 +337,7 @@ class PPOLearner:
                 return
         averages.add({"train/stopped_by_kl": 0.0})
 
-    def _policy_loss(self, micro: Batch, normalizer: float) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    def _policy_loss(self, micro: Batch, normalizer: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Loss and statistics of a micro-batch, as shares of its minibatch's, and its largest |ratio - 1|."""
         args = self.args
         logits_BAV = self._forward(self.policy.model, micro).logits_BAV
@@ -388,7 +346,8 @@ class PPOLearner:
         result = policy_loss(
             logprob_BA, micro.old_logprob_NA, micro.advantage_N, clip_low=args.cliprange,
             clip_high=args.cliprange_high if args.cliprange_high is not None else args.cliprange,
-            level=args.ratio_level, weight_B=micro.weight_N, normalizer=normalizer,
+            level=args.ratio_level, importance_weight_B=micro.importance_weight_N, weight_B=micro.weight_N,
+            normalizer=normalizer,
         )  # fmt: skip
         entropy_share = weighted_mean(entropy(logits_BAV, args.temperature).sum(1), micro.weight_N, normalizer)
         loss = result.loss - args.entropy_coef * entropy_share
@@ -417,13 +376,14 @@ class PPOLearner:
                 seed=(self.args.seed, self.rank, step, epoch, purpose == "value"),
             )  # fmt: skip
 
-    def _normalizer(self, minibatch: Batch) -> float:
+    def _normalizer(self, batch: Batch, indices: Tensor) -> Tensor:
         """Valid samples of this minibatch per rank: sums divided by it, averaged over ranks, are the global mean.
 
         FSDP averages the gradients over the ranks, hence the division by their number.
         """
-        total = fsdp_utils.all_reduce_sums({"n": float(minibatch.weight_N.sum())}, self.device)["n"]
-        return max(total, 1.0) / self.world_size
+        total = batch.weight_N[to_device(indices, self.device)].sum()
+        dist.all_reduce(total)
+        return total.clamp(min=1.0) / self.world_size
 
     def _optimizer_step(self, group: str, trained: Trainable, step: int, averages: Averages) -> None:
         """Clip and step; a non-finite gradient raises (the norm is global, so every rank raises)."""
@@ -435,6 +395,11 @@ class PPOLearner:
         trained.optimizer.step()
         trained.optimizer.zero_grad(set_to_none=True)
         trained.scheduler.step()
+
+
+def largest_micro_batch(minibatch: int, limit: int = 32) -> int:
+    """The largest divisor of `minibatch` that is at most `limit`: every micro-batch of a minibatch has one size."""
+    return max(size for size in range(1, min(minibatch, limit) + 1) if minibatch % size == 0)
 
 
 @contextlib.contextmanager

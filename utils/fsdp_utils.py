@@ -30,6 +30,8 @@ from torch.distributed.tensor import DTensor
 UNIT_CLASSES = ("Block", "LlamaDecoderLayer")
 # Smaller blocks stay in the root unit: a collective per 100 kB layer costs more latency than it saves memory.
 MIN_UNIT_PARAMS = 4_000_000
+# An adapter's masters or gradients may stay whole on every rank, those of a whole model may not.
+SMALL_BYTES = 2 << 30
 FORWARD_METHODS = ("forward_actions", "encode_vision")
 
 
@@ -122,7 +124,8 @@ def shard_model(
     (ZeRO-2). `forward_actions` and `encode_vision`, where the model has them, run with gathered weights too.
 
     A single rank keeps frozen parameters that have the compute dtype already (see `cast_frozen`) outside FSDP, which
-    would only hold a second copy of them: they are plain tensors then. `offload` keeps everything on the CPU.
+    would only hold a second copy of them: they are plain tensors then; and it never casts a small set of trained ones
+    twice in a pass. `offload` keeps everything on the CPU.
     """
     mesh = data_mesh(next(model.parameters()).device)
     lower = None if param_dtype == torch.float32 else param_dtype
@@ -131,6 +134,7 @@ def shard_model(
     ignored: set[nn.Parameter] = set()
     if mesh.size() == 1 and not offload:
         ignored = {p for p in model.parameters() if not p.requires_grad and p.dtype == param_dtype}
+        reshard_after_forward = reshard_after_forward and trained_bytes(model) > SMALL_BYTES
 
     def shard(module: nn.Module) -> None:
         fully_shard(
@@ -169,15 +173,31 @@ def _prefetch_neighbours(chains: Iterable[list[FSDPModule]]) -> None:
             later.set_modules_to_backward_prefetch([earlier])
 
 
-def set_gradient_sync(model: nn.Module, is_last_micro_batch: bool) -> None:
-    """Reduce gradients only in the last micro-batch where the unsharded gradients are small; else in every one.
+def set_gradient_sync(model: nn.Module, is_last_micro_batch: bool, *, keep_gathered: bool = False) -> None:
+    """Tell FSDP where in a minibatch the next backward pass is.
 
-    Skipping the reduction keeps each rank's full gradients between micro-batches: nothing for an adapter, 28 GB for
-    the full 7B. Both orders give the same sum.
+    Gradients are reduced only in the last micro-batch where the unsharded ones are small; else in every one. Skipping
+    the reduction keeps each rank's full gradients between micro-batches: nothing for an adapter, 28 GB for the full
+    7B. Both orders give the same sum. `keep_gathered`: the gathered (and cast) weights stay from one micro-batch to the
+    next, for models sharded with `reshard_after_forward=False`.
     """
     if isinstance(model, FSDPModule):
-        trainable_bytes = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-        model.set_requires_gradient_sync(is_last_micro_batch or trainable_bytes > 2 << 30)
+        small = trained_bytes(model) <= SMALL_BYTES
+        model.set_requires_gradient_sync(is_last_micro_batch or not small)
+        keep = keep_gathered or (small and dist.get_world_size() == 1)
+        model.set_reshard_after_backward(is_last_micro_batch or not keep)
+
+
+def trained_bytes(model: nn.Module) -> int:
+    """Bytes of the float32 master weights of what trains, over all ranks."""
+    return 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def free_gathered(model: nn.Module) -> None:
+    """Go back to the shards everywhere, after passes without a backward that would have done it."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

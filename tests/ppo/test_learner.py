@@ -23,7 +23,8 @@ def flags(**changes) -> SimpleNamespace:
         "cliprange": 0.2, "cliprange_high": None, "ratio_level": "action", "gamma": 0.9, "lam": 0.8, "norm_adv": True,
         "bootstrap_truncated": True, "entropy_coef": 0.01, "beta": 0.0, "max_approx_kl": None,
         "old_logprobs": "recompute", "value_model_type": "shared", "value_init_steps": 0, "cliprange_value": 0.2,
-        "vf_coef": 0.5, "freeze_vision_backbone": False,
+        "vf_coef": 0.5, "freeze_vision_backbone": False, "async_depth": 0, "importance_weight_cap": 2.0,
+        "compile": False, "sharding_strategy": "full-shard",
     }  # fmt: skip
     return SimpleNamespace(**(values | changes))
 
@@ -191,7 +192,7 @@ def test_ratio_warmup_dropped_episodes_and_cached_vision_features(tiny_model_dir
 
 def advantages_by_hand(rank: int, model_dir: str) -> None:
     """prepare() puts the value of the real next observation where GAE needs it, against an explicit loop."""
-    from ppo.learner import Averages
+    from ppo.batch import Averages
 
     rollout, args = make_rollout(model_dir), flags(norm_adv=False)
     learner = make_learner(model_dir, args)
