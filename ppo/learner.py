@@ -292,9 +292,7 @@ class PPOLearner:
         dist.all_reduce(sums_23)
         return explained_variance_of_moments(sums_23[0], sums_23[1])
 
-    def _training_micro_batches(
-        self, trained: Trainable, batch: Batch, indices: Tensor
-    ) -> Iterator[tuple[Batch, bool]]:
+    def _training_passes(self, trained: Trainable, batch: Batch, indices: Tensor) -> Iterator[tuple[Batch, bool]]:
         """The micro-batches of a minibatch, each with whether it is the last, and FSDP told so."""
         keep = self.args.sharding_strategy == "shard-grad-op"
         for micro, is_last in with_last(self._micro_batches(batch, self.micro_batch_size, indices)):
