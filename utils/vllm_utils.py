@@ -40,6 +40,7 @@ DTYPES = ("float32", "bfloat16")
 MAX_TEXT_TOKENS = 112
 # KV cache blocks; the CPU attention wants multiples of 32.
 BLOCK_SIZE = 32
+WORKER_EXTENSION = "prismatic.extern.vllm.worker.WorkerExtension"
 # 64 requests of openvla-7b (at most 375 tokens each) in one prefill step.
 MAX_BATCHED_TOKENS = 32768
 # vLLM refuses more than 2 and silently raises what is below 0.01.
@@ -54,6 +55,7 @@ OWN_OPTIONS = {
     "logprobs_mode": "nothing: log-probs must be those after mask and temperature",
     "skip_tokenizer_init": "nothing: prompts come as token ids",
     "enable_prefix_caching": "nothing: an image never repeats",
+    "worker_extension_cls": "nothing: it brings the model class into vLLM's worker processes",
 }
 
 
@@ -164,6 +166,8 @@ def engine_env(device: str, num_threads: int = 1) -> dict[str, str]:
     env |= {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
     if device == "cpu":
         env |= {"OMP_NUM_THREADS": str(num_threads), "TORCH_COMPILE_DISABLE": "1"}
+        # Tensor-parallel workers would each want a NUMA node of their own.
+        env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     return env
 
 
@@ -227,6 +231,7 @@ class ActionEngine:
             "tensor_parallel_size": config.tensor_parallel_size,
             # Not left to vLLM: inside a Ray placement group it would start Ray workers and ask for bundles of its own.
             "distributed_executor_backend": "uni" if config.tensor_parallel_size == 1 else "mp",
+            "worker_extension_cls": WORKER_EXTENSION,
             "gpu_memory_utilization": config.gpu_memory_utilization,
             "enforce_eager": config.enforce_eager,
             "max_model_len": max_model_len,
@@ -251,10 +256,10 @@ class ActionEngine:
         return arguments | config.extra | ({"compilation_config": merged} if merged else {})
 
     def _kv_cache_bytes(self) -> int:
-        """KV cache for max_num_seqs full sequences, and one block that vLLM keeps for itself."""
+        """KV cache of each rank for max_num_seqs full sequences, and one block that vLLM keeps for itself."""
         llama = self._model_config.text_config
         head_dim = llama.head_dim or llama.hidden_size // llama.num_attention_heads
-        num_heads = llama.num_key_value_heads or llama.num_attention_heads
+        num_heads = (llama.num_key_value_heads or llama.num_attention_heads) // self.config.tensor_parallel_size
         bytes_per_token = 2 * llama.num_hidden_layers * num_heads * head_dim
         bytes_per_token *= getattr(torch, self.config.dtype).itemsize
         num_blocks = self.config.max_num_seqs * -(-self._max_model_len // BLOCK_SIZE) + 2

@@ -46,6 +46,20 @@ class EngineActor(ActionEngine):
         params = self._sampling_params(1, 1.0, True, None)[0]
         return [list(output.outputs[0].token_ids) for output in self._llm.generate(prompts, params, use_tqdm=False)]
 
+    def logits_of_ranks(self, hidden: Tensor, head: Tensor, starts: list[int]) -> list[Tensor]:
+        """What each tensor-parallel rank adds to the logits when the head's rows are split at `starts`."""
+        from types import SimpleNamespace
+
+        from prismatic.extern.vllm import openvla
+
+        parts = []
+        for start, end in zip(starts, [*starts[1:], len(head)], strict=True):
+            shard = SimpleNamespace(org_vocab_start_index=start, org_vocab_end_index=end)
+            lm_head = SimpleNamespace(shard_indices=shard, weight=head[start:end])
+            rank: Any = SimpleNamespace(config=self._model_config, language_model=SimpleNamespace(lm_head=lm_head))
+            parts.append(openvla.OpenVLAForActionPrediction.compute_logits(rank, hidden))
+        return parts
+
     def update_from_broken_stream(self, weights: list[tuple[str, Tensor]], num_sent: int, version: int) -> None:
         manifest = [(name, tuple(tensor.shape)) for name, tensor in weights]
         self.update_weights(iter([weights[:num_sent]]), version, manifest)
@@ -188,6 +202,19 @@ def test_only_action_tokens_and_more_requests_than_slots(engine, prompts, images
     assert generation.token_ids.shape == (24, 7) and generation.logprobs.dtype == np.float32
     indices = generation.token_ids - config.first_action_token_id
     assert indices.min() >= 0 and indices.max() < 256 and len(np.unique(indices)) > 64
+
+
+def test_each_rank_adds_the_action_rows_it_has(engine, model_dir) -> None:
+    config = load_model(model_dir).config
+    first, end = config.first_action_token_id, config.action_vocab_size
+    hidden, head = torch.randn(3, 8).bfloat16(), torch.randn(config.text_config.vocab_size, 8).bfloat16()
+    expected = hidden.float() @ head[first:end].float().T  # not rounded to bfloat16
+    for starts in ([0], [0, first + 100], [0, first, end], [0, 50, end - 1], [0, end]):
+        parts = ray.get(engine.logits_of_ranks.remote(hidden, head, starts))
+        torch.testing.assert_close(sum(part[:, first:end] for part in parts), expected)
+        for part in parts:
+            assert part.dtype == torch.float32 and part.shape == (3, len(head))
+            assert (part[:, :first] == -torch.inf).all() and (part[:, end:] == -torch.inf).all()
 
 
 def test_usual_vllm_input_gives_the_same_tokens(engine, prompts, images) -> None:
