@@ -19,6 +19,10 @@ from pathlib import Path
 import pytest
 import tyro
 
+import ppo_vllm_ray_fsdp_vla as driver
+from ppo.arguments import parse_trainers_per_node
+from utils.placement import Demand, Node, placement_problems
+
 ROOT = Path(__file__).parent.parent
 PROGRAMS = sorted(
     path.relative_to(ROOT).as_posix()
@@ -75,7 +79,7 @@ def split_command(line: str) -> list[str] | None:
     except ValueError:
         return None
     for i, word in enumerate(words):
-        if word in PROGRAMS or re.fullmatch(r"scripts/\w+\.sh", word):
+        if word in PROGRAMS or re.fullmatch(r"scripts/\w+\.(sh|sbatch)", word):
             return words[i:]
     return None
 
@@ -99,8 +103,7 @@ COMMANDS = documented_commands()
 
 def run_script(script: str, argv: list[str], checkout: Path) -> list[list[str]]:
     """What `.venv/bin/python` is called with when a launch script runs in a checkout without set-up."""
-    (checkout / "scripts").mkdir(exist_ok=True)
-    shutil.copy(ROOT / script, checkout / script)
+    shutil.copytree(ROOT / "scripts", checkout / "scripts", dirs_exist_ok=True)
     (checkout / "scripts/setup_env.sh").write_text("exit 0\n")
     python = checkout / ".venv/bin/python"
     python.parent.mkdir(parents=True, exist_ok=True)
@@ -121,13 +124,38 @@ def run_script(script: str, argv: list[str], checkout: Path) -> list[list[str]]:
 LAUNCHES = {
     "scripts/quickstart.sh": ["--seed", "3"],
     "scripts/train_tabletop_cpu.sh": ["--vla_path", "runs/quickstart/sft", "--seed", "1"],
+    "scripts/train_libero.sh": ["object", "0,1", "0"],
     "scripts/train_libero_spatial.sh": ["0,1,2,3", "0 1 2"],
+    "scripts/train_libero_object.sh": ["0", "all"],
+    "scripts/train_libero_goal.sh": ["2,3", "0,1,2", "--seed", "1"],
+    "scripts/train_libero_10.sh": ["0,1,2,3,4,5,6,7", "all"],
+    "scripts/train_libero_90.sh": ["0,1", "all"],
     "scripts/train_libero_cpu.sh": ["--vla_path", "runs/libero_sft", "--task_ids", "0", "1"],
     "scripts/make_libero_demos.sh": [],
     "scripts/eval_libero.sh": ["runs/model"],
     "scripts/test.sh": ["tests/ppo"],
 }
 NO_PROGRAM = {"scripts/setup_env.sh", "scripts/lock_requirements.sh"}
+# These start Ray first; what they pass on are the driver's flags (tests/test_multinode.py runs the first).
+MULTINODE = {"scripts/launch_multinode.sh", "scripts/slurm_multinode.sbatch"}
+DRIVER = "ppo_vllm_ray_fsdp_vla.py"
+
+
+@pytest.fixture(autouse=True)
+def checkpoint_of_libero_90(monkeypatch):
+    monkeypatch.setenv("VLA_PATH", "runs/sft")
+    monkeypatch.delenv("LAYOUT", raising=False)
+
+
+def multinode_flags(words: list[str]) -> list[str] | None:
+    """The driver's flags in a line of the multi-node scripts, None for a worker's line."""
+    if words[0].endswith(".sbatch"):
+        return words[1:]
+    role = " ".join(words[1:])
+    if re.fullmatch(r"worker [\w.]+(:\d+)?", role):
+        return None
+    assert re.match(r"(head [\w.]+(:\d+)? [1-9]\d* -- |ssh [\w.]+(:\d+)? [\w.,-]+ -- )", role), role
+    return words[5:]
 
 
 def test_documents_hold_commands():
@@ -140,6 +168,9 @@ def test_documents_hold_commands():
 def test_documented_command_parses(doc, words, monkeypatch, tmp_path):
     if words[0] in PROGRAMS:
         parse(words[0], words[1:], monkeypatch)
+    elif words[0] in MULTINODE:
+        if flags := multinode_flags(words):
+            driver.validate(parse(DRIVER, flags, monkeypatch))
     elif words[0] not in NO_PROGRAM:
         for program, *argv in run_script(words[0], words[1:], tmp_path):
             if program in PROGRAMS:
@@ -150,7 +181,7 @@ def test_documented_command_parses(doc, words, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("script", sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("scripts/*.sh")))
 def test_launch_script_parses(script, monkeypatch, tmp_path):
-    if script in NO_PROGRAM:
+    if script in NO_PROGRAM | MULTINODE:
         return
     calls = run_script(script, LAUNCHES[script], tmp_path)
     assert calls
@@ -161,17 +192,54 @@ def test_launch_script_parses(script, monkeypatch, tmp_path):
             assert (program, argv[0]) == ("-m", "pytest") and argv[-1] == "tests/ppo"
 
 
-@pytest.mark.parametrize(("gpus", "trainers", "engines"), [("0,1", 1, 1), ("4,5,6", 2, 1), ("0,1,2,3,4,5,6,7", 6, 2)])
-def test_libero_launch_sizes_divide(gpus, trainers, engines, monkeypatch, tmp_path):
-    (call,) = run_script("scripts/train_libero_spatial.sh", [gpus, "0 5"], tmp_path)
+@pytest.mark.parametrize(
+    ("layout", "gpus", "trainers", "engines"),
+    [
+        ("", "3", 1, 1), ("", "0,1", 1, 1), ("separate", "4,5,6", 2, 1), ("", "0,1,2,3", 3, 1),
+        ("", "0,1,2,3,4,5", 4, 2), ("", "0,1,2,3,4,5,6,7", 6, 2), ("colocate", "0,1", 2, 2),
+        ("colocate", "0,1,2,3,4,5,6,7", 8, 8),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("suite", ["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"])
+def test_libero_launch_lines_fit_the_gpus(suite, layout, gpus, trainers, engines, monkeypatch, tmp_path):
+    monkeypatch.setenv("LAYOUT", layout)
+    (call,) = run_script(f"scripts/train_{suite}.sh", [gpus, "0,5", "--seed", "7"], tmp_path)
     args = parse(call[0], call[1:], monkeypatch)
-    assert args.task_ids == (0, 5) and args.use_lora and args.center_crop
-    assert args.env_gpu_id == int(gpus[-1])
-    assert json.loads(args.actor_num_gpus_per_node) == [trainers] and args.vllm_num_engines == engines
-    assert args.local_rollout_batch_size % trainers == 0
-    per_rank = args.num_steps * args.local_rollout_batch_size * engines // trainers
-    assert per_rank % args.local_mini_batch_size == 0
-    assert args.local_mini_batch_size % args.per_device_train_batch_size == 0
+    driver.validate(args)  # sizes divide, flags go together
+    assert args.task_suite_name == suite and args.task_ids == (0, 5) and args.seed == 7
+    assert args.use_lora and args.center_crop and args.env_gpu_id == int(gpus[-1])
+    colocate = layout == "colocate" or len(gpus) == 1
+    assert args.colocate is colocate
+    demand = Demand(parse_trainers_per_node(args.actor_num_gpus_per_node), args.vllm_num_engines, colocate=colocate)
+    assert (demand.num_trainers, demand.num_engines) == (trainers, engines)
+    assert placement_problems(demand, [Node(gpus.count(",") + 1, 64)]) == [] and demand.num_gpus == gpus.count(",") + 1
+
+
+@pytest.mark.parametrize("tasks", ["all", "0 1 2", "0,1,2"])
+def test_libero_launch_lines_take_task_lists_and_all(tasks, monkeypatch, tmp_path):
+    (call,) = run_script("scripts/train_libero_90.sh", ["0", tasks], tmp_path)
+    args = parse(call[0], call[1:], monkeypatch)
+    driver.validate(args)  # the curriculum's floor leaves room for 90 tasks
+    assert args.task_ids == (() if tasks == "all" else (0, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("layout", "argv", "message"),
+    [
+        ("", ["0,1,2,3,4", "0"], "5 GPUs (0,1,2,3,4): use 1, 2, 3, 4, 6 or 8"),
+        ("", ["0 1", "0"], "GPUs '0 1': give their numbers"),
+        ("", ["0,1"], "train_libero_goal.sh <gpus> <task_ids>"),
+        ("", ["0,1", "bowl"], "task ids 'bowl'"),
+        ("separate", ["0", "0"], "use LAYOUT=colocate"),
+        ("mixed", ["0", "0"], "LAYOUT=mixed: use separate or colocate"),
+    ],
+)
+def test_libero_launch_lines_say_what_they_take(layout, argv, message):
+    done = subprocess.run(
+        ["bash", "scripts/train_libero_goal.sh", *argv],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "LAYOUT": layout},
+    )  # fmt: skip
+    assert done.returncode == 2 and message in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# PPO on libero_10: bash scripts/train_libero_10.sh <gpus> <task_ids> [flags]; scripts/train_libero.sh explains them.
+exec bash "$(dirname "${BASH_SOURCE[0]}")/train_libero.sh" 10 "$@"
