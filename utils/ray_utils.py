@@ -48,7 +48,7 @@ def actor_env(**variables: str) -> dict[str, dict[str, str]]:
     return {"env_vars": forwarded | quiet | variables}
 
 
-def start_ray(address: str | None, num_gpus: int, num_cpu_slots: int = LOCAL_CPU_SLOTS) -> None:
+def start_ray(address: str | None, num_gpus: int = 0, num_cpu_slots: int = LOCAL_CPU_SLOTS) -> None:
     """Connect to a running cluster (`address`), or start one on this machine bound to the loopback interface.
 
     A local cluster gets exactly `num_gpus` GPUs and as many CPU slots as our actors ask for; thread counts are set per
@@ -70,7 +70,7 @@ def start_ray(address: str | None, num_gpus: int, num_cpu_slots: int = LOCAL_CPU
 
 def local_node(num_gpus: int, demand: Demand) -> Node:
     """The machine that the driver runs on, as `start_ray` presents it to Ray for `demand`."""
-    return Node(num_gpus, max(demand.num_cpus, LOCAL_CPU_SLOTS, os.cpu_count() or 1))
+    return Node(num_gpus if demand.device == "cuda" else 0, max(demand.num_cpus, LOCAL_CPU_SLOTS, os.cpu_count() or 1))
 
 
 def cluster_nodes(*, free: bool = False) -> list[Node]:
@@ -96,7 +96,10 @@ def place_on_cluster(demand: Demand) -> Placement:
     Raises ValueError if the cluster is too small.
     """
     free = cluster_nodes(free=True)
-    return place(demand, cluster_nodes() if placement_problems(demand, free) else free)
+    if not placement_problems(demand, free):
+        return place(demand, free)
+    logger.info("what is free of the cluster is too little for this run: it will wait for what others hold")
+    return place(demand, cluster_nodes())
 
 
 def reserve(placement: Placement, timeout_s: float) -> PlacementGroup:
