@@ -60,6 +60,7 @@ def start_ray(address: str | None, num_gpus: int = 0, num_cpu_slots: int = LOCAL
         return
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else Ray writes a token into the home directory
     ray.init(
+        address="local",  # never a cluster that somebody started here, or a trace of one
         num_cpus=max(num_cpu_slots, os.cpu_count() or 1),
         num_gpus=num_gpus,
         include_dashboard=os.environ.get("PPO_VLA_DASHBOARD", "0") == "1",
