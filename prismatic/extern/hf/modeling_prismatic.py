@@ -478,10 +478,13 @@ def load_model(
     """Load a model folder in openvla-7b's format; `norm_stats` are overridden by its `dataset_statistics.json`.
 
     `kwargs` go to `from_pretrained` (`attn_implementation="flash_attention_2"`, ...). Returned in evaluation mode.
+    Tensors go to `device` one by one, cast there: no copy of the model is made in CPU memory.
     Raises ValueError when the weights lack parameters or hold unknown ones (they would stay random, or be lost).
     """
     register_openvla()
     options = {"dtype": dtype, "output_loading_info": True, "local_files_only": True, **kwargs}
+    if torch.device(device).type != "cpu":
+        options["device_map"] = {"": device}
     loaded: Any = OpenVLAForActionPrediction.from_pretrained(str(model_dir), **options)
     model, info = loaded
     problems = {name: sorted(info[name])[:5] for name in ("missing_keys", "unexpected_keys") if info[name]}
