@@ -210,9 +210,9 @@ class WeightExporter:
 
     def _rows_of(self, up: Tensor, parameter: Tensor) -> Tensor:
         """The rows of `up` that belong to this rank's rows of `parameter`."""
-        if isinstance(up, DTensor) == isinstance(parameter, DTensor):
+        if self._is_split(up) == self._is_split(parameter):
             return self._local(up)
-        if isinstance(up, DTensor):
+        if self._is_split(up):
             return full_tensor(up.detach()).to(self.device)
         assert self.group is not None
         first, end = RowGather([up.shape], self.group).rows(0, self.group.rank())

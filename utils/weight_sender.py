@@ -108,8 +108,12 @@ class WeightSender:
         self._end = None
 
     def _raise_on_all(self, failure: ChannelError | None, what: str) -> None:
-        if not self.exporter.all_agree(failure is None):
-            raise failure or ChannelError(f"{what} failed on another trainer rank")
+        if self.exporter.all_agree(failure is None):
+            return
+        if failure is None:
+            self.close()  # this rank's engine, ipc, would wait for what does not come
+            raise ChannelError(f"{what} failed on another trainer rank")
+        raise failure
 
 
 def _failure(action: Callable[[], object]) -> ChannelError | None:

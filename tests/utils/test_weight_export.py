@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from prismatic.extern.vllm.weight_buckets import ALIGNMENT, BucketLayout, checksums
 from tests.distributed import in_ranks
@@ -34,6 +34,11 @@ def exported(exporter: WeightExporter) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for bucket in exporter.buckets() for name, tensor in bucket}
 
 
+def local_part(parameter: torch.Tensor) -> torch.Tensor:
+    """What this rank holds: a shard, or all of a frozen parameter that a single rank keeps outside FSDP."""
+    return parameter.detach().to_local() if isinstance(parameter, DTensor) else parameter.detach()
+
+
 def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], merged: set[str]) -> None:
     assert list(actual) == list(expected)
     for name, tensor in expected.items():
@@ -55,7 +60,7 @@ def exports_equal_reference(rank: int, model_dir: str, use_lora: bool, dtype: to
                 nn.init.normal_(parameter, std=0.1)
                 merged.add(fsdp_utils.checkpoint_name(name.replace("lora_B.default.", "")))
     sharded = fsdp_utils.shard_model(model, min_unit_params=1)
-    before = {n: p.to_local().clone() for n, p in sharded.named_parameters()}
+    before = {n: local_part(p).clone() for n, p in sharded.named_parameters()}
     expected = reference(sharded, dtype)
     assert merged <= set(expected) and bool(merged) == use_lora
     for bucket_bytes in (TINY_BUCKET, 50_000, HUGE_BUCKET):
@@ -63,7 +68,7 @@ def exports_equal_reference(rank: int, model_dir: str, use_lora: bool, dtype: to
         assert_same(exported(exporter), expected, merged)
         assert exporter.manifest == [(name, tuple(t.shape)) for name, t in expected.items()]
     assert exporter.num_buckets == 1
-    assert all(torch.equal(before[n], p.to_local()) for n, p in sharded.named_parameters())
+    assert all(torch.equal(before[n], local_part(p)) for n, p in sharded.named_parameters())
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -116,6 +121,26 @@ def master_weights_are_exported(rank: int, model_dir: str) -> None:
 
 def test_gathered_low_precision_copies_are_not_exported(tiny_model_dir):
     in_ranks(2, master_weights_are_exported, str(tiny_model_dir))
+
+
+def ignored_parameters(rank: int, ignores_base: bool) -> None:
+    """Layers of which FSDP holds only one part: the adapter, or the frozen weight."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = Uneven()
+    peft_utils.add_lora(model, rank=3, alpha=6)
+    nn.init.normal_(model.linear.lora_B["default"].weight)
+    whole = reference(model, torch.float32)
+    ignored = {p for n, p in model.named_parameters() if ("lora" in n) != ignores_base}
+    fully_shard(model, mesh=fsdp_utils.data_mesh(torch.device("cpu")), ignored_params=ignored)
+    assert_same(exported(WeightExporter(model, torch.float32, TINY_BUCKET)), whole, {"linear.weight"})
+
+
+@pytest.mark.parametrize("ignores_base", [True, False])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_adapter_and_weight_may_be_sharded_differently(world_size, ignores_base):
+    in_ranks(world_size, ignored_parameters, ignores_base)
 
 
 def column_shards(rank: int) -> None:

@@ -33,7 +33,7 @@ NUM_BUFFERS = 2
 NUM_NAMES_SHOWN = 4
 SENDER = 0
 # Interval at which the host looks whether the device is done.
-POLL_S = 2e-4
+POLL_S = 5e-5
 
 
 class ChannelError(RuntimeError):

@@ -75,19 +75,23 @@ class ChannelWeightTransferEngine(WeightTransferEngine[ChannelInitInfo, ChannelU
         """Do nothing: `receive_weights` leaves the model complete."""
 
     def _load_in_place(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
-        loaded = self.model.load_weights(tensors)
-        missing = {name for name, _ in self.model.named_parameters()} - loaded
-        if missing:
-            raise RuntimeError(f"the model did not take new weights for {', '.join(sorted(missing)[:4])}")
+        self._check_all_loaded(self.model.load_weights(tensors))
 
     def _reload_layers(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
         initialize_layerwise_reload(self.model)
         try:
             # Copies: a layer waits for all of its parts, and the bucket's buffer is used again.
-            self.model.load_weights((name, tensor.clone()) for name, tensor in tensors)
+            loaded = self.model.load_weights((name, tensor.clone()) for name, tensor in tensors)
         finally:
             # Also after a failure: the next update must find layers in place, or it would count old parts.
             finalize_layerwise_reload(self.model, self.model_config)
+        self._check_all_loaded(loaded)
+
+    def _check_all_loaded(self, loaded: set[str]) -> None:
+        """Raise RuntimeError if a parameter of the model (after sleeping: anything) was not overwritten."""
+        missing = sorted({name for name, _ in self.model.named_parameters()} - loaded)
+        if missing:
+            raise RuntimeError(f"{len(missing)} parameters got no new weights: {', '.join(missing[:4])}")
 
     def shutdown(self) -> None:
         """Leave the channel."""
