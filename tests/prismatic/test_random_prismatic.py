@@ -89,7 +89,7 @@ def test_the_weights_give_a_spread_policy_that_sees_the_image(folder: Path) -> N
     # 16 = sqrt(256): the narrow model's normalised hidden state; 64 at the 7B's width.
     assert logits.std().item() == pytest.approx(16 * random_prismatic.HEAD_STD, rel=0.3)
     logprobs = logits.log_softmax(-1)
-    assert (logprobs[0] - logprobs[1]).abs().mean() > 0.01
+    assert (logprobs[0] - logprobs[1]).abs().mean() > 0.005  # two narrow layers; bfloat16 changes it by a tenth of that
 
 
 def test_seeds_and_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
