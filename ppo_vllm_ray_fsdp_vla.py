@@ -46,7 +46,6 @@ import numpy as np
 import ray
 import torch
 import tyro
-from ray.util.placement_group import PlacementGroup
 from transformers import get_scheduler
 
 from ppo.arguments import (
@@ -64,7 +63,7 @@ from ppo.envs.base import ResetRequest, get_suite, split_options
 from ppo.envs.vector import VectorEnv
 from ppo.evaluation import EpisodeResult, EvaluationRun, evaluation_requests, run_episodes, summarize_run
 from ppo.learner import PPOLearner, Reference, Trainable
-from ppo.reporting import BestReturn, progress_line, rollout_metrics
+from ppo.reporting import BestReturn, progress_line, rollout_metrics, time_metrics
 from ppo.rollout import Rollout
 from ppo.utils.curriculum import CurriculumManager
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
@@ -74,7 +73,10 @@ from prismatic.vla.action_normalization import load_norm_stats, resolve_unnorm_k
 from prismatic.vla.action_tokenizer import ActionTokenizer
 from utils import checkpoint_utils, fsdp_utils, peft_utils, ray_utils
 from utils.logging_utils import MetricWriter, PhaseTimer, add_log_file, get_logger
+from utils.placement import Demand, placement_problems
 from utils.video_utils import EpisodeRecorder
+from utils.weight_export import WeightExporter
+from utils.weight_sender import WeightSender
 
 logger = get_logger("driver")
 
@@ -169,6 +171,9 @@ class Args:
     """Smallest sampling probability of a task."""
     use_curriculum: bool = True
     """Sample tasks by their success; without it uniformly."""
+    async_depth: Literal[0, 1] = 0
+    """0: collect, then update. 1: collect the next rollout during the update, one version behind (off-policy by one
+    update, corrected by importance weights)."""
 
     # ---- PPO ----
     num_epochs: int = 1
@@ -209,6 +214,8 @@ class Args:
     """Skip the rest of a step's policy updates once the minibatch KL over all ranks exceeds this."""
     old_logprobs: Literal["recompute", "engine"] = "recompute"
     """Where the ratio's denominator comes from."""
+    importance_weight_cap: float = 2.0
+    """With --async_depth 1: upper bound of pi_old / pi_rollout, which weights an action's loss (as in IMPALA)."""
 
     # ---- critic ----
     value_model_type: Literal["shared", "vla"] = "shared"
@@ -257,8 +264,13 @@ class Args:
     """GPUs per engine."""
     vllm_enforce_eager: bool = False
     """No CUDA graphs and no compilation in the engines (always so on CPU)."""
-    vllm_sync_backend: Literal["auto", "object_store"] = "auto"
-    """How weights travel from trainers to engines: through Ray's object store."""
+    vllm_sync_backend: Literal["auto", "nccl", "ipc", "gloo"] = "auto"
+    """How weights travel from trainers to engines: nccl between GPUs, ipc on a shared GPU (--colocate), gloo on CPUs.
+    auto: the one that fits."""
+    verify_weight_sync: bool = False
+    """Compare a checksum of every tensor after each sync."""
+    vllm_enable_sleep: bool = True
+    """With --colocate on GPUs: the engine gives its memory back during the update (not with --async_depth 1)."""
     gpu_memory_utilization: float = 0.9
     """Share of a GPU's memory that its engine takes."""
     engine_args: str = "{}"
@@ -271,6 +283,8 @@ class Args:
     """Keep sharded parameters and optimizer states in CPU memory (GPU trainers)."""
     enable_gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the ViTs' and the Llama's blocks in the trainers: a minute at the start, a quarter less time after."""
     trainer_num_threads: int = 1
     """CPU threads of each trainer rank."""
     engine_num_threads: int = 1
@@ -288,14 +302,15 @@ class Plan:
     exp_dir: str
     device: str
     dtype: str
-    trainers_per_node: tuple[int, ...]
+    demand: Demand
+    sync_backend: str
     task_ids: tuple[int, ...]
     num_trainers: int
     num_envs: int
-    num_env_processes: int
     samples_per_step: int
     num_minibatches: int
     num_training_steps: int
+    engines_sleep: bool
     policy_optimizer_steps: int
     value_optimizer_steps: int
 
@@ -352,33 +367,45 @@ def action_statistics(args: Args) -> dict[str, Any]:
     return norm_stats[resolve_unnorm_key(norm_stats, args.task_suite_name, args.dataset_name)]["action"]
 
 
-def make_plan(args: Args) -> Plan:
-    """Derive the run's sizes from validated flags."""
+def make_plan(args: Args, *, has_gpus: bool) -> Plan:
+    """Derive the run's sizes from validated flags; `has_gpus`: this machine's, or the cluster's nodes."""
     per_node = parse_trainers_per_node(args.actor_num_gpus_per_node)
     num_trainers, num_envs = sum(per_node), args.local_rollout_batch_size * args.vllm_num_engines
     suite, device = get_suite(args.task_suite_name), args.device
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() or args.ray_address else "cpu"
+        device = "cuda" if has_gpus else "cpu"
     local_samples = args.num_steps * num_envs // num_trainers
     num_minibatches = local_samples // args.local_mini_batch_size
     num_training_steps = args.total_episodes // (args.num_steps * num_envs)
     value_epochs = args.num_value_epochs or args.num_epochs
+    num_env_processes = args.num_env_processes or min(
+        args.local_rollout_batch_size, args.local_rollout_batch_size if suite.own_process else 2
+    )
+    fitting_backend = "gloo" if device == "cpu" else "ipc" if args.colocate else "nccl"
     return Plan(
         exp_dir=str(Path(args.run_root_dir) / (args.exp_id or default_exp_id(args))),
         device=device,
         dtype=("bfloat16" if device == "cuda" else "float32") if args.dtype == "auto" else args.dtype,
-        trainers_per_node=per_node,
+        demand=Demand(
+            per_node, args.vllm_num_engines, args.vllm_tensor_parallel_size, num_env_processes, args.colocate, device
+        ),
+        sync_backend=fitting_backend if args.vllm_sync_backend == "auto" else args.vllm_sync_backend,
         task_ids=args.task_ids or tuple(range(suite.num_tasks)),
         num_trainers=num_trainers,
         num_envs=num_envs,
-        num_env_processes=args.num_env_processes
-        or min(args.local_rollout_batch_size, args.local_rollout_batch_size if suite.own_process else 2),
         samples_per_step=args.num_steps * num_envs,
         num_minibatches=num_minibatches,
         num_training_steps=num_training_steps,
+        engines_sleep=args.colocate and args.vllm_enable_sleep and not args.async_depth and device == "cuda",
         policy_optimizer_steps=max(1, num_training_steps - args.value_init_steps) * num_minibatches * args.num_epochs,
         value_optimizer_steps=num_training_steps * num_minibatches * value_epochs,
     )
+
+
+def absolute_paths(args: Args) -> Args:
+    """Paths as every node of a cluster must see them: actors have another working directory."""
+    names = ("vla_path", "load_adapter_checkpoint", "run_root_dir")
+    return dataclasses.replace(args, **{n: os.path.abspath(p) for n in names if (p := getattr(args, n))})
 
 
 def default_exp_id(args: Args) -> str:
@@ -391,14 +418,6 @@ def default_exp_id(args: Args) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- training
-@dataclass
-class ExportedWeights:
-    """A complete set of weights in the object store: buckets of named tensors, and all names with shapes."""
-
-    buckets: list[ray.ObjectRef]
-    manifest: list[tuple[str, tuple[int, ...]]]
-
-
 class PolicyTrainer:
     """One FSDP rank: its shard of policy, critic and optimizer states; `ppo/learner.py` is the update itself."""
 
@@ -414,6 +433,7 @@ class PolicyTrainer:
     def setup(self, master_addr: str, master_port: int) -> dict[str, float]:
         """Join the process group, load and shard the models, make the optimizers; returns parameter counts."""
         args, plan = self.args, self.plan
+        ray_utils.use_node_interface()
         os.environ |= {"MASTER_ADDR": master_addr, "MASTER_PORT": str(master_port), "LOCAL_RANK": "0"}
         os.environ |= {"RANK": str(self.rank), "WORLD_SIZE": str(plan.num_trainers)}
         self.device = fsdp_utils.setup_distributed(device_type=plan.device).device
@@ -440,13 +460,18 @@ class PolicyTrainer:
         }
 
     def _shard(self, model: torch.nn.Module, dtype: torch.dtype | None = None) -> Any:
-        reshard = self.args.sharding_strategy == "full-shard"
-        return fsdp_utils.shard_model(
-            model, param_dtype=dtype or self.dtype, offload=self.args.offload, reshard_after_forward=reshard
-        )
+        """Frozen weights in the compute dtype, float32 masters of what trains, shards; then compiled blocks."""
+        args, dtype = self.args, dtype or self.dtype
+        fsdp_utils.cast_frozen(model, dtype)
+        reshard = args.sharding_strategy == "full-shard"
+        fsdp_utils.shard_model(model, param_dtype=dtype, offload=args.offload, reshard_after_forward=reshard)
+        if args.compile:
+            fsdp_utils.compile_blocks(model)
+        return model
 
-    def _load_model(self) -> Any:
-        model = load_model(self.args.vla_path, dtype=torch.float32, device=self.device)
+    def _load_model(self, *, trained: bool) -> Any:
+        """The model on this rank's device: float32 if it `trained` itself, else in the compute dtype."""
+        model = load_model(self.args.vla_path, dtype=torch.float32 if trained else self.dtype, device=self.device)
         if self.args.enable_gradient_checkpointing:
             model.gradient_checkpointing_enable()
         return model.eval()
@@ -454,7 +479,7 @@ class PolicyTrainer:
     def _build_policy(self) -> Any:
         """The sharded policy; with LoRA `self.adapter` is the peft wrapper around it."""
         args = self.args
-        model = self._load_model()
+        model = self._load_model(trained=not args.use_lora)
         if args.use_lora and args.load_adapter_checkpoint:
             self.adapter = peft_utils.load_lora(model, args.load_adapter_checkpoint)
         elif args.use_lora:
@@ -473,7 +498,7 @@ class PolicyTrainer:
             return None
         if args.use_lora and not args.load_adapter_checkpoint:
             return Reference(self.policy.model, self.adapter.disable_adapter)
-        model = self._load_model()
+        model = self._load_model(trained=False)
         if args.load_adapter_checkpoint:
             peft_utils.load_lora(model, args.load_adapter_checkpoint)
         return Reference(self._shard(model.requires_grad_(False)))
@@ -482,7 +507,7 @@ class PolicyTrainer:
         args = self.args
         if args.value_model_type == "shared":
             return self._shard(ValueHead(hidden_size).to(self.device), torch.float32)
-        model = self._load_model()
+        model = self._load_model(trained=not args.value_use_lora)
         if args.value_use_lora:
             peft_utils.add_lora(model, rank=args.lora_rank, alpha=args.lora_alpha)
         return self._shard(VLACritic(model).to(self.device))
@@ -490,7 +515,8 @@ class PolicyTrainer:
     def _trainable(self, model: Any, learning_rate: float, schedule: str, warmup: int, total: int) -> Trainable:
         """AdamW without weight decay; the scheduler counts optimizer steps."""
         parameters = peft_utils.trainable_parameters(model)
-        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, eps=1e-5, weight_decay=0.0)
+        fused = self.plan.device == "cuda"
+        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, eps=1e-5, weight_decay=0.0, fused=fused)
         name = "constant_with_warmup" if schedule == "constant" else schedule
         scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total)
         return Trainable(model, parameters, optimizer, scheduler)
@@ -499,21 +525,29 @@ class PolicyTrainer:
         """One training step on this rank's environments; returns metrics averaged over all ranks."""
         metrics = self.learner.update(Rollout.concat(ray.get(list(shard_refs))), step)
         metrics["mem/trainer_peak_gib"] = peak_memory_gib(self.device)
+        if self.plan.engines_sleep:
+            torch.cuda.empty_cache()  # what the allocator keeps is what the waking engine needs
         return metrics
 
-    def export_weights(self) -> ExportedWeights | None:
-        """The engine's weights (LoRA merged in float32) as buckets in the object store, from rank 0.
+    def open_channel(self) -> dict[str, Any] | None:
+        """Start listening for the engines; returns what they need to join, None on a rank that does not send."""
+        args, backend = self.args, self.plan.sync_backend
+        exporter = WeightExporter(self.policy.model, self.dtype, args.sync_bucket_mib << 20)
+        receivers = 1 if backend == "ipc" else args.vllm_num_engines * args.vllm_tensor_parallel_size
+        host = ray_utils.node_address()
+        self.sender = WeightSender(exporter, backend, rank=self.rank, num_receivers=receivers, host=host)
+        return self.sender.open()
 
-        A collective: every rank takes part in gathering.
+    def connect(self) -> None:
+        """Wait until every engine has joined."""
+        self.sender.connect()
+
+    def send_weights(self, version: int) -> int:
+        """Send the policy (LoRA merged in float32) to the engines in buckets; returns the number of tensors.
+
+        A collective; returns when every engine has loaded them.
         """
-        dtype = getattr(torch, self.plan.dtype)
-        tensors = ((name, t.to("cpu", dtype)) for name, t in fsdp_utils.iterate_merged_parameters(self.policy.model))
-        exported = ExportedWeights([], [])
-        for bucket in fsdp_utils.bucketize(tensors, self.args.sync_bucket_mib << 20):
-            if self.rank == 0:
-                exported.buckets.append(ray.put(bucket))
-                exported.manifest += [(name, tuple(tensor.shape)) for name, tensor in bucket]
-        return exported if self.rank == 0 else None
+        return self.sender.send(version, verify=self.args.verify_weight_sync).num_params
 
     def save_policy(self, folder: str, json_files: dict[str, Any], overwrite: bool = False) -> None:
         """Write the adapter (LoRA) or the whole model folder, all or nothing. A collective; rank 0 writes."""
@@ -557,7 +591,7 @@ class RolloutWorker:
         self.args, self.plan, self.index = args, plan, index
         self.processor = load_processor(args.vla_path)
         self.statistics = statistics
-        backend = "object_store" if args.vllm_sync_backend == "auto" else args.vllm_sync_backend
+        ray_utils.use_node_interface()
         self.engine = ActionEngine(
             EngineConfig(
                 model_dir=args.vla_path,
@@ -568,11 +602,11 @@ class RolloutWorker:
                 max_num_seqs=args.local_rollout_batch_size,
                 seed=args.seed,
                 num_threads=args.engine_num_threads,
-                weight_transfer_backend=backend,
+                weight_transfer_backend=plan.sync_backend,
+                enable_sleep_mode=plan.engines_sleep,
                 extra=json.loads(args.engine_args),
             )
         )
-        self.engine.init_weight_transfer(backend)
         self.tokenizer = ActionTokenizer.from_config(OpenVLAConfig.from_pretrained(args.vla_path))
         self.suite = get_suite(args.task_suite_name)
         self.collector = self._build_collector()
@@ -584,7 +618,7 @@ class RolloutWorker:
         vector = VectorEnv(
             args.task_suite_name,
             args.local_rollout_batch_size,
-            num_processes=self.plan.num_env_processes,
+            num_processes=self.plan.demand.num_env_processes,
             image_size=self.processor.image_processor.image_size[0],
             max_steps=args.max_env_length,
             step_timeout_s=args.env_timeout_s,
@@ -608,9 +642,17 @@ class RolloutWorker:
     def _decode(self, token_ids_BA: np.ndarray) -> np.ndarray:
         return tokens_to_env_actions(token_ids_BA, self.tokenizer, self.statistics)
 
-    def update_weights(self, exported: ExportedWeights, version: int) -> Any:
-        """Load a complete set of weights into the engine; returns its report (parameters, bytes, version)."""
-        return self.engine.update_weights((ray.get(ref) for ref in exported.buckets), version, exported.manifest)
+    def join_channel(self, infos: Sequence[dict[str, Any] | None]) -> None:
+        """Connect the engine to the trainer ranks' channels, `infos` by rank, while they wait in `connect`."""
+        from utils.weight_transfer import engine_info
+
+        backend = self.plan.sync_backend
+        info = engine_info(infos, backend, self.index, self.args.vllm_tensor_parallel_size)
+        self.engine.init_weight_transfer(backend, info)
+
+    def receive_weights(self, version: int) -> Any:
+        """Load what the trainers send now; returns the engine's report (parameters, bytes, version)."""
+        return self.engine.receive_weights(version)
 
     def collect(
         self, task_ids: list[int], step: int
@@ -619,7 +661,9 @@ class RolloutWorker:
         self.sampling_rng = np.random.default_rng((self.args.seed, self.index, step))
         start = time.perf_counter()
         rollout, episodes = self.collector.collect(self.args.num_steps, iter(task_ids))
+        rollout = dataclasses.replace(rollout, policy_version=self.engine.policy_version)
         stats = {
+            "policy_version": float(rollout.policy_version),
             "collect_s": time.perf_counter() - start,
             "generate_s": self.collector.generate_s,
             "wait_env_s": self.collector.wait_env_s,
@@ -629,6 +673,14 @@ class RolloutWorker:
         }
         shards = [ray.put(rollout.shard(rank, self.plan.num_trainers)) for rank in range(self.plan.num_trainers)]
         return shards, episodes, stats
+
+    def sleep(self) -> None:
+        """Give the engine's GPU memory back; its weights are sent again before it acts."""
+        self.engine.sleep(level=2)
+
+    def wake_up(self, what: str) -> None:
+        """Take memory again: "weights" before new ones come, "kv_cache" after."""
+        self.engine.wake_up([what])
 
     def evaluate(self, requests: list[ResetRequest], video_dir: str | None = None) -> EvaluationRun:
         """Run each request once, greedily; the training episodes in progress are given up.
@@ -660,6 +712,15 @@ class RolloutWorker:
 # ---------------------------------------------------------------------------------------------- driver
 
 
+@dataclass(frozen=True)
+class Collected:
+    """Rollouts of one training step: shards for each trainer rank, episodes that ended, the workers' statistics."""
+
+    shards: list[list[ray.ObjectRef]]
+    episodes: list[EpisodeResult]
+    worker_stats: list[dict[str, float]]
+
+
 class Cluster:
     """Every actor of the run, placed: trainers, rollout workers, curriculum."""
 
@@ -667,59 +728,29 @@ class Cluster:
         from utils.vllm_utils import engine_env
 
         self.args, self.plan = args, plan
-        trainer_gpus, engine_gpus = self._gpus_per_actor()
-        trainer_group, worker_group = self._place(trainer_gpus, engine_gpus)
+        placement = ray_utils.place_on_cluster(plan.demand)
+        for line in placement.lines:
+            logger.info(line)
+        group = ray_utils.reserve(placement, args.placement_timeout_s)
         statistics = action_statistics(args)
-        bundle_of_rank = [node for node, count in enumerate(plan.trainers_per_node) for _ in range(count)]
-        if args.colocate:
-            bundle_of_rank = list(range(plan.num_trainers))
         self.trainers = [
             ray.remote(PolicyTrainer).options(
-                num_cpus=1, num_gpus=trainer_gpus, scheduling_strategy=ray_utils.in_bundle(trainer_group, bundle),
+                num_cpus=1, num_gpus=placement.trainer_gpus, scheduling_strategy=ray_utils.in_bundle(group, bundle),
                 runtime_env=ray_utils.actor_env(OMP_NUM_THREADS=str(args.trainer_num_threads)),
             ).remote(args, plan, rank)
-            for rank, bundle in enumerate(bundle_of_rank)
+            for rank, bundle in enumerate(placement.trainer_bundles)
         ]  # fmt: skip
         self.workers = [
             ray.remote(RolloutWorker).options(
-                num_cpus=1, num_gpus=engine_gpus, scheduling_strategy=ray_utils.in_bundle(worker_group, index),
+                num_cpus=1, num_gpus=placement.engine_gpus, scheduling_strategy=ray_utils.in_bundle(group, bundle),
                 runtime_env=ray_utils.actor_env(**engine_env(plan.device, args.engine_num_threads)),
             ).remote(args, plan, index, statistics)
-            for index in range(args.vllm_num_engines)
+            for index, bundle in enumerate(placement.engine_bundles)
         ]  # fmt: skip
         self.curriculum = ray.remote(CurriculumManager).options(num_cpus=0).remote(
             list(plan.task_ids), ema_alpha=args.curriculum_ema_alpha, tau=args.curriculum_tau,
             min_prob=args.curriculum_min_prob, seed=args.seed, uniform=not args.use_curriculum,
         )  # fmt: skip
-
-    def _gpus_per_actor(self) -> tuple[float, float]:
-        """GPUs of a trainer and of a worker, for Ray: halves where they share one."""
-        args, plan = self.args, self.plan
-        if plan.device == "cpu":
-            return 0.0, 0.0
-        if args.colocate:
-            ray_utils.check_cluster(plan.num_trainers, f"{plan.num_trainers} trainers, an engine beside each")
-            return 0.5, 0.5
-        num_gpus = plan.num_trainers + args.vllm_num_engines * args.vllm_tensor_parallel_size
-        engines = f"{args.vllm_num_engines} engines x {args.vllm_tensor_parallel_size}"
-        ray_utils.check_cluster(num_gpus, f"{plan.num_trainers} trainers + {engines}; --colocate shares them")
-        return 1.0, float(args.vllm_tensor_parallel_size)
-
-    def _place(self, trainer_gpus: float, engine_gpus: float) -> tuple[PlacementGroup, PlacementGroup]:
-        """Reserve what trainers and workers need; colocated, one bundle for each pair."""
-        args, plan = self.args, self.plan
-        worker_cpus, wait_s = 1.0 + plan.num_env_processes, args.placement_timeout_s
-        if args.colocate:
-            pair = {"CPU": 1.0 + worker_cpus, "GPU": trainer_gpus + engine_gpus}
-            group = ray_utils.create_placement_group([pair] * plan.num_trainers, "PACK", wait_s)
-            return group, group
-        trainers = [{"CPU": float(n), "GPU": n * trainer_gpus} for n in plan.trainers_per_node]
-        strategy = "STRICT_SPREAD" if len(trainers) > 1 else "PACK"
-        workers = [{"CPU": worker_cpus, "GPU": engine_gpus}] * args.vllm_num_engines
-        return (
-            ray_utils.create_placement_group(trainers, strategy, wait_s),
-            ray_utils.create_placement_group(workers, "PACK", wait_s),
-        )
 
     def setup(self) -> dict[str, float]:
         """Start the trainers' process group while the engines load; returns parameter counts.
@@ -728,33 +759,50 @@ class Cluster:
         """
         if self.args.colocate:
             ray_utils.wait_all([w.policy_version.remote() for w in self.workers], "loading the engines")
+        self.sleep_engines()
         address = ray.get(self.trainers[0].address.remote())
         counts = ray_utils.wait_all([t.setup.remote(*address) for t in self.trainers], "loading the trainers' models")
+        infos = ray_utils.wait_all([t.open_channel.remote() for t in self.trainers], "opening the weights' channels")
+        joining = [t.connect.remote() for t in self.trainers] + [w.join_channel.remote(infos) for w in self.workers]
+        ray_utils.wait_all(joining, "connecting trainers and engines")
         return counts[0]
 
     def push_weights(self, version: int) -> dict[str, float]:
         """Send the trainers' weights to every engine and check that each has all of them at this version."""
-        exported = ray_utils.wait_all([t.export_weights.remote() for t in self.trainers], "gathering weights")[0]
-        calls = [w.update_weights.remote(exported, version) for w in self.workers]
-        reports = ray_utils.wait_all(calls, f"loading weights of version {version} into the engines")
-        if any(r.num_params != len(exported.manifest) or r.version != version for r in reports):
-            raise RuntimeError(
-                f"sent {len(exported.manifest)} tensors of version {version}, the engines report {reports}"
-            )
-        return {"sync/num_tensors": reports[0].num_params, "sync/mib": reports[0].num_bytes / 2**20}
+        self._wake_engines("weights")
+        calls = [t.send_weights.remote(version) for t in self.trainers]
+        calls += [w.receive_weights.remote(version) for w in self.workers]
+        results = ray_utils.wait_all(calls, f"sending weights of version {version} to the engines")
+        num_sent, reports = results[0], results[len(self.trainers) :]
+        if any(r.num_params != num_sent or r.version != version for r in reports):
+            raise RuntimeError(f"sent {num_sent} tensors of version {version}, the engines report {reports}")
+        self._wake_engines("kv_cache")
+        return {"sync/num_tensors": num_sent, "sync/mib": reports[0].num_bytes / 2**20}
 
-    def collect(self, step: int) -> tuple[list[list[ray.ObjectRef]], list[EpisodeResult], list[dict[str, float]]]:
-        """One rollout from every worker: shards per trainer, finished episodes, the workers' statistics."""
+    def sleep_engines(self) -> None:
+        """Let colocated engines give their GPUs' memory to the trainers, until the next `push_weights`."""
+        if self.plan.engines_sleep:
+            ray_utils.wait_all([w.sleep.remote() for w in self.workers], "letting the engines sleep")
+
+    def _wake_engines(self, what: str) -> None:
+        if self.plan.engines_sleep:
+            ray_utils.wait_all([w.wake_up.remote(what) for w in self.workers], f"waking the engines' {what}")
+
+    def start_collecting(self, step: int) -> list[ray.ObjectRef]:
+        """Let every worker collect the rollout of training step `step`; returns at once."""
         most = self.args.local_rollout_batch_size * (self.args.num_steps + 2)
         tasks = [ray.get(self.curriculum.get_batch.remote(most)) for _ in self.workers]
-        calls = [w.collect.remote(t, step) for w, t in zip(self.workers, tasks, strict=True)]
+        return [w.collect.remote(t, step) for w, t in zip(self.workers, tasks, strict=True)]
+
+    def finish_collecting(self, calls: list[ray.ObjectRef], step: int) -> Collected:
+        """Wait for the workers' rollouts and tell the curriculum how the episodes went."""
         results = ray_utils.wait_all(calls, f"collecting the rollout of training step {step}")
         shards = [[result[0][rank] for result in results] for rank in range(self.plan.num_trainers)]
         episodes = [episode for result in results for episode in result[1]]
         if episodes:
             ids, successes = [e.task_id for e in episodes], [e.success for e in episodes]
             ray.get(self.curriculum.report_results.remote(ids, successes))
-        return shards, episodes, [result[2] for result in results]
+        return Collected(shards, episodes, [result[2] for result in results])
 
     def update(self, shards: list[list[ray.ObjectRef]], step: int) -> dict[str, float | None]:
         """The PPO update on every rank; the metrics are averages over all of them."""
@@ -875,21 +923,27 @@ class Run:
 
 
 def train(args: Args, plan: Plan, cluster: Cluster, run: Run) -> None:
-    """The training loop."""
+    """The training loop: push weights, collect, update; `async_depth 1` collects the next rollout meanwhile."""
     episodes: list[EpisodeResult] = []
+    ahead: list[ray.ObjectRef] = []
     timer = PhaseTimer()
     for step in range(1, plan.num_training_steps + 1):
         with timer.phase("step"):
+            with timer.phase("collect"):  # what was begun during the last update; the engines are at rest afterwards
+                collected = cluster.finish_collecting(ahead, step) if ahead else None
             with timer.phase("sync"):
                 sync = cluster.push_weights(version=step - 1)
             evaluation = run.evaluate(step - 1) if args.eval_freq and (step - 1) % args.eval_freq == 0 else {}
             with timer.phase("collect"):
-                shards, episodes, worker_stats = cluster.collect(step)
+                collected = collected or cluster.finish_collecting(cluster.start_collecting(step), step)
+            ahead = cluster.start_collecting(step + 1) if args.async_depth and step < plan.num_training_steps else []
             with timer.phase("update"):
-                update = cluster.update(shards, step)
-        seconds = {f"time/{k}_s": v for k, v in timer.pop().items()}
-        metrics = rollout_metrics(episodes, worker_stats) | update | sync | seconds | evaluation
-        metrics["time/env_steps_per_s"] = plan.samples_per_step / seconds["time/step_s"]
+                cluster.sleep_engines()
+                update = cluster.update(collected.shards, step)
+        episodes, seconds = collected.episodes, timer.pop()
+        metrics = rollout_metrics(episodes, collected.worker_stats) | update | sync | evaluation
+        metrics |= time_metrics(seconds, collected.worker_stats, plan.samples_per_step)
+        metrics["train/policy_lag"] = step - 1 - collected.worker_stats[0]["policy_version"]
         run.report(step, metrics, episodes)
     run.finish(plan.num_training_steps, episodes)
 
@@ -897,18 +951,27 @@ def train(args: Args, plan: Plan, cluster: Cluster, run: Run) -> None:
 def main(args: Args) -> None:
     """Check everything, start the cluster, train, and leave nothing running."""
     validate(args)
-    plan = make_plan(args)
-    exp_dir = Path(plan.exp_dir)
-    check_files(args, exp_dir)
-    if exp_dir.exists() and args.overwrite:
-        shutil.rmtree(exp_dir)
-    exp_dir.mkdir(parents=True, exist_ok=True)
-    add_log_file(exp_dir / "log.txt")
-    logger.info(f"{plan.num_training_steps} training steps of {plan.samples_per_step} environment steps; {exp_dir}")
-    num_gpus = torch.cuda.device_count() if plan.device == "cuda" else 0
-    num_slots = plan.num_trainers + args.vllm_num_engines * (1 + plan.num_env_processes)
-    ray_utils.start_ray(args.ray_address, num_gpus, max(num_slots, ray_utils.LOCAL_CPU_SLOTS))
     try:
+        num_gpus, nodes = torch.cuda.device_count(), []
+        if args.ray_address:
+            ray_utils.start_ray(args.ray_address)  # the cluster says what it has; nothing is placed yet
+            args, nodes = absolute_paths(args), ray_utils.cluster_nodes()
+        plan = make_plan(args, has_gpus=any(node.gpus for node in nodes) if nodes else num_gpus > 0)
+        exp_dir = Path(plan.exp_dir)
+        nodes = nodes or [ray_utils.local_node(num_gpus, plan.demand)]
+        raise_problems(placement_problems(plan.demand, nodes))
+        check_files(args, exp_dir)
+        if args.ray_address:
+            models = [path for path in (args.vla_path, args.load_adapter_checkpoint) if path]
+            placement = ray_utils.place_on_cluster(plan.demand)
+            raise_problems(ray_utils.node_problems(placement, args.run_root_dir, models))
+        if exp_dir.exists() and args.overwrite:
+            shutil.rmtree(exp_dir)
+        exp_dir.mkdir(parents=True, exist_ok=True)
+        add_log_file(exp_dir / "log.txt")
+        logger.info(f"{plan.num_training_steps} training steps of {plan.samples_per_step} environment steps; {exp_dir}")
+        if not args.ray_address:
+            ray_utils.start_ray(None, nodes[0].gpus, nodes[0].cpus)
         cluster = Cluster(args, plan)
         counts = cluster.setup()
         logger.info(", ".join(f"{k} {v:,.0f}" for k, v in counts.items()))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ppo.envs.base import get_suite, known_suites, split_options
+from utils.placement import Demand, request_problems
 
 
 def parse_trainers_per_node(text: str) -> tuple[int, ...]:
@@ -40,6 +41,7 @@ def range_problems(args: Any) -> list[str]:
     positive += " num_env_processes num_env_groups env_timeout_s vllm_num_engines vllm_tensor_parallel_size"
     positive += " sync_bucket_mib trainer_num_threads engine_num_threads placement_timeout_s num_trials_per_task"
     positive += " per_device_forward_batch_size max_env_length num_value_epochs curriculum_tau cliprange"
+    positive += " importance_weight_cap"
     not_negative = "save_freq eval_freq value_init_steps policy_lr_warmup_steps max_grad_norm cliprange_value vf_coef"
     not_negative += " entropy_coef beta best_min_delta best_patience curriculum_min_prob num_steps_wait cliprange_high"
     not_negative += " env_gpu_id"
@@ -91,8 +93,11 @@ def choice_problems(args: Any) -> list[str]:
         problems.append("--run_id_note is appended to the default name only: put it into --exp_id")
     if args.device == "cpu" and args.offload:
         problems.append("--offload moves GPU memory to the CPU: it has no meaning with --device cpu")
-    if args.colocate and len(parse_trainers_per_node(args.actor_num_gpus_per_node)) > 1:
-        problems.append("--colocate works on one node: give --actor_num_gpus_per_node one number")
+    backend, fits = args.vllm_sync_backend, {"nccl": not args.colocate and args.device != "cpu",
+                                             "ipc": args.colocate, "gloo": args.device != "cuda"}  # fmt: skip
+    if not fits.get(backend, True):
+        problems.append(f"--vllm_sync_backend {backend}: nccl is for GPUs of their own, ipc for shared ones "
+                        "(--colocate), gloo for --device cpu: leave it at auto")  # fmt: skip
     if args.device == "cpu" and args.vllm_tensor_parallel_size > 1:
         problems.append("--vllm_tensor_parallel_size > 1 needs GPUs")
     return problems
@@ -116,10 +121,9 @@ def size_problems(args: Any, num_trainers: int) -> list[str]:
         problems.append(f"--local_rollout_batch_size {envs} does not divide among {num_trainers} trainer ranks: use "
                         f"{lower or num_trainers} or {lower + num_trainers}")  # fmt: skip
         return problems
-    if args.colocate and num_trainers != args.vllm_num_engines * args.vllm_tensor_parallel_size:
-        engine_gpus = args.vllm_num_engines * args.vllm_tensor_parallel_size
-        problems.append(f"--colocate puts one engine GPU beside each trainer: {num_trainers} trainers and "
-                        f"{engine_gpus} engine GPUs do not match")  # fmt: skip
+    demand = Demand(parse_trainers_per_node(args.actor_num_gpus_per_node), args.vllm_num_engines,
+                    args.vllm_tensor_parallel_size, colocate=args.colocate)  # fmt: skip
+    problems += request_problems(demand)
     if args.colocate and args.gpu_memory_utilization > 0.8:
         problems.append(f"--gpu_memory_utilization {args.gpu_memory_utilization} with --colocate leaves the trainer "
                         "nothing: use 0.3 to 0.6")  # fmt: skip

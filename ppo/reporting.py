@@ -1,6 +1,6 @@
 """What the driver says about a training step: metrics of the rollout, the console line, and which policy is best."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +46,22 @@ def rollout_metrics(episodes: Sequence[EpisodeResult], worker_stats: Sequence[di
         metrics["rollout/episode_return"] = float(np.mean([e.episode_return for e in episodes]))
         metrics["rollout/episode_length"] = float(np.mean([e.length for e in episodes]))
     return metrics
+
+
+def time_metrics(
+    seconds: Mapping[str, float], worker_stats: Sequence[Mapping[str, float]], samples_per_step: int
+) -> dict[str, float]:
+    """`time/` metrics of one step: the driver's phases, env steps/s, and which share of the step each side worked.
+
+    `seconds` are the driver's phases (with `step`, the whole, and `update`); the engines' share is generating alone.
+    """
+    step_s = seconds["step"]
+    return {f"time/{name}_s": value for name, value in seconds.items()} | {
+        "time/env_steps_per_s": samples_per_step / step_s,
+        "time/trainer_busy_fraction": seconds["update"] / step_s,
+        "time/worker_busy_fraction": float(np.mean([s["collect_s"] for s in worker_stats])) / step_s,
+        "time/engine_busy_fraction": float(np.mean([s["generate_s"] for s in worker_stats])) / step_s,
+    }
 
 
 def progress_line(step: int, num_steps: int, metrics: dict[str, float], elapsed_s: float) -> str:

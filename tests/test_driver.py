@@ -125,6 +125,22 @@ def test_full_run_with_its_own_critic_kl_and_token_ratios(tiny_model_dir, tmp_pa
     assert not driver.checkpoint_utils.check_model_dir(tmp_path / "run")
 
 
+def test_the_next_rollout_is_collected_during_the_update(tiny_model_dir, tmp_path):
+    args = small_args(
+        tiny_model_dir, tmp_path, async_depth=1, use_lora=True, lora_rank=4, total_episodes=4 * 64, value_init_steps=0,
+        eval_freq=3, num_trials_per_task=1, task_ids=(1,),
+    )  # fmt: skip
+    run_driver(args)
+    steps = metrics_by_step(tmp_path / "run")
+    assert [steps[s]["train/policy_lag"] for s in (1, 2, 3, 4)] == [0, 1, 1, 1]
+    # the first rollout is the trainer's own policy's, the later ones that of the version before: weights leave 1
+    assert steps[1]["train/engine_logprob_max_diff"] < 1e-4 < steps[2]["train/engine_logprob_max_diff"]
+    assert steps[1]["train/importance_weight_mean"] == pytest.approx(1.0, abs=1e-4)
+    for step in (2, 3, 4):
+        assert abs(steps[step]["train/importance_weight_mean"] - 1.0) > 1e-4
+        assert steps[step]["train/first_minibatch_ratio_max_abs_dev"] < 1e-5, "the ratio is against the own policy"
+
+
 def test_every_problem_of_a_command_line_is_reported_at_once(tmp_path):
     args = driver.Args(
         task_suite_name="table", local_mini_batch_size=48, per_device_train_batch_size=9, num_steps=32,

@@ -3,7 +3,7 @@
 import pytest
 
 from ppo.evaluation import EpisodeResult
-from ppo.reporting import BestReturn, progress_line, rollout_metrics
+from ppo.reporting import BestReturn, progress_line, rollout_metrics, time_metrics
 
 WORKER = {"num_void_steps": 2.0, "num_replaced": 1.0, "generate_s": 3.0, "wait_env_s": 0.5, "mem_gib": 1.5}
 
@@ -18,6 +18,16 @@ def test_rates_are_over_the_episodes_that_ended():
     ended = [EpisodeResult(0, None, 1, True, 4, 1.0), EpisodeResult(2, None, 2, False, 10, 0.0)]
     metrics = rollout_metrics(ended, [WORKER])
     assert metrics["rollout/success_rate"] == 0.5 and metrics["rollout/episode_length"] == 7.0
+
+
+def test_busy_fractions_are_shares_of_the_step():
+    seconds = {"step": 10.0, "update": 6.0, "sync": 1.0}
+    workers = [{"collect_s": 4.0, "generate_s": 3.0}, {"collect_s": 8.0, "generate_s": 5.0}]
+    metrics = time_metrics(seconds, workers, samples_per_step=200)
+    assert metrics["time/env_steps_per_s"] == 20.0 and metrics["time/sync_s"] == 1.0
+    assert metrics["time/trainer_busy_fraction"] == pytest.approx(0.6)
+    assert metrics["time/worker_busy_fraction"] == pytest.approx(0.6)
+    assert metrics["time/engine_busy_fraction"] == pytest.approx(0.4)
 
 
 def test_the_line_has_the_eta_and_a_dash_for_what_is_undefined():
