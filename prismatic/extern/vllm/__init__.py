@@ -28,6 +28,10 @@ def register() -> None:
         from prismatic.extern.vllm.cpu_ops import register_cpu_ops
 
         register_cpu_ops()
+    else:
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+        register_backend(AttentionBackendEnum.FLASH_ATTN, "prismatic.extern.vllm.attention.PromptFlashAttentionBackend")
     for name, class_name in TRANSFER_ENGINES.items():
         if name not in WeightTransferEngineFactory._registry:
             WeightTransferEngineFactory.register_engine(name, "prismatic.extern.vllm.weight_transfer", class_name)
