@@ -55,7 +55,7 @@ OWN_OPTIONS = {
     "logprobs_mode": "nothing: log-probs must be those after mask and temperature",
     "skip_tokenizer_init": "nothing: prompts come as token ids",
     "enable_prefix_caching": "nothing: an image never repeats",
-    "worker_extension_cls": "nothing: it brings the model class into vLLM's worker processes",
+    "worker_extension_cls": "nothing: it brings the model class and encode_images into vLLM's workers",
 }
 
 
@@ -293,8 +293,10 @@ class ActionEngine:
         engine: Any = self._llm.llm_engine
         pending = {str(row) for row in range(len(prompt_ids))}
         try:
+            # First: a GPU encodes while the requests are made.
+            self._llm.collective_rpc("encode_images", args=(pixels,))
             for row, ids in enumerate(prompt_ids):
-                engine.add_request(str(row), self._request(ids, pixels[row]), params[row])
+                engine.add_request(str(row), self._request(ids, row), params[row])
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     completion = output.outputs[0]
@@ -306,12 +308,11 @@ class ActionEngine:
                 engine.abort_request(list(pending))
         return Generation(token_ids, logprobs)
 
-    def _request(self, prompt_ids: list[int], pixels_HWC: torch.Tensor) -> Any:
+    def _request(self, prompt_ids: list[int], row: int) -> Any:
         self._num_requests += 1
-        # A copy of its own: a view would take the whole batch along when it is sent to another process.
         return self._action_request(
             prompt_ids,
-            pixels_HWC.clone(),
+            row,
             str(self._num_requests),
             num_patches=self._num_patches,
             placeholder_id=self._model_config.pad_token_id,

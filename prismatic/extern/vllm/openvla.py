@@ -33,7 +33,8 @@ from vllm.sequence import IntermediateTensors
 
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
 from prismatic.extern.hf.modeling_prismatic import PrismaticProjector, PrismaticVisionBackbone, create_featurizer
-from prismatic.extern.vllm.inputs import IMAGE, PIXELS, action_request
+from prismatic.extern.vllm.inputs import IMAGE, PIXELS, ROW, action_request
+from prismatic.extern.vllm.vision import MAX_GRAPH_IMAGES, GraphedEncoder
 
 
 def count_patches(config: OpenVLAConfig) -> int:
@@ -171,6 +172,8 @@ class OpenVLAForActionPrediction(nn.Module, SupportsMultiModal):
         self._vision_is_compiled = vllm_config.compilation_config.compile_mm_encoder
         if self._vision_is_compiled:
             compile_blocks(self.vision_backbone)
+        self._graphed = GraphedEncoder(self._encode) if self._vision_is_compiled and torch.cuda.is_available() else None
+        self._encoded: Any = ()
         self.configure_mm_token_handling(config.text_config.vocab_size, [config.pad_token_id])  # type: ignore[operator]
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
 
@@ -183,11 +186,28 @@ class OpenVLAForActionPrediction(nn.Module, SupportsMultiModal):
         normalized = pixels * self._pixel_scale[..., None, None] + self._pixel_shift[..., None, None]
         return normalized.flatten(1, 2).to(self.vision_backbone.featurizer.patch_embed.proj.weight.dtype)
 
+    @torch.inference_mode()
+    def encode_images(self, pixels_BHWC: Tensor) -> None:
+        """Start encoding (B, H, W, 3) uint8 images of the CPU; requests then name their row (`action_request`).
+
+        On a GPU this only queues the work: it runs while requests are made and scheduled.
+        """
+        device = next(self.projector.parameters()).device
+        parts = []
+        for pixels in pixels_BHWC.split(MAX_GRAPH_IMAGES):
+            if device.type == "cuda":
+                pixels = pixels.pin_memory().to(device, non_blocking=True)
+            parts.append(self._graphed(pixels) if self._graphed else self._encode(pixels))
+        self._encoded = parts[0] if len(parts) == 1 else torch.cat(parts)
+
     def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
-        """Return (B, P, D) for `pixels` (B, H, W, 3) uint8, or nothing without images."""
-        pixels_BHWC = kwargs.get(PIXELS)
-        if not isinstance(pixels_BHWC, Tensor):
-            return []
+        """Return (B, P, D) of `rows` (B, 1) of the last `encode_images`, or of `pixels` (B, H, W, 3) uint8."""
+        rows, pixels_BHWC = kwargs.get(ROW), kwargs.get(PIXELS)
+        if isinstance(rows, Tensor):
+            return [self._encoded[row] for row in rows.flatten().tolist()]
+        return self._encode(pixels_BHWC) if isinstance(pixels_BHWC, Tensor) else []
+
+    def _encode(self, pixels_BHWC: Tensor) -> Tensor:
         # A batch of one would be compiled for itself, in the middle of a run: it is encoded twice instead.
         num_images = len(pixels_BHWC)
         if self._vision_is_compiled and num_images == 1:

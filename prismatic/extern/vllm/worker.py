@@ -1,9 +1,13 @@
-"""Brings the model class into vLLM's worker processes, whether or not the project is installed.
+"""What our engine adds to vLLM's workers; importing it registers the model class, installed or not.
 
 An engine with tensor parallelism starts a process for each GPU. vLLM's entry points tell them about the class, but only
 of an installed distribution; with the project on PYTHONPATH alone there are none. Every worker imports the module of
 its extension class before it builds the model.
 """
+
+from typing import Any
+
+import torch
 
 from prismatic.extern.vllm import register
 
@@ -11,4 +15,10 @@ register()
 
 
 class WorkerExtension:
-    """Adds nothing to a worker: importing its module is what counts."""
+    """Methods for `collective_rpc`, mixed into vLLM's worker class."""
+
+    get_model: Any
+
+    def encode_images(self, pixels_BHWC: torch.Tensor) -> None:
+        """Start encoding the images of the requests to come."""
+        self.get_model().encode_images(pixels_BHWC)
