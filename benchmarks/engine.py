@@ -6,7 +6,7 @@ Both run in this process on the same weights, prompts and images, taking turns, 
 is what counts. The engine samples at a temperature with a seed for each request and returns log-probs (what a rollout
 asks for); the loop is greedy and returns tokens only (what the least code would do). Without `--model_dir` a random
 tiny model of `make_tiny_vla.py`'s default size is made. The split is measured apart, with a synchronisation around
-each part on GPU; "input preparation" is the model runner's time outside vision, decoder and sampler.
+each part on GPU; "input preparation" is the model runner's time outside decoder and sampler.
 """
 
 import os
@@ -88,7 +88,7 @@ def watch_engine(engine: ActionEngine) -> Stopwatch:
     watch.wrap(core.scheduler, "update_from_output", "scheduler")
     watch.wrap(runner, "execute_model", "runner")
     watch.wrap(runner, "sample_tokens", "runner")
-    watch.wrap(runner.model, "embed_multimodal", "vision")
+    watch.wrap(runner.model, "encode_images", "vision")
     watch.wrap(runner.model, "forward", "decoder")
     watch.wrap(runner.model, "compute_logits", "decoder")
     watch.wrap(runner.sampler, "forward", "sampler")
@@ -99,7 +99,7 @@ def watch_engine(engine: ActionEngine) -> Stopwatch:
 def split_ms(watch: Stopwatch, total_s: float, num_calls: int) -> dict[str, float]:
     """Milliseconds a call of each part; they sum to the call."""
     seconds = dict(watch.seconds)
-    inside = sum(seconds.get(part, 0.0) for part in ("vision", "decoder", "sampler"))
+    inside = sum(seconds.get(part, 0.0) for part in ("decoder", "sampler"))
     seconds["input preparation"] = seconds.pop("runner") - inside
     seconds["rest"] = total_s - sum(seconds.values())
     return {part: 1e3 * seconds.get(part, 0.0) / num_calls for part in PARTS}

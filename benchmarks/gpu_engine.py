@@ -11,13 +11,17 @@ a call in which the GPU runs a kernel. The agreement compares the engine's log-p
 trainer calls it, in the same dtype, and both with float32.
 """
 
-import gc
+import cProfile
 import os
+import pstats
 import re
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -86,7 +90,7 @@ class Args:
     num_agreement_actions: int = 256
     """Sampled actions whose log-probs are compared; 0 for none."""
     profile: bool = False
-    """Also list the kernels of one call at the largest batch."""
+    """Also list the kernels of one call at the largest batch, and Python's functions at the smallest."""
     gpu_memory_utilization: float = 0.5
     """The engine's share of the GPU; the Hugging Face model stays beside it."""
     output: str = ""
@@ -182,10 +186,9 @@ def runner_of(engine: ActionEngine) -> Any:
 
 @torch.inference_mode()
 def vision_seconds(engine: ActionEngine, images: np.ndarray, num_repeats: int) -> float:
-    """Seconds of the ViTs and the projector alone, images already on the device."""
-    model = runner_of(engine).model
-    pixels = torch.from_numpy(images).to(next(model.parameters()).device)
-    return device_seconds(lambda: model.embed_multimodal(pixels=pixels), num_repeats)
+    """Seconds of the ViTs and the projector alone, with the images' way to the device."""
+    model, pixels = runner_of(engine).model, torch.from_numpy(images)
+    return device_seconds(lambda: model.encode_images(pixels), num_repeats)
 
 
 def kernel_seconds(call: Callable[[], Any]) -> dict[str, float]:
@@ -219,6 +222,21 @@ def print_kernels(engine: ActionEngine, config: Any, args: Args) -> dict[str, An
     rows = [[name[:110], 1e3 * s, s / total] for name, s in top]
     print_table("its longest kernels", ["kernel", "ms", "share"], rows)
     return {"batch": batch_size, "categories": dict(by_category), "kernels": dict(top)}
+
+
+def print_python(engine: ActionEngine, config: Any, args: Args) -> None:
+    """Print the functions in which Python spends a call at the smallest batch (waiting for the GPU included)."""
+    prompts, images = make_inputs(config, min(args.batch_sizes), args.num_text_tokens)
+    profiler = cProfile.Profile()
+    with profiler:
+        for _ in range(args.num_repeats):
+            engine.generate(prompts, images, temperature=1.0)
+    calls = sorted(pstats.Stats(profiler).stats.items(), key=lambda item: -item[1][2])[:25]  # type: ignore[attr-defined]
+    rows = [
+        [f"{Path(file).name}:{line} {name}"[:90], count // args.num_repeats, 1e3 * own / args.num_repeats]
+        for (file, line, name), (_, count, own, _, _) in calls
+    ]
+    print_table(f"Python at batch {min(args.batch_sizes)}", ["function", "calls", "own ms a call"], rows)
 
 
 def measure_hf(model: Any, processor: Any, flops: ModelFlops, ceiling: float, args: Args) -> list[dict]:
@@ -324,11 +342,8 @@ def run_case(model_dir: str, case: str, config: Any, flops: ModelFlops, ceiling:
             result["samples"] = sample_actions(engine, load_processor(model_dir), config, args)
         if args.profile and args.device == "cuda":
             result["profile"] = print_kernels(engine, config, args)
+            print_python(engine, config, args)
     engine.close()
-    del engine
-    gc.collect()
-    if args.device == "cuda":
-        torch.cuda.empty_cache()
     return result
 
 
@@ -367,7 +382,12 @@ def main(args: Args) -> None:
         [[ceiling / 1e12, action_tflop, (flops.vision + flops.projector) / 1e12, ceiling / 1e12 / action_tflop]],
     )
     results: dict[str, Any] = {"args": args, "make_model_s": make_s, "ceiling_tflops": ceiling / 1e12, "flops": flops}
-    results["cases"] = {case: run_case(model_dir, case, model.config, flops, ceiling, args) for case in args.cases}
+    results["cases"] = {}
+    for case in args.cases:
+        # A process for each: what an engine leaves on the GPU after `close` would be too much for the next one.
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            inputs = (model_dir, case, model.config, flops, ceiling, args)
+            results["cases"][case] = pool.submit(run_case, *inputs).result()
     first = results["cases"][args.cases[0]]
     samples = first.pop("samples", None)
     results["ceiling_after_tflops"] = matmul_ceiling(args.device) / 1e12
