@@ -271,7 +271,7 @@ def count_work(case: Case, flops: ModelFlops, lengths: list[int]) -> Work:
 
 def measure(learner: PPOLearner, case: Case, micro: int, args: Args, ceiling: float, flops: ModelFlops) -> dict:
     """One row: an update to warm up (of one minibatch), then one that counts."""
-    learner.micro_batch_size = learner.forward_batch_size = micro
+    learner.micro_batch_size = micro
     learner.update(make_rollout(learner, args.minibatch), step=1)
     rollout = make_rollout(learner, args.num_samples)
     if args.device == "cuda":

@@ -8,7 +8,7 @@ tokens, V action vocabulary, P patches, D hidden.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -34,6 +34,8 @@ from ppo.rollout import Rollout, minibatches
 from prismatic.vla.action_tokenizer import ActionTokenizer
 from utils import fsdp_utils
 from utils.logging_utils import PhaseTimer
+
+NUM_ACTION_TOKENS = 7
 
 
 class PPOArgs(Protocol):
@@ -63,7 +65,7 @@ class PPOArgs(Protocol):
     cliprange_value: float
     vf_coef: float
     freeze_vision_backbone: bool
-    async_depth: int
+    async_depth: Literal[0, 1]
     importance_weight_cap: float
     compile: bool
     sharding_strategy: Literal["full-shard", "shard-grad-op"]
@@ -111,13 +113,17 @@ class PPOLearner:
     ) -> None:
         self.args, self.policy, self.critic, self.processor = args, policy, critic, processor
         self.reference, self.dtype = reference, dtype
-        self.device = next(policy.model.parameters()).device
+        self.device = fsdp_utils.compute_device(policy.model)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.first_action_id = int(ActionTokenizer.from_config(policy.model.config).action_token_ids[0])
         self.timer = PhaseTimer()
         # 0: not chosen yet, see `ppo.memory.check_memory`
-        size = args.per_device_train_batch_size or largest_micro_batch(args.local_mini_batch_size)
-        self.micro_batch_size, self.forward_batch_size = size, args.per_device_forward_batch_size or size
+        self.micro_batch_size = args.per_device_train_batch_size or largest_micro_batch(args.local_mini_batch_size)
+
+    @property
+    def forward_batch_size(self) -> int:
+        """Samples per pass where no gradient is needed."""
+        return self.args.per_device_forward_batch_size or self.micro_batch_size
 
     def update(self, rollout: Rollout, step: int) -> dict[str, float | None]:
         """One training step (counted from 1) on this rank's environments.
@@ -299,21 +305,58 @@ class PPOLearner:
             fsdp_utils.set_gradient_sync(trained.model, is_last, keep_gathered=keep)
             yield micro, is_last
 
+    def rehearse(self, prompts: Sequence[list[int]]) -> None:
+        """Run the passes of an update on made-up samples with the longest of `prompts`, without an optimizer step.
+
+        Needs as much memory as an update's passes do (the optimizers' states aside). Weights and random state are as
+        before afterwards, gradients are dropped.
+        """
+        size = max(self.micro_batch_size, self.forward_batch_size)
+        prompt_ids, prompt_mask = self.processor.collate_prompts(list(prompts))
+        longest = int(prompt_mask.sum(1).argmax())
+        height, width = self.processor.image_processor.image_size
+        batch = Batch(
+            prompt_ids_NL=prompt_ids[[longest] * size],
+            prompt_mask_NL=prompt_mask[[longest] * size],
+            length_N=prompt_mask.sum(1)[[longest] * size],
+            images_NHWC=torch.zeros(size, height, width, 3, dtype=torch.uint8),
+            action_ids_NA=torch.full((size, NUM_ACTION_TOKENS), self.first_action_id),
+            old_logprob_NA=torch.zeros(size, NUM_ACTION_TOKENS),
+            weight_N=torch.ones(size),
+            advantage_N=torch.zeros(size),
+            return_N=torch.zeros(size),
+        ).to(self.device)
+        indices = torch.arange(2 * self.micro_batch_size) % size
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            with torch.no_grad():
+                self._evaluate(batch)
+            normalizer = torch.tensor(float(len(indices)), device=self.device)
+            for trained, loss_of in ((self.critic, self._value_loss), (self.policy, self._policy_loss)):
+                with training_mode(trained.model):
+                    for micro, _ in self._training_passes(trained, batch, indices):
+                        loss_of(micro, normalizer)[0].backward()
+                trained.optimizer.zero_grad(set_to_none=True)
+
     def update_value(self, batch: Batch, step: int, averages: Averages) -> None:
         """`num_value_epochs` passes of the critic's optimizer over the rollout."""
         args = self.args
         for indices in self._minibatch_indices(len(batch), step, args.num_value_epochs or args.num_epochs, "value"):
             normalizer = self._normalizer(batch, indices)
             for micro, is_last in self._training_passes(self.critic, batch, indices):
-                assert micro.old_value_N is not None and micro.return_N is not None
-                result = value_loss(
-                    self._values(micro), micro.old_value_N, micro.return_N, args.cliprange_value or None,
-                    weight_B=micro.weight_N, normalizer=normalizer,
-                )  # fmt: skip
-                (args.vf_coef * result.loss).backward()
-                shares = {"train/value_loss": result.loss, "train/value_clip_fraction": result.clip_fraction}
+                loss, shares = self._value_loss(micro, normalizer)
+                loss.backward()
                 averages.add_shares(shares, is_last)
             self._optimizer_step("critic", self.critic, step, averages)
+
+    def _value_loss(self, micro: Batch, normalizer: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and statistics of a micro-batch, as shares of its minibatch's."""
+        assert micro.old_value_N is not None and micro.return_N is not None
+        result = value_loss(
+            self._values(micro), micro.old_value_N, micro.return_N, self.args.cliprange_value or None,
+            weight_B=micro.weight_N, normalizer=normalizer,
+        )  # fmt: skip
+        shares = {"train/value_loss": result.loss.detach(), "train/value_clip_fraction": result.clip_fraction}
+        return self.args.vf_coef * result.loss, shares
 
     def update_policy(self, batch: Batch, step: int, averages: Averages) -> None:
         """`num_epochs` passes of clipped PPO over the rollout, or fewer where `max_approx_kl` is exceeded."""

@@ -81,7 +81,7 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def compile_blocks(model: nn.Module) -> None:
+def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
     """Compile the forward of each ViT block and Llama layer in place; parameter names stay as they are.
 
     All blocks of a class share one compilation per shape and mode (gradients or not, for the input too). Hooks (FSDP's)
@@ -92,7 +92,7 @@ def compile_blocks(model: nn.Module) -> None:
     torch._dynamo.config.recompile_limit = 64
     for module in model.modules():
         if _is_unit(module):
-            module.forward = _contiguous_first(torch.compile(module.forward))  # type: ignore[method-assign]
+            module.forward = _contiguous_first(torch.compile(module.forward, backend=backend))  # type: ignore[method-assign]
 
 
 def _is_unit(module: nn.Module) -> bool:
@@ -203,6 +203,19 @@ def free_gathered(model: nn.Module) -> None:
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole tensor behind a DTensor shard (a collective), or the tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def compute_device(model: nn.Module) -> torch.device:
+    """Where `model` computes, which with `offload` is not where its parameters are."""
+    parameter = next(model.parameters())
+    if isinstance(parameter, DTensor) and parameter.device_mesh.device_type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return parameter.device
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a DTensor, or the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def checkpoint_name(name: str) -> str:

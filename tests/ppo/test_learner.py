@@ -1,104 +1,14 @@
 """The PPO update on one and two gloo ranks, over a hand-made rollout and the real tiny model."""
 
 import dataclasses
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
-from ppo.rollout import Rollout
+from ppo.batch import Averages
 from tests.distributed import in_ranks
-from utils import fsdp_utils, peft_utils
-
-T, B, SIZE = 6, 4, 28
-
-
-def flags(**changes) -> SimpleNamespace:
-    """The update's flags at their plain values: one epoch, one minibatch of everything."""
-    values = {
-        "seed": 0, "temperature": 1.3, "num_epochs": 1, "num_value_epochs": None, "local_mini_batch_size": T * B,
-        "per_device_train_batch_size": 4, "per_device_forward_batch_size": None, "max_grad_norm": 1.0,
-        "cliprange": 0.2, "cliprange_high": None, "ratio_level": "action", "gamma": 0.9, "lam": 0.8, "norm_adv": True,
-        "bootstrap_truncated": True, "entropy_coef": 0.01, "beta": 0.0, "max_approx_kl": None,
-        "old_logprobs": "recompute", "value_model_type": "shared", "value_init_steps": 0, "cliprange_value": 0.2,
-        "vf_coef": 0.5, "freeze_vision_backbone": False, "async_depth": 0, "importance_weight_cap": 2.0,
-        "compile": False, "sharding_strategy": "full-shard",
-    }  # fmt: skip
-    return SimpleNamespace(**(values | changes))
-
-
-def make_rollout(model_dir: str, seed: int = 0) -> Rollout:
-    """Random observations and actions; an episode that ends well, two cut by the time limit, and a dropped one."""
-    from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
-    from prismatic.extern.hf.processing_prismatic import load_processor
-
-    rng = np.random.default_rng(seed)
-    first = OpenVLAConfig.from_pretrained(model_dir).first_action_token_id
-    processor = load_processor(model_dir)
-    terminated, truncated = torch.zeros(T, B, dtype=torch.bool), torch.zeros(T, B, dtype=torch.bool)
-    valid = torch.ones(T, B, dtype=torch.bool)
-    terminated[2, 0] = truncated[3, 0] = truncated[5, 1] = True
-    valid[:2, 3], terminated[1, 3] = False, True
-
-    def images(*shape: int) -> torch.Tensor:
-        return torch.from_numpy(rng.integers(0, 256, (*shape, SIZE, SIZE, 3), dtype=np.uint8))
-
-    return Rollout(
-        prompts=[processor.prompt_ids("pick up the red block"), processor.prompt_ids("push the plate")],
-        images_TBHWC=images(T, B),
-        action_ids_TBA=torch.from_numpy(rng.integers(0, 256, (T, B, 7))) + first,
-        logprob_TBA=torch.from_numpy(rng.normal(-5.5, 0.1, (T, B, 7)).astype(np.float32)),
-        reward_TB=terminated.float() * valid,
-        terminated_TB=terminated,
-        truncated_TB=truncated,
-        task_id_TB=torch.from_numpy(rng.integers(0, 2, (T, B))),
-        valid_TB=valid,
-        last_images_BHWC=images(B),
-        last_task_id_B=torch.tensor([0, 1, 1, 0]),
-        final_images_KHWC=images(2),
-        final_t_K=torch.tensor([3, 5]),
-        final_b_K=torch.tensor([0, 1]),
-    )
-
-
-def make_learner(
-    model_dir: str, args: SimpleNamespace, lora: bool = False, dropout: float = 0.0, checkpointing: bool = False
-):
-    """Policy, critic and optimizers as the driver builds them; SGD, so that weights show the gradients' size."""
-    from ppo.critic import ValueHead
-    from ppo.learner import PPOLearner, Trainable
-    from prismatic.extern.hf.modeling_prismatic import load_model
-    from prismatic.extern.hf.processing_prismatic import load_processor
-
-    torch.manual_seed(3)
-    model = load_model(model_dir)
-    if checkpointing:
-        model.gradient_checkpointing_enable()
-    if lora:
-        peft_utils.add_lora(model, rank=4, dropout=dropout, freeze_vision_backbone=True)
-    critic = ValueHead(model.config.text_config.hidden_size)
-    with torch.no_grad():
-        for parameter in critic.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-
-    def trainable(module, lr):
-        module = fsdp_utils.shard_model(module, min_unit_params=1)
-        parameters = peft_utils.trainable_parameters(module)
-        optimizer = torch.optim.SGD(parameters, lr=lr)
-        return Trainable(module, parameters, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0, 1))
-
-    return PPOLearner(args, trainable(model, 0.1), trainable(critic, 0.1), load_processor(model_dir))
-
-
-def weights(learner) -> dict[str, torch.Tensor]:
-    parts = {"policy": learner.policy.model, "critic": learner.critic.model}
-    return {
-        f"{k}.{n}": fsdp_utils.full_tensor(p.detach()).clone()
-        for k, m in parts.items()
-        for n, p in m.named_parameters()
-    }
+from tests.learners import B, T, assert_same_update, flags, make_learner, make_rollout, weights
 
 
 def run_and_save(rank: int, model_dir: str, out: str, changes: dict, lora: bool) -> None:
@@ -116,17 +26,6 @@ def run_and_save(rank: int, model_dir: str, out: str, changes: dict, lora: bool)
 def updated(tmp_path, model_dir, world_size: int, lora: bool = False, **changes) -> dict:
     in_ranks(world_size, run_and_save, str(model_dir), str(tmp_path), changes, lora)
     return torch.load(f"{tmp_path}/{world_size}.pt", weights_only=True)
-
-
-def assert_same_update(one: dict, two: dict) -> None:
-    for name in one["metrics"]:
-        if name.startswith("train/"):
-            assert two["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-5, abs=1e-6), name
-    changes = []
-    for name, weight in one["weights"].items():
-        torch.testing.assert_close(two["weights"][name], weight, rtol=1e-5, atol=1e-6, msg=name)
-        changes.append(float((weight - one["before"][name]).abs().max()))
-    assert max(changes) > 1e-3, "the update changed nothing: the comparison shows nothing"
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -192,8 +91,6 @@ def test_ratio_warmup_dropped_episodes_and_cached_vision_features(tiny_model_dir
 
 def advantages_by_hand(rank: int, model_dir: str) -> None:
     """prepare() puts the value of the real next observation where GAE needs it, against an explicit loop."""
-    from ppo.batch import Averages
-
     rollout, args = make_rollout(model_dir), flags(norm_adv=False)
     learner = make_learner(model_dir, args)
     batch = learner.prepare(rollout, Averages())
