@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import socket
 import time
 import uuid
@@ -48,8 +49,20 @@ def actor_env(**variables: str) -> dict[str, dict[str, str]]:
     return {"env_vars": forwarded | quiet | variables}
 
 
+def require_token() -> None:
+    """Let only processes with this process's environment into a Ray cluster that starts here; what is set before wins.
+
+    Ray's servers listen on all interfaces and run any code that they are sent. Without a token in the environment Ray
+    would write one into the home directory.
+    """
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if os.environ["RAY_AUTH_MODE"] == "token" and not os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    ray._raylet.Config.initialize("")  # Ray read the mode when it was imported
+
+
 def start_ray(address: str | None, num_gpus: int = 0, num_cpu_slots: int = LOCAL_CPU_SLOTS) -> None:
-    """Connect to a running cluster (`address`), or start one on this machine bound to the loopback interface.
+    """Connect to a running cluster (`address`), or start one on this machine that nobody else gets into.
 
     A local cluster gets exactly `num_gpus` GPUs and as many CPU slots as our actors ask for; thread counts are set per
     actor, so slots do not have to be cores. A running cluster may want a token: Ray reads RAY_AUTH_TOKEN_PATH.
@@ -58,14 +71,13 @@ def start_ray(address: str | None, num_gpus: int = 0, num_cpu_slots: int = LOCAL
     if address:
         ray.init(address=address, log_to_driver=True)
         return
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else Ray writes a token into the home directory
+    require_token()
     ray.init(
         address="local",  # never a cluster that somebody started here, or a trace of one
         num_cpus=max(num_cpu_slots, os.cpu_count() or 1),
         num_gpus=num_gpus,
         include_dashboard=os.environ.get("PPO_VLA_DASHBOARD", "0") == "1",
         log_to_driver=True,
-        _node_ip_address="127.0.0.1",
     )
 
 
@@ -119,31 +131,6 @@ def reserve(placement: Placement, timeout_s: float) -> PlacementGroup:
         raise TimeoutError(
             f"not placed within --placement_timeout_s {timeout_s:.0f} ({'; '.join(placement.lines)}): the rest of the "
             f"cluster is in use; free are {'; '.join(free)}"
-        ) from None
-    return group
-
-
-def check_cluster(num_gpus: int, layout: str) -> None:
-    """Raise ValueError if the cluster has fewer GPUs than `layout` (for the message) needs."""
-    available = int(ray.cluster_resources().get("GPU", 0))
-    if available < num_gpus:
-        raise ValueError(f"needs {num_gpus} GPUs ({layout}), the cluster has {available}")
-
-
-def create_placement_group(bundles: Sequence[dict[str, float]], strategy: str, timeout_s: float) -> PlacementGroup:
-    """Reserve `bundles` and wait until they are placed.
-
-    Raises:
-        TimeoutError: not placed within `timeout_s`; names what was asked for and what the cluster has.
-    """
-    group = placement_group(list(bundles), strategy=strategy)
-    try:
-        ray.get(group.ready(), timeout=timeout_s)
-    except ray.exceptions.GetTimeoutError:
-        remove_placement_group(group)
-        raise TimeoutError(
-            f"placement group {list(bundles)} ({strategy}) was not placed within {timeout_s:.0f} s; the cluster has "
-            f"{ray.cluster_resources()}, free {ray.available_resources()}"
         ) from None
     return group
 
