@@ -148,7 +148,7 @@ def free_port() -> int:
 
 
 def node_address() -> str:
-    """Address at which this node's actors reach each other (loopback on a one-machine cluster)."""
+    """Address at which other nodes reach this node's actors, as Ray knows it."""
     return ray.util.get_node_ip_address()
 
 
