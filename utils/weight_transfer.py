@@ -15,6 +15,7 @@ from torch import Tensor
 
 from prismatic.extern.vllm.weight_buckets import BucketLayout
 from prismatic.extern.vllm.weight_channel import BACKENDS as CHANNEL_BACKENDS
+from prismatic.extern.vllm.weight_channel import ChannelError
 from utils.logging_utils import get_logger
 
 if TYPE_CHECKING:
@@ -123,8 +124,11 @@ class WeightReceiver:
             )
         self._manifest = None
         self.llm.init_weight_transfer_engine({"init_info": info})
-        if backend != OBJECT_STORE:
-            self._manifest = BucketLayout.from_dict(info["layout"]).manifest
+        if backend == OBJECT_STORE:
+            return
+        if problem := self._worker_problem():
+            raise ChannelError(problem)
+        self._manifest = BucketLayout.from_dict(info["layout"]).manifest
 
     def receive(self, version: int) -> WeightUpdateReport:
         """Receive `version` from the trainer's channel, while every trainer rank sends it.
@@ -139,17 +143,20 @@ class WeightReceiver:
         refusal = "; ".join(problems) or None
         self.problem = f"the update to version {version} broke off half-way"
         self.llm.start_weight_update()
-        try:
-            self.llm.update_weights({"update_info": {"version": version, "refusal": refusal}})
-        except RuntimeError as error:
-            if problems:
-                self._refuse(version, "nothing was overwritten", problems)
-            self.problem = f"the weight update to version {version} failed: {error}"
-            raise WeightUpdateError(self.problem) from error
+        self.llm.update_weights({"update_info": {"version": version, "refusal": refusal}})
         self.llm.finish_weight_update()
+        if problems:
+            self._refuse(version, "nothing was overwritten", problems)
+        if problem := self._worker_problem():
+            self.problem = f"the weight update to version {version} failed: {problem}"
+            raise WeightUpdateError(self.problem)
         report = self._worker_report(version)
         self._accept(version)
         return report
+
+    def _worker_problem(self) -> str | None:
+        """What kept the engine's workers from joining or receiving."""
+        return "; ".join(sorted({text for text in self.llm.collective_rpc(_problem_of) if text})) or None
 
     def _worker_report(self, version: int) -> WeightUpdateReport:
         """What the engine's workers report, which must be the same and complete."""
@@ -211,6 +218,11 @@ class WeightReceiver:
     def _refuse(self, version: int, state: str, problems: list[str]) -> None:
         self.problem = f"the weight update to version {version} failed ({state}): " + "; ".join(problems)
         raise WeightUpdateError(f"{self.problem}. Send every parameter once, by its checkpoint name")
+
+
+def _problem_of(worker: Any) -> str | None:
+    """What kept a worker from its last operation; runs in the worker."""
+    return worker.weight_transfer_engine.problem
 
 
 def _received_by(worker: Any) -> dict[str, int]:

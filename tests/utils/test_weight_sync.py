@@ -1,6 +1,5 @@
 """A trainer's shards to a real vLLM engine (CPU) over the channel: the engine's log-probs become the trainer's."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,17 @@ TOLERANCE = 1e-4
 BUCKET_BYTES = 100_000
 
 
+def start_engine(model_dir: Path, tensor_parallel_size: int) -> Any:
+    config = EngineConfig(
+        str(model_dir), max_num_seqs=4, tensor_parallel_size=tensor_parallel_size, weight_transfer_backend="gloo"
+    )
+    return ray.remote(num_cpus=1, runtime_env={"env_vars": engine_env("cpu")})(ActionEngine).remote(config)
+
+
 @pytest.fixture(scope="module")
 def engine(tiny_model_dir: Path) -> Iterator[Any]:
     start_ray(None, num_gpus=0, num_cpu_slots=4)
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    actor_class = ray.remote(num_cpus=1, runtime_env={"env_vars": engine_env("cpu")})(ActionEngine)
-    actor = actor_class.remote(EngineConfig(str(tiny_model_dir), max_num_seqs=4, weight_transfer_backend="gloo"))
+    actor = start_engine(tiny_model_dir, 1)
     yield actor
     ray.get(actor.close.remote())
     ray.shutdown()
@@ -73,9 +77,10 @@ def lora_model(model_dir: Path, seed: int) -> nn.Module:
     return model
 
 
-def connect(model: nn.Module, engine: Any, timeout_s: float = 30.0) -> WeightSender:
-    sender = WeightSender(WeightExporter(model, torch.float32, BUCKET_BYTES), "gloo", rank=0, timeout_s=timeout_s)
-    joined = engine.init_weight_transfer.remote("gloo", engine_info([sender.open()], "gloo", 0))
+def connect(model: nn.Module, engine: Any, num_receivers: int = 1) -> WeightSender:
+    exporter = WeightExporter(model, torch.float32, BUCKET_BYTES)
+    sender = WeightSender(exporter, "gloo", rank=0, num_receivers=num_receivers, timeout_s=30.0)
+    joined = engine.init_weight_transfer.remote("gloo", engine_info([sender.open()], "gloo", 0, num_receivers))
     sender.connect()
     ray.get(joined)
     return sender
@@ -144,3 +149,24 @@ def test_trainer_that_stops_in_the_middle_and_the_engine_recovers(engine, observ
     sender.send(10, verify=True)
     ray.get(received)
     assert observations.difference(model, observations.act(engine)) < TOLERANCE
+
+
+@pytest.mark.slow
+def test_every_tensor_parallel_worker_receives_and_refuses(engine, observations, tiny_model_dir) -> None:
+    pair, model = start_engine(tiny_model_dir, 2), lora_model(tiny_model_dir, 3)
+    assert observations.difference(model, observations.act(pair)) > 100 * TOLERANCE  # and it has started
+    sender = connect(model, pair, num_receivers=2)
+    received = pair.receive_weights.remote(1)
+    report = sender.send(1, verify=True)
+    assert ray.get(received).num_verified == report.num_params
+    assert observations.difference(model, observations.act(pair)) < TOLERANCE
+    received = pair.receive_weights.remote(3)
+    with pytest.raises(ChannelError, match="receiver 1: version 2 is sent, 3 was.*receiver 2: version 2 is sent"):
+        sender.send(2)
+    with pytest.raises(WeightUpdateError, match="version 3 failed.*version 2 is sent, 3 was expected"):
+        ray.get(received)
+    received = pair.receive_weights.remote(4)  # both workers still answer what they are asked
+    sender.send(4)
+    assert ray.get(received).version == 4
+    assert observations.difference(model, observations.act(pair)) < TOLERANCE
+    ray.get(pair.close.remote())

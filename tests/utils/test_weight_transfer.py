@@ -33,7 +33,7 @@ class RecordingLLM:
         self.calls: list[str] = []
         self.infos: list[dict[str, Any]] = []
         self.reports = reports or []
-        self.failure: Exception | None = None
+        self.problems: list[str | None] = []
         self.llm_engine = self
 
     def __getattr__(self, name: str):
@@ -42,11 +42,9 @@ class RecordingLLM:
     def update_weights(self, request: dict[str, Any]) -> None:
         self.calls.append("update_weights")
         self.infos.append(request["update_info"])
-        if self.failure is not None:
-            raise self.failure
 
-    def collective_rpc(self, function: Any) -> list[dict[str, int]]:
-        return self.reports
+    def collective_rpc(self, function: Any) -> list[Any]:
+        return self.problems if function.__name__ == "_problem_of" else self.reports
 
 
 CACHES = ["reset_prefix_cache", "reset_mm_cache", "reset_encoder_cache"]
@@ -93,7 +91,7 @@ def test_tensors_that_the_manifest_did_not_announce_are_refused() -> None:
 def test_channel_is_refused_with_the_reason_for_the_trainer() -> None:
     llm = RecordingLLM()
     receiver = channel_receiver(llm, {"a.weight": (3, 2), "c": (1,)})
-    llm.failure = ChannelError("refused by receiver 1")
+    llm.problems = ["refused by receiver 1"]
     with pytest.raises(WeightUpdateError, match="nothing was overwritten.*missing: b.weight; .*a.weight is .3, 2."):
         receiver.receive(3)
     assert llm.infos[0]["version"] == 3 and "missing: b.weight" in llm.infos[0]["refusal"]
@@ -118,13 +116,21 @@ def test_workers_must_report_the_same_complete_version() -> None:
 
 
 def test_broken_channel_is_a_failed_update() -> None:
-    llm = RecordingLLM([REPORT])
+    llm = RecordingLLM([REPORT, REPORT])
     receiver = channel_receiver(llm, SHAPES)
-    llm.failure = ChannelError("no answer from the sender")
+    llm.problems = [None, "no answer from the sender"]
     with pytest.raises(WeightUpdateError, match="version 3 failed: no answer from the sender"):
         receiver.receive(3)
-    llm.failure = None
+    assert "no answer" in str(receiver.problem) and receiver.version == 0
+    llm.problems = [None, None]
     assert receiver.receive(3).version == 3 and receiver.problem is None
+
+
+def test_channel_that_is_not_joined_is_an_error() -> None:
+    llm = RecordingLLM()
+    llm.problems = ["the sender did not join", "the sender did not join"]
+    with pytest.raises(ChannelError, match="^the sender did not join$"):
+        channel_receiver(llm, SHAPES)
 
 
 def test_receiving_needs_a_channel() -> None:

@@ -47,29 +47,40 @@ class ChannelWeightTransferEngine(WeightTransferEngine[ChannelInitInfo, ChannelU
     On GPUs the unquantised weights are overwritten in place (vLLM processes nothing after loading there), so pointers
     and CUDA graphs stay valid and no memory is needed. On CPUs they go through vLLM's layerwise reload, because linear
     weights are repacked and dropped.
+
+    Failures are kept in `problem`, not raised: vLLM stops reading its workers' answers at the first error, and would
+    take the other workers' answers for those to the next call.
     """
 
     init_info_cls = ChannelInitInfo
     update_info_cls = ChannelUpdateInfo
     end: ReceivingEnd | None = None
     received: Received | None = None
+    problem: str | None = None
 
     def init_transfer_engine(self, init_info: ChannelInitInfo) -> None:
-        """Join the trainer's channel; an earlier one is left. Raises ChannelError when the others do not come."""
+        """Join the trainer's channel; an earlier one is left. `problem` says when the others do not come."""
         self.shutdown()
         join = init_info.joins[get_tensor_model_parallel_rank()]
         layout = BucketLayout.from_dict(init_info.layout)
-        self.end = ReceivingEnd(ChannelAddress(**join["address"]), join["rank"], layout, self.device)
+        self.problem = None
+        try:
+            self.end = ReceivingEnd(ChannelAddress(**join["address"]), join["rank"], layout, self.device)
+        except (RuntimeError, ValueError) as error:
+            self.problem = str(error)
 
     def start_weight_update(self) -> None:
         """Do nothing: weights are touched only after all ends have agreed on the update."""
 
     def receive_weights(self, update_info: ChannelUpdateInfo) -> None:
-        """Receive and load all buckets. Raises ChannelError (see ReceivingEnd.receive)."""
-        assert self.end is not None, "init_transfer_engine was not called"
-        self.received = None
+        """Receive and load all buckets; `received` says what came, `problem` why it did not (ReceivingEnd.receive)."""
+        self.received, self.problem = None, None
         load = self._load_in_place if self.device.type == "cuda" else self._reload_layers
-        self.received = self.end.receive(update_info.version, load, update_info.refusal)
+        try:
+            assert self.end is not None, "no channel is open"
+            self.received = self.end.receive(update_info.version, load, update_info.refusal)
+        except Exception as error:  # whatever it is, the other workers' answers must be read: see above
+            self.problem = str(error) or repr(error)
 
     def finish_weight_update(self) -> None:
         """Do nothing: `receive_weights` leaves the model complete."""
