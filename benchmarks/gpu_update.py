@@ -77,9 +77,9 @@ class Case:
 CASES = {
     "lora-frozen": Case("lora", (8, 16, 32, 64), freeze_vision=True),
     "lora-frozen-peft": Case("lora", (32,), freeze_vision=True, peft_forward=True),
-    "lora-frozen-compile": Case("lora", (32,), freeze_vision=True, compile=True),
+    "lora-frozen-compile": Case("lora", (32, 64), freeze_vision=True, compile=True),
     "lora": Case("lora", (16, 32)),
-    "lora-compile": Case("lora", (32,), compile=True),
+    "lora-compile": Case("lora", (32, 64), compile=True),
     "lora-ckpt": Case("lora", (64,), checkpointing=True),
     "full": Case("full", (8, 16), zero=3),
     "full-compile": Case("full", (16,), zero=3, compile=True),
@@ -146,23 +146,30 @@ class TimedLearner(PPOLearner):
             super()._optimizer_step(*args, **kwargs)
 
 
-def build_7b(device: torch.device, dtype: torch.dtype) -> tuple[OpenVLAForActionPrediction, PrismaticProcessor]:
-    """An OpenVLA-7B with random weights, made on `device` without a file."""
-    config = openvla_7b_config()
+def build_model(size: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, PrismaticProcessor]:
+    """An OpenVLA of `size` with random weights, made on `device` in `dtype` without a file, and its processor."""
+    if size == "7b":
+        config, image_processor = openvla_7b_config(), PrismaticImageProcessor(
+            use_fused_vision_backbone=True, image_resize_strategy="resize-naive", input_sizes=[[3, 224, 224]] * 2,
+            interpolations=["bicubic"] * 2, means=MEANS, stds=STDS,
+        )  # fmt: skip
+        processor = PrismaticProcessor(image_processor, build_llama_sized_tokenizer())
+    else:
+        tiny, processor = build_tiny_vla(TinyVLAConfig())
+        config = tiny.config
     with torch.device("meta"):
         model = OpenVLAForActionPrediction(config)
+    model = model.to(dtype).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
-    for name, parameter in model.named_parameters():
-        parameter.data = random_tensor(name, tuple(parameter.shape), generator).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(random_tensor(name, tuple(parameter.shape), generator))
+    # Its buffers are not in the weights: made anew, with their values and in float32.
     decoder = model.language_model.model
     decoder.rotary_emb = type(decoder.rotary_emb)(config=decoder.config).to(device)
-    lost = [name for name, buffer in model.named_buffers() if buffer.is_meta]
-    assert not lost, f"buffers without values: {lost}"
-    image_processor = PrismaticImageProcessor(
-        use_fused_vision_backbone=True, image_resize_strategy="resize-naive", input_sizes=[[3, 224, 224]] * 2,
-        interpolations=["bicubic"] * 2, means=MEANS, stds=STDS,
-    )  # fmt: skip
-    return model, PrismaticProcessor(image_processor, build_llama_sized_tokenizer())
+    others = [name for name, _ in model.named_buffers() if "rotary_emb" not in name]
+    assert not others, f"buffers without values: {others}"
+    return model, processor
 
 
 def build_learner(case: Case, args: Args) -> PPOLearner:
@@ -170,10 +177,7 @@ def build_learner(case: Case, args: Args) -> PPOLearner:
     device = torch.device(args.device)
     compute = torch.bfloat16 if args.device == "cuda" else torch.float32
     torch.manual_seed(0)
-    if args.size == "7b":
-        model, processor = build_7b(device, compute if case.kind == "lora" else torch.float32)
-    else:
-        model, processor = build_tiny_vla(TinyVLAConfig())
+    model, processor = build_model(args.size, device, compute if case.kind == "lora" else torch.float32)
     model.eval()
     if case.checkpointing:
         model.gradient_checkpointing_enable()
@@ -185,7 +189,7 @@ def build_learner(case: Case, args: Args) -> PPOLearner:
                 module.__class__ = PeftLoraLinear
     if case.freeze_vision:
         model.vision_backbone.requires_grad_(False)
-    fsdp_utils.cast_frozen(model.to(device), compute)
+    fsdp_utils.cast_frozen(model, compute)
     hidden_size = model.config.text_config.hidden_size
 
     def trainable(module: torch.nn.Module, dtype: torch.dtype, learning_rate: float) -> Trainable:
