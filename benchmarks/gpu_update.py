@@ -160,10 +160,10 @@ def build_model(size: str, device: torch.device, dtype: torch.dtype) -> tuple[An
     with torch.device("meta"):
         model = OpenVLAForActionPrediction(config)
     model = model.to(dtype).to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(0)
+    generator, num_layers = torch.Generator(device).manual_seed(0), config.text_config.num_hidden_layers
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(random_tensor(name, tuple(parameter.shape), generator))
+            parameter.copy_(random_tensor(name, tuple(parameter.shape), generator, num_layers))
     # Its buffers are not in the weights: made anew, with their values and in float32.
     decoder = model.language_model.model
     decoder.rotary_emb = type(decoder.rotary_emb)(config=decoder.config).to(device)
