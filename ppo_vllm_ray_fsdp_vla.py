@@ -290,7 +290,7 @@ class Args:
     engine_num_threads: int = 1
     """CPU threads of each engine."""
     ray_address: str | None = None
-    """Address of a running Ray cluster ("auto": the one on this machine). Default: start one, on loopback."""
+    """Address of a running Ray cluster ("auto": the one on this machine). Default: start one for this run only."""
     placement_timeout_s: float = 300.0
     """How long to wait for the cluster to place the actors."""
 
