@@ -170,3 +170,80 @@ def counted(function, calls):
 
 def test_lora_dropout_and_checkpointing_act_in_the_update(tiny_model_dir):
     in_ranks(1, dropout_and_checkpointing, str(tiny_model_dir))
+
+
+def importance_weights(rank: int, model_dir: str) -> None:
+    """pi_old / pi_rollout per action, cut at the cap; multiplies each action's loss; logged over valid samples."""
+    rollout = make_rollout(model_dir)
+    learner = make_learner(model_dir, flags(async_depth=1))
+    old_NA = learner.prepare(rollout, Averages()).old_logprob_NA
+    # rollout log-probs such that the actions' weights are 0.5, 4 (cut at 2) and else 1
+    behaviour_NA = old_NA.clone()
+    behaviour_NA[3, 0] += torch.tensor(2.0).log()
+    behaviour_NA[8, 6] -= torch.tensor(4.0).log()
+    rollout.logprob_TBA = behaviour_NA.view(T, B, -1)
+    batch = learner.prepare(rollout, Averages())
+    expected_N = torch.ones(T * B)
+    expected_N[3], expected_N[8] = 0.5, 2.0
+    torch.testing.assert_close(batch.importance_weight_N, expected_N, rtol=1e-5, atol=1e-5)
+    micro, normalizer = batch[torch.tensor([8])], torch.tensor(1.0)
+    weighted = learner._policy_loss(micro, normalizer)[1]["train/policy_loss"]
+    micro.importance_weight_N = None
+    plain = learner._policy_loss(micro, normalizer)[1]["train/policy_loss"]
+    assert float(weighted) == pytest.approx(2 * float(plain), rel=1e-4) and abs(float(plain)) > 1e-3
+    metrics = learner.update(rollout, step=1)
+    # samples 3 and 7 belong to the dropped episode: 22 valid ones, of which one weighs 2
+    assert metrics["train/importance_weight_mean"] == pytest.approx(23 / 22, rel=1e-5)
+    assert metrics["train/importance_weight_truncated_fraction"] == pytest.approx(1 / 22, rel=1e-5)
+
+
+def test_importance_weights_correct_an_overlapped_rollout(tiny_model_dir):
+    in_ranks(1, importance_weights, str(tiny_model_dir))
+
+
+def compiled(rank: int, model_dir: str) -> None:
+    """Compiled blocks give the eager update, recompute where asked to, in one shape, under the same names."""
+    results = []
+    for options in ({}, {"compile_backend": "aot_eager"}, {"compile_backend": "aot_eager", "checkpointing": True}):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        learner = make_learner(model_dir, flags(compile="compile_backend" in options), lora=True, **options)
+        before = weights(learner)
+        learner.update(make_rollout(model_dir), step=1)
+        results.append({"metrics": {}, "weights": weights(learner), "before": before})
+        counts = torch._dynamo.utils.counters
+        assert not counts["graph_break"]
+        if options:
+            # two ViTs (their adapters frozen) without gradients and with, the first block apart; one Llama layer
+            frames = counts["frames"]["ok"]
+            assert 0 < frames <= 8, frames
+            learner.update(make_rollout(model_dir, seed=1), step=2)
+            assert counts["frames"]["ok"] == frames, "a second update compiled again"
+    assert_same_update(results[0], results[1])
+    assert_same_update(results[0], results[2])
+
+
+def test_compiled_blocks_give_the_eager_update(tiny_model_dir):
+    in_ranks(1, compiled, str(tiny_model_dir))
+
+
+def masters(rank: int, model_dir: str) -> None:
+    """bfloat16 compute: frozen weights in bfloat16, what trains (and its gradients) in float32, on one rank and two."""
+    args = flags(sharding_strategy="shard-grad-op", local_mini_batch_size=T * B // dist.get_world_size())
+    learner = make_learner(model_dir, args, lora=True, adam=True, dtype=torch.bfloat16)
+    dtypes = {p.requires_grad: p.dtype for p in learner.policy.model.parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    before = weights(learner)
+    metrics = learner.update(make_rollout(model_dir).shard(rank, dist.get_world_size()), step=1)
+    assert metrics["train/first_minibatch_ratio_max_abs_dev"] < 0.05
+    states = learner.policy.optimizer.state.values()
+    assert states and all(s["exp_avg"].dtype == torch.float32 for s in states)
+    after = weights(learner)
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed and all("lora" in name or name.startswith("critic") for name in changed)
+    assert all(weight.dtype == before[name].dtype for name, weight in after.items())
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_only_what_trains_has_float32_masters(tiny_model_dir, world_size):
+    in_ranks(world_size, masters, str(tiny_model_dir))
