@@ -63,6 +63,7 @@ from ppo.envs.base import ResetRequest, get_suite, split_options
 from ppo.envs.vector import VectorEnv
 from ppo.evaluation import EpisodeResult, EvaluationRun, evaluation_requests, run_episodes, summarize_run
 from ppo.learner import PPOLearner, Reference, Trainable
+from ppo.memory import check_memory
 from ppo.reporting import BestReturn, progress_line, rollout_metrics, time_metrics
 from ppo.rollout import Rollout
 from ppo.utils.curriculum import CurriculumManager
@@ -181,7 +182,8 @@ class Args:
     local_mini_batch_size: int = 256
     """Samples per optimizer step on each trainer rank."""
     per_device_train_batch_size: int = 32
-    """Samples per forward/backward pass on each trainer rank (gradient accumulation makes up the minibatch)."""
+    """Samples per forward/backward pass on each trainer rank (gradient accumulation makes up the minibatch).
+    Tried out on a GPU before the run. 0: the largest that its memory holds."""
     per_device_forward_batch_size: int | None = None
     """Samples per pass where no gradient is needed. Default: per_device_train_batch_size."""
     learning_rate: float = 2e-5
@@ -285,6 +287,8 @@ class Args:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
     """Compile the ViTs' and the Llama's blocks in the trainers: a minute at the start, a quarter less time after."""
+    activation_memory_budget: float = 1.0
+    """With --compile: share of the blocks' activations kept for the backward pass; the rest is computed again."""
     trainer_num_threads: int = 1
     """CPU threads of each trainer rank."""
     engine_num_threads: int = 1
@@ -452,6 +456,9 @@ class PolicyTrainer:
             args, self.policy, self.critic, load_processor(args.vla_path),
             reference=self._build_reference(), dtype=self.dtype,
         )  # fmt: skip
+        prompts = [self.learner.processor.prompt_ids(t) for t in get_suite(args.task_suite_name).instructions]
+        share = 1.0 - args.gpu_memory_utilization if args.colocate and not plan.engines_sleep else 1.0
+        check_memory(self.learner, prompts, plan.samples_per_step // plan.num_trainers, share=share)
         torch.manual_seed(args.seed * 1000 + self.rank)
         return {
             "policy parameters": sum(p.numel() for p in policy.parameters()),
@@ -466,7 +473,7 @@ class PolicyTrainer:
         reshard = args.sharding_strategy == "full-shard"
         fsdp_utils.shard_model(model, param_dtype=dtype, offload=args.offload, reshard_after_forward=reshard)
         if args.compile:
-            fsdp_utils.compile_blocks(model)
+            fsdp_utils.compile_blocks(model, memory_budget=args.activation_memory_budget)
         return model
 
     def _load_model(self, *, trained: bool) -> Any:

@@ -1,11 +1,13 @@
-"""PPO updates of OpenVLA-7B on one GPU: samples/s, model FLOPs utilisation, peak memory, and where the time goes.
+"""PPO updates of OpenVLA-7B: samples/s, model FLOPs utilisation, peak memory, and where the time goes.
 
     python benchmarks/gpu_update.py [--cases lora lora-compile] [--micros 16 32] [--profile] [--output FILE]
+    torchrun --nproc_per_node 2 benchmarks/gpu_update.py --cases full-budget --minibatch 128 --num_samples 256
     python benchmarks/gpu_update.py --size tiny --device cpu          the same code without a GPU
 
 Every case builds the real thing (random weights made on the GPU, LoRA, FSDP, fused AdamW, the shared critic) and
 calls `PPOLearner.update` on a synthetic rollout once to warm up and once for the figures. The ceiling is a matrix
-product in the same run.
+product in the same run. Under torchrun every rank trains on samples of its own; sizes, memory and MFU are a GPU's,
+samples/s and tokens/s those of all together.
 
 FLOPs counted, two for a multiply-add, over real tokens only: a forward pass is 2 N for each token of vision,
 projector, prompt and six fed actions, plus attention (causal half) and the 256 action logits. The policy phase counts
@@ -15,6 +17,7 @@ Recomputation and the adapter's own products count nothing. The prepare phase co
 """
 
 import gc
+import itertools
 import os
 import time
 import traceback
@@ -28,6 +31,7 @@ from typing import Any, Literal
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
+import torch.distributed as dist
 import tyro
 from gpu_common import (
     ModelFlops,
@@ -72,6 +76,8 @@ class Case:
     checkpointing: bool = False
     zero: Literal[2, 3] = 2
     peft_forward: bool = False
+    budgets: tuple[float, ...] = (1.0,)
+    """Shares of the compiled blocks' activations that are kept, tried at every micro-batch size."""
 
 
 CASES = {
@@ -85,10 +91,11 @@ CASES = {
     "full-compile": Case("full", (16,), zero=3, compile=True),
     "full-ckpt": Case("full", (16, 32), checkpointing=True),
     "full-ckpt-compile": Case("full", (32,), checkpointing=True, compile=True),
+    "full-budget": Case("full", (16, 32), zero=3, compile=True, budgets=(0.4, 0.2)),
 }
 COLUMNS = (
-    "case", "micro", "samples/s", "tokens/s", "TFLOP/sample", "attention %", "MFU policy", "MFU all", "peak GiB",
-    "prepare s", "value s", "policy s", "optimizer s",
+    "case", "micro", "budget", "samples/s", "tokens/s", "TFLOP/sample", "attention %", "MFU policy", "MFU all",
+    "peak GiB", "prepare s", "value s", "policy s", "optimizer s",
 )  # fmt: skip
 
 
@@ -100,6 +107,8 @@ class Args:
     """Names of CASES."""
     micros: list[int] = field(default_factory=list)
     """Micro-batch sizes instead of each case's own."""
+    budgets: list[float] = field(default_factory=list)
+    """Memory budgets instead of each case's own, largest first."""
     num_samples: int = 128
     """Samples of the measured update."""
     minibatch: int = 64
@@ -174,7 +183,7 @@ def build_model(size: str, device: torch.device, dtype: torch.dtype) -> tuple[An
 
 def build_learner(case: Case, args: Args) -> PPOLearner:
     """Policy, critic and optimizers as the driver builds them."""
-    device = torch.device(args.device)
+    device = torch.device(args.device, torch.cuda.current_device()) if args.device == "cuda" else torch.device("cpu")
     compute = torch.bfloat16 if args.device == "cuda" else torch.float32
     torch.manual_seed(0)
     model, processor = build_model(args.size, device, compute if case.kind == "lora" else torch.float32)
@@ -217,14 +226,14 @@ def update_flags(case: Case, args: Args) -> SimpleNamespace:
         value_model_type="shared", value_init_steps=0, cliprange_value=0.2, vf_coef=1.0,
         freeze_vision_backbone=case.freeze_vision, compile=case.compile, async_depth=0, importance_weight_cap=2.0,
         sharding_strategy="full-shard" if case.zero == 3 else "shard-grad-op", offload=False,
-        enable_gradient_checkpointing=case.checkpointing,
+        enable_gradient_checkpointing=case.checkpointing, activation_memory_budget=1.0,
     )  # fmt: skip
 
 
 def make_rollout(learner: PPOLearner, num_samples: int) -> Rollout:
     """`num_samples` steps of one environment: random images, actions and rewards, prompts of several lengths."""
     size, first = learner.processor.image_processor.image_size, learner.first_action_id
-    shape, generator = (num_samples, 1), torch.Generator().manual_seed(0)
+    shape, generator = (num_samples, 1), torch.Generator().manual_seed(learner.rank)
     images = torch.randint(0, 256, (*shape, *size, 3), dtype=torch.uint8, generator=generator)
     empty = torch.zeros(0, dtype=torch.long)
     return Rollout(
@@ -286,12 +295,12 @@ def measure(learner: PPOLearner, case: Case, micro: int, args: Args, ceiling: fl
     synchronize()
     seconds = time.perf_counter() - start
     lengths = [len(rollout.prompts[i]) for i in rollout.task_id_TB.flatten().tolist()]
-    work, num = count_work(case, flops, lengths), args.num_samples
+    work, num, ranks = count_work(case, flops, lengths), args.num_samples, learner.world_size
     policy_s = metrics["time/trainer_policy_s"] or 0.0
     return {
         "micro": micro,
-        "samples/s": num / seconds,
-        "tokens/s": num * work.tokens / seconds,
+        "samples/s": ranks * num / seconds,
+        "tokens/s": ranks * num * work.tokens / seconds,
         "TFLOP/sample": (work.prepare + work.policy) / 1e12,
         "attention %": 100 * work.attention / work.policy,
         "MFU policy": num * work.policy / policy_s / ceiling,
@@ -312,18 +321,27 @@ def run_case(name: str, args: Args, ceiling: float, flops: ModelFlops) -> Iterat
         start = time.perf_counter()
         learner = build_learner(case, args)
         print(f"  {name}: built in {time.perf_counter() - start:.1f} s", flush=True)
-        for micro in micros:
+        for micro, budget in itertools.product(micros, args.budgets or case.budgets):
             if case.compile:
                 torch._dynamo.reset()  # else the second size is compiled with a symbolic batch
-            yield {"case": name, **measure(learner, case, micro, args, ceiling, flops)}
+                torch._functorch.config.activation_memory_budget = budget
+            yield {"case": name, "budget": budget, **measure(learner, case, micro, args, ceiling, flops)}
         if args.profile:
             profile(learner, args)
     except torch.OutOfMemoryError as error:
+        end_if_others_wait(error)
         yield {"case": name, "micro": micro, "samples/s": "out of memory"}
         print(f"  {name} {micro}: {str(error).splitlines()[0][:200]}")
     except Exception as error:  # a run on a lent GPU goes on with the next case, whatever this one met
+        end_if_others_wait(error)
         traceback.print_exc()
         yield {"case": name, "micro": micro, "samples/s": type(error).__name__}
+
+
+def end_if_others_wait(error: Exception) -> None:
+    """Let torchrun end the run where other ranks would wait for this one for ever."""
+    if dist.get_world_size() > 1:
+        raise error
 
 
 CATEGORIES = (
@@ -348,6 +366,8 @@ def profile(learner: PPOLearner, args: Args) -> None:
     events = [(e.key, e.self_device_time_total if on_gpu else e.self_cpu_time_total, e.count)
               for e in profiler.key_averages()]  # fmt: skip
     events.sort(key=lambda event: -event[1])
+    if learner.rank:
+        return
     total = sum(microseconds for _, microseconds, _ in events)
     sums: dict[str, float] = defaultdict(float)
     for name, microseconds, _ in events:
@@ -376,17 +396,19 @@ def shape_ceilings(num_tokens: int = 9440) -> dict[str, float]:
 def main(args: Args) -> None:
     """Measure every case and print one table."""
     begin = time.perf_counter()
-    info = fsdp_utils.setup_distributed(device_type=args.device)
-    assert info.world_size == 1, "this benchmark is for one GPU"
+    info = fsdp_utils.setup_distributed(timeout_s=300.0, device_type=args.device)
     if args.device == "cpu":
         args.num_samples, args.minibatch = 16, 8
-    ceiling = matmul_ceiling(args.device)
+    # With every GPU at work, as in the update: they may share a power limit.
+    ceiling = fsdp_utils.all_reduce_sums({"": matmul_ceiling(args.device)}, info.device)[""] / info.world_size
     shapes = shape_ceilings() if args.device == "cuda" else {}
     config = openvla_7b_config() if args.size == "7b" else build_tiny_vla(TinyVLAConfig())[0].config
     flops = model_flops(config)
     rows: list[dict] = []
     for name in args.cases:
         for row in run_case(name, args, ceiling, flops):
+            if info.rank:
+                continue
             rows.append(row)
             print(f"{time.perf_counter() - begin:6.1f} s  {row}", flush=True)
             results = {"ceiling": ceiling, "shapes": shapes, "cases": {n: asdict(c) for n, c in CASES.items()}}
@@ -395,7 +417,10 @@ def main(args: Args) -> None:
         torch._dynamo.reset()
         if args.device == "cuda":
             torch.cuda.empty_cache()
-    title = f"PPO update, {args.size}, {describe_hardware()}\nmatrix product ceiling {ceiling / 1e12:.1f} TFLOP/s"
+    if info.rank:
+        return
+    title = f"PPO update, {args.size}, {info.world_size} rank(s), {describe_hardware()}"
+    title += f"\nmatrix product ceiling {ceiling / 1e12:.1f} TFLOP/s"
     title += "".join(f"; {name} {rate / 1e12:.0f}" for name, rate in shapes.items())
     print_table(title, COLUMNS, [[row.get(c) for c in COLUMNS] for row in rows], width=170)
 

@@ -37,15 +37,15 @@ def raise_problems(problems: Sequence[str]) -> None:
 def range_problems(args: Any) -> list[str]:
     """Numbers outside their range."""
     positive = "total_episodes num_steps local_rollout_batch_size num_epochs learning_rate"
-    positive += " local_mini_batch_size per_device_train_batch_size value_learning_rate lora_rank"
+    positive += " local_mini_batch_size value_learning_rate lora_rank"
     positive += " num_env_processes num_env_groups env_timeout_s vllm_num_engines vllm_tensor_parallel_size"
     positive += " sync_bucket_mib trainer_num_threads engine_num_threads placement_timeout_s num_trials_per_task"
     positive += " per_device_forward_batch_size max_env_length num_value_epochs curriculum_tau cliprange"
     positive += " importance_weight_cap"
     not_negative = "save_freq eval_freq value_init_steps policy_lr_warmup_steps max_grad_norm cliprange_value vf_coef"
     not_negative += " entropy_coef beta best_min_delta best_patience curriculum_min_prob num_steps_wait cliprange_high"
-    not_negative += " env_gpu_id"
-    unit = "gamma lam lora_dropout curriculum_ema_alpha gpu_memory_utilization"
+    not_negative += " env_gpu_id per_device_train_batch_size"
+    unit = "gamma lam lora_dropout curriculum_ema_alpha gpu_memory_utilization activation_memory_budget"
     problems = []
     for names, rule, holds in (
         (positive, "> 0", lambda x: x > 0),
@@ -93,6 +93,9 @@ def choice_problems(args: Any) -> list[str]:
         problems.append("--run_id_note is appended to the default name only: put it into --exp_id")
     if args.device == "cpu" and args.offload:
         problems.append("--offload moves GPU memory to the CPU: it has no meaning with --device cpu")
+    if args.activation_memory_budget < 1 and not args.compile:
+        problems.append("--activation_memory_budget is the compiler's: add --compile, or use "
+                        "--enable_gradient_checkpointing")  # fmt: skip
     backend, fits = args.vllm_sync_backend, {"nccl": not args.colocate and args.device != "cpu",
                                              "ipc": args.colocate, "gloo": args.device != "cuda"}  # fmt: skip
     if not fits.get(backend, True):

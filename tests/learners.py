@@ -73,6 +73,7 @@ def make_learner(
     adam: bool = False,
     dtype: torch.dtype = torch.float32,
     compile_backend: str | None = None,
+    memory_budget: float = 1.0,
 ) -> PPOLearner:
     """Policy, critic and optimizers as the driver builds them; SGD unless `adam`, so that weights show the gradients.
 
@@ -106,7 +107,7 @@ def make_learner(
 
     policy, value = trainable(model, dtype), trainable(critic.to(device), torch.float32)
     if compile_backend is not None:
-        fsdp_utils.compile_blocks(policy.model, compile_backend)
+        fsdp_utils.compile_blocks(policy.model, compile_backend, memory_budget=memory_budget)
     return PPOLearner(args, policy, value, load_processor(model_dir), dtype=dtype)
 
 

@@ -128,7 +128,7 @@ def test_full_run_with_its_own_critic_kl_and_token_ratios(tiny_model_dir, tmp_pa
 def test_the_next_rollout_is_collected_during_the_update(tiny_model_dir, tmp_path):
     args = small_args(
         tiny_model_dir, tmp_path, async_depth=1, use_lora=True, lora_rank=4, total_episodes=4 * 64, value_init_steps=0,
-        eval_freq=3, num_trials_per_task=1, task_ids=(1,),
+        eval_freq=3, num_trials_per_task=1, task_ids=(1,), per_device_train_batch_size=0,
     )  # fmt: skip
     run_driver(args)
     steps = metrics_by_step(tmp_path / "run")

@@ -81,8 +81,11 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
+def compile_blocks(model: nn.Module, backend: str = "inductor", *, memory_budget: float = 1.0) -> None:
     """Compile the forward of each ViT block and Llama layer in place; parameter names stay as they are.
+
+    `memory_budget` in [0, 1] is the share of a block's activations that are kept for the backward pass; the rest is
+    computed again there, what costs least first (0: all but the block's input). It holds for the whole process.
 
     All blocks of a class share one compilation per shape and mode (gradients or not, for the input too). Hooks (FSDP's)
     stay outside. Call it after `shard_model`: a forward taken before that would not be the outermost one of
@@ -90,6 +93,7 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
     """
     # Two kinds of ViT, each with and without gradients, its first block apart: more than the default of eight.
     torch._dynamo.config.recompile_limit = 64
+    torch._functorch.config.activation_memory_budget = memory_budget
     for module in model.modules():
         if _is_unit(module):
             module.forward = _contiguous_first(torch.compile(module.forward, backend=backend))  # type: ignore[method-assign]

@@ -5,12 +5,14 @@ large as the output in the forward, and as many in the backward. Here the low-ra
 by the matrix multiplication itself: y = x W^T + bias, then y += s (x A^T) B^T, with x A^T kept for the backward.
 """
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 
 # A custom operator and not an autograd.Function: torch.compile then keeps it as one node, in which nothing is copied.
@@ -35,6 +37,15 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     tokens = x.numel() // x.shape[-1]
     return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(tokens, down.shape[0])
+
+
+# torch.compile chooses by FLOPs what to compute again under a memory budget; a custom operator would count none.
+@register_flop_formula(torch.ops.ppo_vla.lora_linear)
+def _(
+    x_shape: Any, weight_shape: Any, bias_shape: Any, down_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    columns, inner = weight_shape
+    return 2 * math.prod(x_shape[:-1]) * (columns * inner + down_shape[0] * (columns + inner))
 
 
 @torch.library.custom_op("ppo_vla::lora_linear_backward", mutates_args=())

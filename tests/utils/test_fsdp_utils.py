@@ -89,3 +89,47 @@ def sums(rank: int) -> None:
 
 def test_sums_run_over_all_ranks_by_name():
     in_ranks(2, sums)
+
+
+def layer_passes(memory_budget: float | None, *, lora: bool) -> tuple[int, dict[str, torch.Tensor]]:
+    """Bytes that a small Llama layer keeps for its backward pass (weights apart), and its gradients."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=64, intermediate_size=160, num_attention_heads=2, attn_implementation="sdpa")
+    model = torch.nn.ModuleList([LlamaDecoderLayer(config, 0)])
+    if lora:
+        peft_utils.add_lora(model, rank=4)
+    if memory_budget is not None:
+        fsdp_utils.compile_blocks(model, "aot_eager", memory_budget=memory_budget)
+    x = torch.randn(2, 24, 64, requires_grad=True)
+    positions = LlamaRotaryEmbedding(config)(x, torch.arange(24)[None])
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        out = model[0](x, position_embeddings=positions)
+    out.pow(2).sum().backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return sum(kept.values()), {"x": x.grad, **grads}
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_memory_budget_keeps_less_and_gives_the_same_gradients(lora):
+    _, expected = layer_passes(None, lora=lora)
+    sizes = []
+    for budget in (1.0, 0.5, 0.1):
+        size, grads = layer_passes(budget, lora=lora)
+        sizes.append(size)
+        assert grads.keys() == expected.keys()
+        for name, grad in grads.items():
+            torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-4, msg=name)
+    assert sizes[1] < 0.75 * sizes[0] and sizes[2] < 0.4 * sizes[0], sizes
