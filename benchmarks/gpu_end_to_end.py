@@ -1,17 +1,19 @@
 """End-to-end PPO on GPUs: environment steps/s of each layout and where the time goes; or a whole run that learns.
 
     python benchmarks/gpu_end_to_end.py --size 7b --cases lockstep groups sleep async      on one GPU: all colocated
-    python benchmarks/gpu_end_to_end.py --size 7b --num_gpus 2 --cases lockstep groups async   trainer | engine
+    python benchmarks/gpu_end_to_end.py --size 7b --num_gpus 2 --cases lockstep async sleep    on two GPUs
     python benchmarks/gpu_end_to_end.py --vla_path runs/quickstart/sft --cases learn       the quick start's PPO
     python benchmarks/gpu_end_to_end.py --size tiny --device cpu --cases lockstep groups async
 
 The driver itself runs on the tabletop, so that the simulator is not the limit. Cases:
     lockstep  generate, step all environments, generate, ...; then the update
     groups    two groups of environments: one is stepped while the engine generates for the other; then the update
-    sleep     groups, with the engine giving its GPU memory back during the update (one GPU)
+    sleep     groups, a trainer and an engine on every GPU, the engine giving its memory back during the update
     async     groups, and the next rollout is collected during the update (--async_depth 1)
     learn     the flags of scripts/train_tabletop_cpu.sh on the GPU, with the final evaluation
-Figures are medians over the training steps after the second. The last column is the ratio to `lockstep`.
+With several GPUs one has the engine and the others train, but for `sleep`. Environments, samples and minibatches are
+the same in all cases. Figures are medians over the training steps after the second; "GPUs busy" is the share of all GPUs'
+time in which an engine generates or a trainer updates; the ratio is to `lockstep`.
 """
 
 import json
@@ -55,15 +57,15 @@ class Args:
     device: Literal["cuda", "cpu"] = "cuda"
     """Where trainers and engine run."""
     num_gpus: int = 1
-    """1: trainer and engine share it (--colocate). More: one engine, the others train."""
+    """1: trainer and engine share it (--colocate). More: see above."""
     num_envs: int = 64
-    """Environments."""
+    """Environments, all engines together."""
     rollout_steps: int = 16
     """Actions per environment and training step."""
     train_steps: int = 6
     """Training steps of each case (not of `learn`)."""
     mini_batch_size: int = 256
-    """Samples per optimizer step and rank."""
+    """Samples per optimizer step, all ranks together."""
     micro_batch_size: int = 32
     """Samples per forward and backward pass."""
     gpu_memory_utilization: float = 0.4
@@ -74,13 +76,22 @@ class Args:
     """JSON file for the results."""
 
 
-def layout_flags(args: Args) -> dict[str, Any]:
+def layout(args: Args, case: Case) -> tuple[int, int]:
+    """Trainers and engines of a case."""
+    if args.device == "cpu" or args.num_gpus == 1:
+        return 1, 1
+    return (args.num_gpus, args.num_gpus) if case == "sleep" else (args.num_gpus - 1, 1)
+
+
+def layout_flags(args: Args, case: Case) -> dict[str, Any]:
     """Flags of the device and its processes."""
+    trainers, engines = layout(args, case)
+    flags: dict[str, Any] = {"actor_num_gpus_per_node": f"[{trainers}]", "vllm_num_engines": engines}
     if args.device == "cpu":
-        return {"device": "cpu"}
-    if args.num_gpus == 1:
-        return {"colocate": True, "gpu_memory_utilization": args.gpu_memory_utilization}
-    return {"actor_num_gpus_per_node": f"[{args.num_gpus - 1}]"}
+        return flags | {"device": "cpu"}
+    if trainers + engines > args.num_gpus:
+        flags |= {"colocate": True, "gpu_memory_utilization": args.gpu_memory_utilization}
+    return flags
 
 
 def case_flags(args: Args, case: Case) -> dict[str, Any]:
@@ -93,14 +104,16 @@ def case_flags(args: Args, case: Case) -> dict[str, Any]:
         mini, envs, processes = int(flags["local_mini_batch_size"]), int(flags["local_rollout_batch_size"]), 2
         gone = ("device", "actor_num_gpus_per_node", "vllm_num_engines", "num_env_processes")
         flags = {name: value for name, value in flags.items() if name not in gone}
-        trainers = max(1, args.num_gpus - 1)
-        flags |= {"local_mini_batch_size": mini * processes // trainers, "local_rollout_batch_size": envs * processes}
+        trainers, engines = layout(args, case)
+        flags |= {"local_mini_batch_size": mini * processes // trainers}
+        flags |= {"local_rollout_batch_size": envs * processes // engines}
         return flags | {"per_device_train_batch_size": 128, "num_env_processes": 4, "eval_final": True}
-    samples = args.num_envs * args.rollout_steps
+    samples, (trainers, engines) = args.num_envs * args.rollout_steps, layout(args, case)
     return {
         "total_episodes": samples * args.train_steps, "num_steps": args.rollout_steps,
-        "local_rollout_batch_size": args.num_envs, "local_mini_batch_size": args.mini_batch_size,
-        "per_device_train_batch_size": args.micro_batch_size, "num_env_processes": 4, "value_init_steps": 0,
+        "local_rollout_batch_size": args.num_envs // engines, "num_env_processes": 4,
+        "local_mini_batch_size": args.mini_batch_size // trainers,
+        "per_device_train_batch_size": args.micro_batch_size, "value_init_steps": 0,
         "use_lora": True, "lora_rank": 32, "freeze_vision_backbone": True,
         "num_env_groups": 1 if case == "lockstep" else 2, "async_depth": int(case == "async"),
         "vllm_enable_sleep": case == "sleep",
@@ -118,7 +131,10 @@ def command_line(flags: dict[str, Any]) -> list[str]:
 def run_case(args: Args, case: Case, model: str) -> dict[str, Any]:
     """Run the driver once and return its medians; the whole log is in the run's folder."""
     flags = {"vla_path": model, "run_root_dir": args.work_dir, "exp_id": case, "task_suite_name": "tabletop"}
-    words = command_line(flags | layout_flags(args) | case_flags(args, case)) + ["--overwrite", *args.extra.split()]
+    words = command_line(flags | layout_flags(args, case) | case_flags(args, case)) + [
+        "--overwrite",
+        *args.extra.split(),
+    ]
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as log:
         done = subprocess.run(
@@ -137,6 +153,9 @@ def run_case(args: Args, case: Case, model: str) -> dict[str, Any]:
     names += ["train/engine_logprob_abs_diff", "train/ratio_mean", "mem/trainer_peak_gib"]
     result: dict[str, Any] = {"case": case, "wall_s": time.perf_counter() - started, "num_steps": len(counted)}
     result |= {n: statistics.median(m[n] for m in counted if n in m) for n in names if any(n in m for m in counted)}
+    trainers, engines = layout(args, case)
+    busy = trainers * result["time/trainer_busy_fraction"] + engines * result["time/engine_busy_fraction"]
+    result["gpus_busy_fraction"] = busy / args.num_gpus
     if case == "learn":
         overall = json.loads((folder / "eval_final.json").read_text())["overall"]
         result |= {"success_rate": overall["rate"], "num_episodes": overall["episodes"]}
@@ -155,12 +174,15 @@ def main(args: Args) -> int:
             print(f"== {r['case']} failed:\n{r['error']}", flush=True)
             continue
         seconds = [r[f"time/{phase}_s"] for phase in PHASES]
-        busy = [r[f"time/{name}"] for name in BUSY]
+        busy = [*(r[f"time/{name}"] for name in BUSY), r["gpus_busy_fraction"]]
         ratio = rates[r["case"]] / rates["lockstep"] if "lockstep" in rates else None
-        rows.append([r["case"], *seconds, *busy, r["time/env_steps_per_s"], ratio, r.get("success_rate")])
-    columns = [f"{phase} s" for phase in PHASES] + ["trainer busy", "worker busy", "engine busy"]
+        agreement = [r.get("train/engine_logprob_abs_diff"), r["mem/trainer_peak_gib"]]
+        rows.append([r["case"], *seconds, *busy, r["time/env_steps_per_s"], ratio, *agreement, r.get("success_rate")])
+    columns = [f"{phase} s" for phase in PHASES] + ["trainer busy", "worker busy", "engine busy", "GPUs busy"]
     title = f"{model}, {args.num_envs} environments x {args.rollout_steps} steps; {describe_hardware()}"
-    print_table(title, ["case", *columns, "env steps/s", "ratio", "success"], rows, width=180)
+    print_table(
+        title, ["case", *columns, "env steps/s", "ratio", "|d log-prob|", "peak GiB", "success"], rows, width=180
+    )
     write_json(args.output, "gpu_end_to_end", results)
     return int(any("error" in r for r in results))
 

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# openvla-7b's shape on a node with one or two GPUs, stage by stage: every stage is one of the gpu_*.py, its output and
+# results go to OUT, and one that fails does not keep the next from running.
+#
+#   OUT=runs/gpu_node bash benchmarks/gpu_node.sh model tests sync update layouts learn
+#
+# PYTHON names the interpreter (default: .venv/bin/python), SMALL_POLICY the folder of the quick start's supervised policy.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+PYTHON=${PYTHON:-.venv/bin/python}
+OUT=${OUT:-runs/gpu_node}
+MODEL=${MODEL:-/dev/shm/vla-7b}
+WORK=${WORK:-/tmp/gpu_node}
+SMALL_POLICY=${SMALL_POLICY:-runs/quickstart/sft}
+NUM_GPUS=${NUM_GPUS:-$(nvidia-smi -L | wc -l)}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
+mkdir -p "$OUT" "$WORK"
+
+model() {
+    "$PYTHON" -c "from benchmarks.gpu_common import ensure_model; ensure_model('$MODEL', '7b')"
+}
+
+tests() {
+    timeout 400 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/prismatic/test_vllm_gpu.py \
+        tests/prismatic/test_vllm_tensor_parallel.py tests/utils/test_weight_channel.py tests/ppo/test_memory.py
+}
+
+# Without CUDA graphs: what it measures does not depend on them, and the engine starts sooner.
+sync() {
+    timeout 300 "$PYTHON" benchmarks/gpu_sync.py --model_dir "$MODEL" --bucket_mib 256 512 --receivers copy vllm \
+        --enforce_eager --output "$OUT/sync.json"
+}
+
+update() {
+    timeout 400 "$PYTHON" -m torch.distributed.run --nproc_per_node "$NUM_GPUS" benchmarks/gpu_update.py \
+        --cases ${UPDATE_CASES:-full-budget lora-frozen-compile} --micros ${MICROS:-32} --minibatch 128 --num_samples 256 \
+        --output "$OUT/update.json"
+}
+
+layouts() {
+    timeout 590 "$PYTHON" benchmarks/gpu_end_to_end.py --vla_path "$MODEL" --work_dir "$WORK/layouts" \
+        --num_gpus "$NUM_GPUS" --cases ${LAYOUTS:-lockstep async sleep} --num_envs 64 --rollout_steps 8 --train_steps 5 \
+        --extra "--compile" --output "$OUT/layouts.json"
+}
+
+learn() {
+    timeout 400 "$PYTHON" benchmarks/gpu_end_to_end.py --vla_path "$SMALL_POLICY" --work_dir "$WORK/learn" \
+        --num_gpus "$NUM_GPUS" --cases learn --output "$OUT/learn.json"
+}
+
+engine() {
+    timeout 590 "$PYTHON" benchmarks/gpu_engine.py --model_dir "$MODEL" --batch_sizes 32 64 --hf_batch_sizes 32 64 \
+        --output "$OUT/engine.json"
+}
+
+for stage in "$@"; do
+    echo "== $stage"
+    SECONDS=0
+    "$stage" >"$OUT/$stage.log" 2>&1
+    echo "== $stage: exit code $?, $SECONDS s"
+    tail -n "${TAIL:-40}" "$OUT/$stage.log"
+done
