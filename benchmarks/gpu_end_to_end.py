@@ -12,8 +12,8 @@ The driver itself runs on the tabletop, so that the simulator is not the limit. 
     async     groups, and the next rollout is collected during the update (--async_depth 1)
     learn     the flags of scripts/train_tabletop_cpu.sh on the GPU, with the final evaluation
 With several GPUs one has the engine and the others train, but for `sleep`. Environments, samples and minibatches are
-the same in all cases. Figures are medians over the training steps after the second; "GPUs busy" is the share of all GPUs'
-time in which an engine generates or a trainer updates; the ratio is to `lockstep`.
+the same in all cases. Figures are medians over the training steps after the second; "GPUs busy" is the share of all
+GPUs' time in which an engine generates or a trainer updates; the ratio is to `lockstep`.
 """
 
 import json

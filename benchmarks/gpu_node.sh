@@ -35,7 +35,7 @@ sync() {
 
 update() {
     timeout 400 "$PYTHON" -m torch.distributed.run --nproc_per_node "$NUM_GPUS" benchmarks/gpu_update.py \
-        --cases ${UPDATE_CASES:-full-budget lora-frozen-compile} --micros ${MICROS:-32} --minibatch 128 --num_samples 256 \
+        --cases ${CASES:-full-budget} --budgets ${BUDGETS:-0.1 0.25} --micros ${MICROS:-32} --minibatch 128 --num_samples 256 \
         --output "$OUT/update.json"
 }
 
