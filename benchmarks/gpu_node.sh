@@ -42,7 +42,7 @@ update() {
 layouts() {
     timeout 590 "$PYTHON" benchmarks/gpu_end_to_end.py --vla_path "$MODEL" --work_dir "$WORK/layouts" \
         --num_gpus "$NUM_GPUS" --cases ${LAYOUTS:-lockstep async sleep} --num_envs 64 --rollout_steps 8 --train_steps 5 \
-        --extra=--compile --output "$OUT/layouts.json"
+        --extra "--compile" --output "$OUT/layouts.json"
 }
 
 learn() {

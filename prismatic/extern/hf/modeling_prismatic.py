@@ -123,13 +123,13 @@ class PrismaticVisionBackbone(nn.Module):
         """Return (B, P, vision_dim) from normalised pixels, three channels for each ViT."""
         pixels = pixel_values_BCHW.split(3, dim=1)
         features = [
-            penultimate_patches(vit, vit_pixels) for vit, vit_pixels in zip(self.featurizers, pixels, strict=True)
+            _penultimate_patches(vit, vit_pixels) for vit, vit_pixels in zip(self.featurizers, pixels, strict=True)
         ]
         return torch.cat(features, dim=-1)
 
 
-def penultimate_patches(featurizer: Any, pixels_B3HW: Tensor) -> Tensor:
-    """Return (B, P, channels): the patch tokens of block `len(blocks) - 2`, prefix tokens dropped, no final norm."""
+def _penultimate_patches(featurizer: Any, pixels_B3HW: Tensor) -> Tensor:
+    """Patch tokens of block `len(blocks) - 2`, prefix tokens dropped, no final norm."""
     index = len(featurizer.blocks) - 2
     return featurizer.forward_intermediates(
         pixels_B3HW, [index], norm=False, stop_early=True, output_fmt="NLC", intermediates_only=True

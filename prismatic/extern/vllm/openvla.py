@@ -34,7 +34,7 @@ from vllm.sequence import IntermediateTensors
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
 from prismatic.extern.hf.modeling_prismatic import PrismaticProjector, PrismaticVisionBackbone, create_featurizer
 from prismatic.extern.vllm.inputs import IMAGE, PIXELS, ROW, action_request
-from prismatic.extern.vllm.vision import MAX_GRAPH_IMAGES, ConcurrentVisionBackbone, GraphedEncoder
+from prismatic.extern.vllm.vision import MAX_GRAPH_IMAGES, GraphedEncoder
 
 
 def count_patches(config: OpenVLAConfig) -> int:
@@ -158,7 +158,7 @@ class OpenVLAForActionPrediction(nn.Module, SupportsMultiModal):
         # Plain attributes: as buffers they would look to vLLM's weight reload like weights that never came.
         self._pixel_scale, self._pixel_shift = 1.0 / (255.0 * stds), -means / stds
         with self._mark_tower_model(vllm_config, IMAGE):  # type: ignore[operator]
-            self.vision_backbone = ConcurrentVisionBackbone(config)
+            self.vision_backbone = PrismaticVisionBackbone(config)
             self.projector = PrismaticProjector(
                 bool(config.use_fused_vision_backbone), self.vision_backbone.embed_dim, config.text_config.hidden_size
             )

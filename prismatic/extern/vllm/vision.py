@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prismatic.extern.hf.modeling_prismatic import PrismaticVisionBackbone, penultimate_patches
-
 MAX_GRAPH_IMAGES = 64
 NUM_WARMUPS = 2
 
@@ -29,24 +27,6 @@ class _Recording:
     graph: Any
     pixels: Tensor
     embeddings: Tensor
-
-
-class ConcurrentVisionBackbone(PrismaticVisionBackbone):
-    """The two ViTs, as branches of their own where a CUDA graph is recorded: one fills what the other leaves idle."""
-
-    def forward(self, pixel_values_BCHW: Tensor) -> Tensor:
-        """Return (B, P, vision_dim) from normalised pixels, three channels for each ViT."""
-        recording = pixel_values_BCHW.is_cuda and torch.cuda.is_current_stream_capturing()
-        if not (recording and self.use_fused_vision_backbone):
-            return super().forward(pixel_values_BCHW)
-        pixels, second_pixels = pixel_values_BCHW.split(3, dim=1)
-        main, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
-            second = penultimate_patches(self.fused_featurizer, second_pixels)
-        first = penultimate_patches(self.featurizer, pixels)
-        main.wait_stream(side)
-        return torch.cat([first, second], dim=-1)
 
 
 class GraphedEncoder:
