@@ -120,5 +120,5 @@ def real_check(rank: int, model_dir: str) -> None:
     torch.cuda.reset_peak_memory_stats()
     learner.update(rollout, step=2)
     assert torch.cuda.max_memory_allocated() == pytest.approx(check.needed, rel=0.2)
-    with pytest.raises(ValueError, match="GPU memory: use --enable_gradient_checkpointing or --offload"):
+    with pytest.raises(ValueError, match="free: use --enable_gradient_checkpointing or --offload"):
         check_memory(learner, rollout.prompts, T * B, share=1e-6)
