@@ -149,6 +149,23 @@ def read_header(file: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     return headers
 
 
+def write_whole(file: str | Path, text: str) -> None:
+    """Write a small file so that a reader never sees half of it.
+
+    Raises OSError naming the file if the disk is full or cannot be written; an earlier file is unchanged then.
+    """
+    target = Path(file)
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        partial.write_text(text)
+        os.replace(partial, target)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        error.filename = str(target)
+        raise
+
+
 def leaves_folder(file: Path) -> bool:
     """Whether `file` is a link out of its folder; one into the blobs of a Hugging Face cache does not count."""
     folder = file.parent.resolve()

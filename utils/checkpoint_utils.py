@@ -56,6 +56,14 @@ _MODULE_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _MODULE_PATTERN = re.compile(r"\^?([A-Za-z0-9_.-]|\\\.)+\$?")
 
 
+def _is_names(value: Any) -> bool:
+    return is_list_of(value, lambda name: isinstance(name, str) and _MODULE_NAME.fullmatch(name) is not None)
+
+
+def _is_layers(value: Any) -> bool:
+    return is_list_of(value if isinstance(value, list) else [value], lambda layer: is_int(layer, 0, 4096))
+
+
 def _is_pattern(value: Any, is_value: Callable[[Any], bool]) -> bool:
     return isinstance(value, dict) and all(_MODULE_PATTERN.fullmatch(k) and is_value(v) for k, v in value.items())
 
@@ -68,18 +76,21 @@ ADAPTER_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lora_dropout": (lambda v: is_number(v) and 0 <= v < 1, "in [0, 1)"),
     "bias": (lambda v: v in ("none", "all", "lora_only"), "none, all or lora_only"),
     "target_modules": (
-        lambda v: is_list_of(v, lambda n: isinstance(n, str) and _MODULE_NAME.fullmatch(n) is not None) and len(v) > 0,
+        lambda v: _is_names(v) and len(v) > 0,
         "a list of names of modules, without regular expressions",
     ),
     "rank_pattern": (lambda v: v is None or _is_pattern(v, lambda n: is_int(n, 1, 1 << 16)), "names with ranks"),
     "alpha_pattern": (lambda v: v is None or _is_pattern(v, is_number), "names with numbers"),
     "modules_to_save": (
-        lambda v: v is None or is_list_of(v, lambda n: isinstance(n, str) and _MODULE_NAME.fullmatch(n) is not None),
+        lambda v: v is None or _is_names(v),
         "a list of names of modules, or null",
     ),
     "base_model_name_or_path": (lambda v: v is None or isinstance(v, str), "text"),
-    # peft imports the module that megatron_core names.
-    "megatron_config": (lambda v: v is None, "absent"),
+    "exclude_modules": (lambda v: v is None or _is_names(v), "a list of names of modules, or null"),
+    "layers_to_transform": (lambda v: v is None or _is_layers(v), "a layer's number, a list of them, or null"),
+    "layers_pattern": (lambda v: v is None or _is_names(v if isinstance(v, list) else [v]), "names, or null"),
+    # Not used here; with megatron_config peft imports the module that megatron_core names.
+    **{name: (lambda v: v is None, "null") for name in ("eva_config", "megatron_config", "velora_config")},
     "use_rslora": (lambda v: isinstance(v, bool), "true or false"),
 }
 
@@ -260,7 +271,7 @@ def save_weights(folder: str | Path, state: Mapping[str, torch.Tensor], max_shar
         try:
             save_file({k: state[k].detach().contiguous() for k in keys}, folder / name, metadata={"format": "pt"})
         except SafetensorError as error:  # hides the system's error
-            code = re.search(r"code: (\d+)", str(error))
+            code = re.search(r"os error (\d+)", str(error))
             number = int(code[1]) if code else errno.EIO
             raise OSError(number, os.strerror(number), str(folder / name)) from error
     if split.is_sharded:

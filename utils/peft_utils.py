@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from prismatic.model_files import raise_file_problems, read_header
+from prismatic.model_files import raise_file_problems, read_header, reading
 from utils.checkpoint_utils import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_shapes
 from utils.lora_linear import fuse_lora
 from utils.merge_utils import PEFT_PREFIX, LoraAdapter, fingerprint_problems, load_adapter, record_base
@@ -66,8 +66,15 @@ def load_lora(model: nn.Module, adapter_dir: str | Path) -> PeftModel:
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     raise_file_problems(_misfits(adapter, shapes, "the model"))
     file = Path(adapter_dir) / ADAPTER_CONFIG
+    with reading(file, "peft's options"):
+        config = LoraConfig.from_pretrained(str(adapter_dir), inference_mode=False)
     try:
-        wrapper = PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=True)  # type: ignore[arg-type]
+        wrapper = PeftModel.from_pretrained(
+            model,  # type: ignore[arg-type]
+            str(adapter_dir),
+            is_trainable=True,
+            config=config,
+        )
     except ValueError as error:
         raise ValueError(f"{file} does not fit the model: {error}") from error
     adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}

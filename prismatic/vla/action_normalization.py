@@ -6,7 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from prismatic.model_files import checksum_problems, is_list_of, is_number, raise_file_problems, read_json_object
+from prismatic.model_files import (
+    checksum_problems,
+    is_int,
+    is_list_of,
+    is_number,
+    raise_file_problems,
+    read_json_object,
+)
 from prismatic.vla.action_tokenizer import ActionTokenizer
 
 STATISTICS_FILES = ("config.json", "dataset_statistics.json")
@@ -51,6 +58,9 @@ def statistics_problems(entry: Any) -> list[str]:
     problems = [] if all(a <= b for a, b in zip(low, high, strict=True)) else [".action has q01 above q99"]
     if mask is not True and not is_list_of(mask, lambda m: isinstance(m, bool), len(low)):
         problems.append(f".action.mask must be {len(low)} times true or false")
+    for name in ("num_transitions", "num_trajectories"):
+        if name in entry and not is_int(entry[name], 0, 1 << 62):
+            problems.append(f".{name} must be a count")
     for name in ("min", "max"):
         if name in action and not is_list_of(action[name], is_number, len(low)):
             problems.append(f".action.{name} must be {len(low)} finite numbers")

@@ -244,11 +244,12 @@ def check_model_files(
     if problems:
         raise ValueError("\n".join(problems))
     config = read_config(folder)
-    with reading(folder / CONFIG_NAME, "the described model"):
-        expected = shapes_of(config)
     if not weight_files(folder):
         raise ValueError(f"{model_dir} has no weights: neither {WEIGHTS_NAME} nor {INDEX_NAME}")
-    if problems := _weight_problems(folder, expected):
+    headers = read_headers(folder)
+    with reading(folder / CONFIG_NAME, "the described model"):
+        expected = shapes_of(config)
+    if problems := _weight_problems(folder, headers, expected):
         more = [f"... and {len(problems) - 3} more"] if len(problems) > 3 else []
         raise ValueError("\n".join([*problems[:3], *more]))
     return config
@@ -258,8 +259,9 @@ def _decides_the_model(name: str) -> bool:
     return name.endswith(".safetensors") or name in (CONFIG_NAME, INDEX_NAME, "dataset_statistics.json", CHECKSUMS_NAME)
 
 
-def _weight_problems(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> list[str]:
-    headers = read_headers(folder)
+def _weight_problems(
+    folder: Path, headers: Mapping[str, tuple[str, tuple[int, ...]]], expected: Mapping[str, tuple[int, ...]]
+) -> list[str]:
     files = weight_files(folder)
     where = files[0] if len(files) == 1 else folder / INDEX_NAME
     problems = []

@@ -14,7 +14,13 @@ from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ProcessorMixin
 
-from prismatic.extern.hf.folder_checks import PREPROCESSOR_NAME, check_preprocessor, check_tokenizer_files, read_config
+from prismatic.extern.hf.folder_checks import (
+    PREPROCESSOR_NAME,
+    TOKENIZER_CONFIG_NAME,
+    check_preprocessor,
+    check_tokenizer_files,
+    read_config,
+)
 from prismatic.model_files import checksum_problems, raise_file_problems, reading
 
 PROMPT_TEMPLATE = "In: What action should the robot take to {instruction}?\nOut:"
@@ -232,6 +238,8 @@ def load_processor(model_dir: str | Path) -> PrismaticProcessor:
     with reading(Path(model_dir) / PREPROCESSOR_NAME, "the image processor"):
         image_processor = PrismaticImageProcessor.from_pretrained(folder, local_files_only=True)
         processor = PrismaticProcessor(image_processor, tokenizer)
+    with reading(Path(model_dir) / TOKENIZER_CONFIG_NAME, "a prompt with this tokenizer"):
+        processor.prompt_ids("push the red block")
     largest, vocab_size = max(tokenizer.get_vocab().values()), config.text_config.vocab_size
     if largest >= vocab_size:
         raise ValueError(f"{folder}: the tokenizer has token {largest}, the model only {vocab_size} tokens")

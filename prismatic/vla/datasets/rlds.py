@@ -93,10 +93,11 @@ def numpy_iterator(dataset: Any, dataset_dirs: Sequence[str | Path]) -> Iterator
     tf = load_tensorflow()
     try:
         yield from dataset.as_numpy_iterator()
-    except tf.errors.OpError as error:
+    except (tf.errors.OpError, UnicodeDecodeError) as error:  # the latter where an error quotes a record's bytes
         damage = find_damage([file for folder in dataset_dirs for file in shard_files(folder)])
         where = ", ".join(map(str, dataset_dirs))
-        raise ValueError(damage or f"{where}: records do not match features.json: {error.message[:300]}") from error
+        reason = getattr(error, "message", "a record is no example")[:300]
+        raise ValueError(damage or f"{where}: records do not match features.json: {reason}") from error
 
 
 def decode_text(text: bytes, dataset_dir: str | Path) -> str:

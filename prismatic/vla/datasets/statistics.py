@@ -7,14 +7,13 @@ transformed actions (and of the proprioception), and how many transitions and tr
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from prismatic.model_files import read_json_object
+from prismatic.model_files import read_json_object, write_whole
 from prismatic.vla.datasets.mixtures import check_mixture, dataset_dir, resolve_mixture
 from prismatic.vla.datasets.rlds import RawEpisode, iterate_episodes
 from prismatic.vla.datasets.schema import shard_files
@@ -87,11 +86,9 @@ def dataset_statistics(dataset_dir: str | Path, transform: DatasetTransform, *, 
         return cached
     logger.info("computing the statistics of %s", dataset_dir)
     statistics = compute_statistics(iterate_episodes(dataset_dir, num_threads=num_threads), transform)
-    partial = cache.with_name(f".{cache.name}.{os.getpid()}")
+    content = {"sha256": _digest(statistics), "statistics": statistics}
     try:
-        content = {"sha256": _digest(statistics), "statistics": statistics}
-        partial.write_text(json.dumps(content, indent=2) + "\n")
-        partial.replace(cache)  # several ranks may arrive here at once
+        write_whole(cache, json.dumps(content, indent=2) + "\n")  # several ranks may arrive here at once
     except OSError as error:
         logger.warning("cannot cache the statistics in %s (%s): they are computed again next time", cache, error)
     return statistics
