@@ -68,10 +68,12 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_is_named(source, tmp_path):
             save(disk / "best_return", source, 2.0, 600)
         assert caught.value.errno == errno.ENOSPC
         assert_untouched(disk / "best_return", 1.0)
-        # the last small file is the one that does not fit any more
-        (disk / "filler").write_bytes(bytes((shutil.disk_usage(disk).free // 4096 - 28) * 4096))
-        with pytest.raises(OSError, match="No space left on device.*best_return"):
+        # Now the weights fit and the first small file does not: its `write` knows no name.
+        needed = (disk / "best_return" / "model.safetensors").stat().st_blocks * 512
+        (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - needed))
+        with pytest.raises(OSError, match="No space left on device.*best_return") as caught:
             save(disk / "best_return", source, 3.0, 100)
+        assert caught.value.filename == str(disk / "best_return")
         (disk / "filler").unlink()
         assert_untouched(disk / "best_return", 1.0)
         save(disk / "best_return", source, 4.0, 100)
