@@ -85,8 +85,9 @@ def read_index(file: str | Path) -> dict[str, str]:
 
     Raises ValueError if the index is not the JSON it should be, or names anything but safetensors files beside it.
     """
-    weight_map = read_json_object(file).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    fields = read_json_object(file)
+    weight_map = fields.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not isinstance(fields.get("metadata", {}), dict):
         raise ValueError(f"{file} is not a safetensors index: weight_map must map tensor names to file names")
     for name in weight_map.values():
         if not is_plain_name(name) or not name.endswith(".safetensors"):

@@ -36,10 +36,12 @@ WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 TOKENIZER_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 # Fields with which transformers would run code of the hub or read other files than those that were checked.
 REFUSED_FIELDS = (
-    "adapter_config", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
-    "configuration_files", "experts_implementation", "_experts_implementation_internal", "gguf_file",
-    "quantization_config", "transformers_weights",
+    "adapter_config", "configuration_files", "experts_implementation", "_experts_implementation_internal",
+    "gguf_file", "quantization_config", "transformers_weights",
 )  # fmt: skip
+ATTENTION_FIELDS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+# Built into transformers; any other name is a kernel of the hub.
+ATTENTION_NAMES = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3")
 # Far above any OpenVLA (32 layers of 4096), and small enough that a wrong number is no more than an error.
 MAX_LAYERS, MAX_WIDTH, MAX_PIXELS = 512, 1 << 20, 1 << 13
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "swish")
@@ -172,7 +174,9 @@ def config_problems(fields: Mapping[str, Any]) -> list[str]:
     else:
         text_config = {}
     for place, found in (("", fields), ("text_config.", text_config)):
-        problems += [f"{place}{n} is not allowed in a file" for n in REFUSED_FIELDS if found.get(n) is not None]
+        refused = [n for n in REFUSED_FIELDS if found.get(n) is not None]
+        refused += [n for n in ATTENTION_FIELDS if found.get(n) not in ATTENTION_NAMES]
+        problems += [f"{place}{name} is not allowed in a file" for name in refused]
     kwargs: Any = fields.get("timm_model_kwargs")
     for index, vit in enumerate(kwargs if is_list_of(kwargs, _OBJECT[0]) else []):
         unknown = sorted(vit.keys() - TIMM_RULES.keys())

@@ -50,7 +50,7 @@ def check_shards(files: Sequence[Path], num_records: Sequence[int]) -> None:
 def _count_records(file: str, size: int, modified_ns: int) -> int:
     """Number of records; the size and time are part of the cache's key."""
     position = count = 0
-    with open(file, "rb") as data:
+    with open(file, "rb", buffering=0) as data:
         while position < size:
             data.seek(position)
             header = data.read(_HEADER_BYTES)
