@@ -9,17 +9,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from ppo.envs.base import get_suite, known_suites, split_options
+from prismatic.model_files import is_int
 from utils.placement import Demand, request_problems
+
+# Flags beyond these are slips of the finger; they must not become loops or sums that never end.
+LARGEST_NUMBER, MAX_TRAINERS_PER_NODE, MAX_DIVISOR = 1e12, 1024, 1_000_000
 
 
 def parse_trainers_per_node(text: str) -> tuple[int, ...]:
     """Read "[8,8]" or "2" as ranks per node. Raises ValueError if it is no list of positive whole numbers."""
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f'--actor_num_gpus_per_node {text!r} is not a list such as "[8,8]"') from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'--actor_num_gpus_per_node {text[:80]!r} is not a list such as "[8,8]"') from error
     counts = value if isinstance(value, list) else [value]
-    if not counts or not all(isinstance(c, int) and c > 0 for c in counts):
+    if not counts or not all(is_int(c, 1, MAX_TRAINERS_PER_NODE) for c in counts):
         raise ValueError(f'--actor_num_gpus_per_node {text!r}: give positive whole numbers, "[2]" or "[8,8]"')
     return tuple(counts)
 
@@ -41,21 +45,25 @@ def range_problems(args: Any) -> list[str]:
     positive += " num_env_processes num_env_groups env_timeout_s vllm_num_engines vllm_tensor_parallel_size"
     positive += " sync_bucket_mib trainer_num_threads engine_num_threads placement_timeout_s num_trials_per_task"
     positive += " per_device_forward_batch_size max_env_length num_value_epochs curriculum_tau cliprange"
-    positive += " importance_weight_cap"
+    positive += " importance_weight_cap lora_alpha"
     not_negative = "save_freq eval_freq value_init_steps policy_lr_warmup_steps max_grad_norm cliprange_value vf_coef"
     not_negative += " entropy_coef beta best_min_delta best_patience curriculum_min_prob num_steps_wait cliprange_high"
-    not_negative += " env_gpu_id per_device_train_batch_size"
-    unit = "gamma lam lora_dropout curriculum_ema_alpha gpu_memory_utilization activation_memory_budget"
+    not_negative += " env_gpu_id seed per_device_train_batch_size"
+    unit, unit_not_zero = "gamma lam activation_memory_budget", "curriculum_ema_alpha gpu_memory_utilization"
+    unit_not_one = "lora_dropout"
     problems = []
     for names, rule, holds in (
         (positive, "> 0", lambda x: x > 0),
         (not_negative, ">= 0", lambda x: x >= 0),
         (unit, "in [0, 1]", lambda x: 0 <= x <= 1),
+        (unit_not_zero, "in (0, 1]", lambda x: 0 < x <= 1),
+        (unit_not_one, "in [0, 1)", lambda x: 0 <= x < 1),
     ):
         for name in names.split():
             value = getattr(args, name, None)
-            if value is not None and not (math.isfinite(value) and holds(value)):
-                problems.append(f"--{name} {value} must be {rule}")
+            if value is not None and not (abs(value) <= LARGEST_NUMBER and holds(value)):
+                limit = "" if abs(value) <= LARGEST_NUMBER else f" and at most {LARGEST_NUMBER:g}"
+                problems.append(f"--{name} {value} must be {rule}{limit}")
     if not 0.01 <= args.temperature <= 2:
         problems.append(f"--temperature {args.temperature} must be in [0.01, 2], vLLM's limits")
     if args.cliprange >= 1:
@@ -106,6 +114,13 @@ def choice_problems(args: Any) -> list[str]:
     return problems
 
 
+def nearest_divisors(number: int, wanted: int) -> list[int]:
+    """The largest divisor of `number` below `wanted` and the smallest above it, where there are such."""
+    small = [d for d in range(1, min(math.isqrt(number), MAX_DIVISOR) + 1) if number % d == 0]
+    divisors = sorted({*small, *(number // d for d in small)})
+    return [d for d in divisors if d < wanted][-1:] + [d for d in divisors if d > wanted][:1]
+
+
 def world_flags(args: Any) -> dict[str, Any]:
     """The flags that go to the environments."""
     return {
@@ -119,6 +134,8 @@ def size_problems(args: Any, num_trainers: int) -> list[str]:
     """Batch sizes that do not divide among environments, ranks and minibatches."""
     problems = []
     envs, steps, mini = args.local_rollout_batch_size, args.num_steps, args.local_mini_batch_size
+    if min(envs, steps, mini, args.vllm_num_engines, args.vllm_tensor_parallel_size) <= 0:
+        return []  # what `range_problems` reports
     if envs % num_trainers:
         lower = envs // num_trainers * num_trainers
         problems.append(f"--local_rollout_batch_size {envs} does not divide among {num_trainers} trainer ranks: use "
@@ -133,8 +150,7 @@ def size_problems(args: Any, num_trainers: int) -> list[str]:
     num_envs = envs * args.vllm_num_engines
     local = steps * num_envs // num_trainers
     if mini > 0 and local % mini:
-        fits = [d for d in range(1, local + 1) if local % d == 0]
-        near = [d for d in fits if d < mini][-1:] + [d for d in fits if d > mini][:1]
+        near = nearest_divisors(local, mini)
         problems.append(f"--local_mini_batch_size {mini} does not divide the rollout of a rank ({steps} steps x "
                         f"{num_envs} envs / {num_trainers} ranks = {local}): "
                         f"use {' or '.join(map(str, near))}")  # fmt: skip

@@ -18,7 +18,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from utils.checkpoint_utils import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX_NAME, check_adapter_dir, weight_files
+from prismatic.model_files import read_json_object, weight_files
+from utils.checkpoint_utils import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX_NAME, check_adapter_dir, read_adapter_config
 
 PEFT_PREFIX = "base_model.model."
 BASE_RECORD = "base_model.json"  # in an adapter folder: path and fingerprint of the model it was trained on
@@ -104,7 +105,7 @@ def load_adapter(adapter_dir: str | Path) -> LoraAdapter:
     problems = check_adapter_dir(folder)
     if problems:
         raise ValueError("\n".join(problems))
-    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    config = read_adapter_config(folder)
     problems = unsupported_options(config)
     with safe_open(folder / ADAPTER_WEIGHTS, "pt") as tensors:
         shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
@@ -246,9 +247,15 @@ def record_base(adapter_dir: str | Path, base_dir: str | Path) -> None:
 
 
 def recorded_fingerprint(adapter_dir: str | Path) -> str | None:
-    """`base_fingerprint` of the model that the adapter was trained on, if the folder says so (`record_base`)."""
+    """`base_fingerprint` of the model that the adapter was trained on, if the folder says so (`record_base`).
+
+    Raises ValueError if the record is damaged.
+    """
     file = Path(adapter_dir) / BASE_RECORD
-    return json.loads(file.read_text()).get("fingerprint") if file.exists() else None
+    fingerprint = read_json_object(file).get("fingerprint") if file.exists() else None
+    if fingerprint is not None and not isinstance(fingerprint, str):
+        raise ValueError(f"{file}: fingerprint is {str(fingerprint)[:40]!r}, it must be text")
+    return fingerprint
 
 
 def fingerprint_problems(adapter_dir: str | Path, base_dir: str | Path) -> list[str]:

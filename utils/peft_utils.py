@@ -1,14 +1,16 @@
 """LoRA on OpenVLA models through peft: which layers, fresh or from a folder."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from utils.checkpoint_utils import read_shapes
+from prismatic.model_files import raise_file_problems, read_header, reading
+from utils.checkpoint_utils import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_shapes
 from utils.lora_linear import fuse_lora
-from utils.merge_utils import fingerprint_problems, record_base
+from utils.merge_utils import PEFT_PREFIX, LoraAdapter, fingerprint_problems, load_adapter, record_base
 
 
 def lora_target_modules(model: nn.Module, *, freeze_vision_backbone: bool) -> list[str]:
@@ -55,32 +57,61 @@ def add_lora(
 
 
 def load_lora(model: nn.Module, adapter_dir: str | Path) -> PeftModel:
-    """Inject the adapter saved in `adapter_dir` into `model`, trainable and in float32."""
-    wrapper = PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=True)  # type: ignore[arg-type]
+    """Inject the adapter saved in `adapter_dir` into `model`, trainable and in float32.
+
+    Raises ValueError naming the folder if it is damaged, has options that nothing here can merge, or does not hold
+    exactly the factors of the layers of `model` that it names (peft would leave the others as they are).
+    """
+    adapter = load_adapter(adapter_dir)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    raise_file_problems(_misfits(adapter, shapes, "the model"))
+    file = Path(adapter_dir) / ADAPTER_CONFIG
+    with reading(file, "peft's options"):
+        config = LoraConfig.from_pretrained(str(adapter_dir), inference_mode=False)
+    try:
+        wrapper = PeftModel.from_pretrained(
+            model,  # type: ignore[arg-type]
+            str(adapter_dir),
+            is_trainable=True,
+            config=config,
+        )
+    except ValueError as error:
+        raise ValueError(f"{file} does not fit the model: {error}") from error
+    adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    if differing := sorted(adapted ^ adapter.scaling.keys()):
+        raise ValueError(f"{file} and {ADAPTER_WEIGHTS} name other layers, for example {differing[0]}")
     fuse_lora(model)
     return wrapper
 
 
 def check_adapter_fits(adapter_dir: str | Path, model_dir: str | Path) -> list[str]:
     """Problems that show the adapter was made for another base: names, shapes or (if recorded) other weights."""
-    from safetensors import safe_open
-
-    base = read_shapes(model_dir)
-    problems = []
-    with safe_open(Path(adapter_dir) / "adapter_model.safetensors", "pt") as tensors:
-        for key in tensors.keys():  # noqa: SIM118
-            name, _, kind = key.removeprefix("base_model.model.").rpartition(".lora_")
-            if not name:
-                continue
-            shape, target = tuple(tensors.get_slice(key).get_shape()), base.get(f"{name}.weight")
-            wrong = target is None or (shape[1] != target[1] if kind[0] == "A" else shape[0] != target[0])
-            if wrong:
-                problems.append(f"{key} {shape} does not fit {model_dir} ({name}.weight is {target})")
-    if not problems:
-        problems = fingerprint_problems(adapter_dir, model_dir)
+    try:
+        adapter = load_adapter(adapter_dir)
+        problems = _misfits(adapter, read_shapes(model_dir), str(model_dir))
+        problems = problems or fingerprint_problems(adapter_dir, model_dir)
+    except (ValueError, OSError) as error:
+        return str(error).splitlines()
     if len(problems) > 3:
         problems = [*problems[:3], f"... and {len(problems) - 3} more tensors"]
     return [f"{adapter_dir} is an adapter for another base: {p}" for p in problems]
+
+
+def _misfits(adapter: LoraAdapter, base: Mapping[str, tuple[int, ...]], base_name: str) -> list[str]:
+    """Tensors of the adapter that `base` (parameter name -> shape) has no place for."""
+    problems = []
+    for key, (_, shape) in read_header(adapter.folder / ADAPTER_WEIGHTS).items():
+        name, _, kind = key.removeprefix(PEFT_PREFIX).rpartition(".lora_")
+        if not name:
+            continue
+        target = base.get(f"{name}.weight")
+        side = 1 if kind.startswith("A") else 0  # A has the layer's inputs, B its outputs
+        if target is None or len(target) != 2 or shape[side] != target[side]:
+            problems.append(f"{key} {shape} does not fit {base_name} ({name}.weight is {target})")
+    for name, key in adapter.replaced.items():
+        if name not in base or tuple(adapter.tensor(key).shape) != base[name]:
+            problems.append(f"{key} does not fit {base_name} ({name} is {base.get(name)})")
+    return problems
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:

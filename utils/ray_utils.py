@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import ray
+from ray._private import ray_constants
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -34,6 +35,8 @@ QUIET_ENV = {
 }
 
 
+# Linux' name of the interface of 127.0.0.1.
+LOOPBACK = "lo"
 # Ray's label on every node, for bundles that shall sit there.
 NODE_ID_LABEL = "ray.io/node-id"
 # Set for the driver, wanted by its actors: on a running cluster those inherit the environment of `ray start` instead.
@@ -52,8 +55,8 @@ def actor_env(**variables: str) -> dict[str, dict[str, str]]:
 def require_token() -> None:
     """Let only processes with this process's environment into a Ray cluster that starts here; what is set before wins.
 
-    Ray's servers listen on all interfaces and run any code that they are sent. Without a token in the environment Ray
-    would write one into the home directory.
+    Ray's servers run any code that they are sent. Without a token in the environment Ray would write one into the home
+    directory.
     """
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if os.environ["RAY_AUTH_MODE"] == "token" and not os.environ.get("RAY_AUTH_TOKEN_PATH"):
@@ -61,8 +64,29 @@ def require_token() -> None:
     ray._raylet.Config.initialize("")  # Ray read the mode when it was imported
 
 
+@contextlib.contextmanager
+def loopback_only() -> Iterator[None]:
+    """A Ray cluster that starts in this block listens on 127.0.0.1 only; RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER set before
+    wins ("1": all interfaces).
+
+    That variable decides on every system whether Ray takes the host's address, at which it listens on all interfaces,
+    although its name speaks of two. An address given to `ray.init` as loopback is replaced by the host's.
+    """
+    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "0"  # for the servers; this process has read it when Ray was imported
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        del os.environ[name]  # a later connection to a cluster of several nodes needs the host's address
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
 def start_ray(address: str | None, num_gpus: int = 0, num_cpu_slots: int = LOCAL_CPU_SLOTS) -> None:
-    """Connect to a running cluster (`address`), or start one on this machine that nobody else gets into.
+    """Connect to a running cluster (`address`), or start one on this machine that nobody else reaches or gets into.
 
     A local cluster gets exactly `num_gpus` GPUs and as many CPU slots as our actors ask for; thread counts are set per
     actor, so slots do not have to be cores. A running cluster may want a token: Ray reads RAY_AUTH_TOKEN_PATH.
@@ -72,13 +96,14 @@ def start_ray(address: str | None, num_gpus: int = 0, num_cpu_slots: int = LOCAL
         ray.init(address=address, log_to_driver=True)
         return
     require_token()
-    ray.init(
-        address="local",  # never a cluster that somebody started here, or a trace of one
-        num_cpus=max(num_cpu_slots, os.cpu_count() or 1),
-        num_gpus=num_gpus,
-        include_dashboard=os.environ.get("PPO_VLA_DASHBOARD", "0") == "1",
-        log_to_driver=True,
-    )
+    with loopback_only():
+        ray.init(
+            address="local",  # never a cluster that somebody started here, or a trace of one
+            num_cpus=max(num_cpu_slots, os.cpu_count() or 1),
+            num_gpus=num_gpus,
+            include_dashboard=os.environ.get("PPO_VLA_DASHBOARD", "0") == "1",
+            log_to_driver=True,
+        )
 
 
 def local_node(num_gpus: int, demand: Demand) -> Node:
@@ -164,9 +189,10 @@ def use_node_interface() -> None:
     """Let gloo and NCCL of this process listen where Ray does; GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME set before win.
 
     Else gloo listens at the address of the host's name, which many systems resolve to loopback: no other node gets
-    there. To be called before the first process group is made.
+    there. On a Ray that listens on loopback only they do so too. To be called before the first process group is made.
     """
-    if name := interface_of(node_address()):
+    address = node_address()
+    if name := LOOPBACK if address.startswith("127.") else interface_of(address):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
 

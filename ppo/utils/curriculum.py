@@ -5,12 +5,12 @@
 """
 
 import json
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from prismatic.model_files import is_int, is_list_of, is_number, write_whole
 
 # Success rate assumed of a task that was never tried: sampled as often as one solved half of the time.
 PRIOR_SUCCESS = 0.5
@@ -75,8 +75,9 @@ class Curriculum:
         num_tasks = len(self.task_ids)
         if self.uniform:
             return np.full(num_tasks, 1 / num_tasks)
-        exponent = -np.abs(self.ema - PRIOR_SUCCESS) / self.tau
-        weight = np.exp(exponent - exponent.max())  # a tiny tau must not make all of them 0
+        distance = np.abs(self.ema - PRIOR_SUCCESS)
+        with np.errstate(over="ignore"):  # a tiny tau must not make all of them 0
+            weight = np.exp(-(distance - distance.min()) / self.tau)
         probability = self.min_prob + max(1 - num_tasks * self.min_prob, 0.0) * weight / weight.sum()
         return probability / probability.sum()
 
@@ -130,17 +131,35 @@ class Curriculum:
         """Continue from `state_dict`'s result: the same tasks will be sampled as without the interruption.
 
         Raises:
-            ValueError: the state is of other tasks.
+            ValueError: the state is of other tasks, or is damaged; nothing is changed then.
         """
-        if list(state["task_ids"]) != self.task_ids:
-            raise ValueError(
-                f"the saved curriculum has tasks {state['task_ids']}, this run {self.task_ids}: "
-                "give the --task_ids of the saved run"
-            )
+        if problems := self._state_problems(state):
+            raise ValueError("the saved curriculum cannot be continued: " + "; ".join(problems))
+        rng = np.random.default_rng(0)
+        try:
+            rng.bit_generator.state = state["rng"]
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
+            raise ValueError(f"the saved curriculum's random state is damaged: {error!r}") from error
         self.ema = np.array(state["ema"], dtype=np.float64)
         self.num_episodes = np.array(state["num_episodes"], dtype=np.int64)
         self.num_successes = np.array(state["num_successes"], dtype=np.int64)
-        self._rng.bit_generator.state = state["rng"]
+        self._rng = rng
+
+    def _state_problems(self, state: Any) -> list[str]:
+        if not isinstance(state, dict):
+            return ["it is not a JSON object"]
+        if state.get("task_ids") != self.task_ids:
+            return [f"it has tasks {state.get('task_ids')}, this run {self.task_ids}: give the saved run's --task_ids"]
+        num_tasks, large = len(self.task_ids), 1 << 62
+        episodes, successes = state.get("num_episodes"), state.get("num_successes")
+        problems = []
+        if not is_list_of(state.get("ema"), lambda x: is_number(x) and 0 <= x <= 1, num_tasks):
+            problems.append(f"ema must be {num_tasks} numbers in [0, 1]")
+        if not all(is_list_of(counts, lambda n: is_int(n, 0, large), num_tasks) for counts in (episodes, successes)):
+            problems.append(f"num_episodes and num_successes must be {num_tasks} counts")
+        elif any(s > n for s, n in zip(successes, episodes, strict=True)):  # type: ignore[arg-type]
+            problems.append("it has more successes than episodes")
+        return problems
 
 
 class CurriculumManager:
@@ -170,12 +189,12 @@ class CurriculumManager:
         self.curriculum.load_state_dict(state)
 
     def save(self, path: str) -> None:
-        """Write statistics and state as JSON; a reader never sees half a file."""
+        """Write statistics and state as JSON; a reader never sees half a file.
+
+        Raises OSError naming the file that could not be written; the earlier one is unchanged then.
+        """
         content = {
             "stats": {str(task_id): values for task_id, values in self.curriculum.stats().items()},
             "state": self.curriculum.state_dict(),
         }
-        target = Path(path)
-        partial = target.with_name(f".{target.name}.{os.getpid()}")
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(partial, target)
+        write_whole(path, json.dumps(content, indent=1) + "\n")

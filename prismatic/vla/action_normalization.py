@@ -1,26 +1,70 @@
 """Action statistics of a model folder, normalisation, and the way to LIBERO's raw action."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from prismatic.model_files import (
+    checksum_problems,
+    is_int,
+    is_list_of,
+    is_number,
+    raise_file_problems,
+    read_json_object,
+)
 from prismatic.vla.action_tokenizer import ActionTokenizer
+
+STATISTICS_FILES = ("config.json", "dataset_statistics.json")
 
 
 def load_norm_stats(model_dir: str | Path) -> dict[str, Any]:
     """Return `norm_stats` of `config.json`, overridden key by key by `dataset_statistics.json` where that exists.
 
-    Raises FileNotFoundError when the folder has no `config.json`.
+    Raises FileNotFoundError when the folder has no `config.json`, ValueError naming the file when one is damaged or its
+    statistics cannot un-normalise an action.
     """
     model_dir = Path(model_dir)
-    stats = dict(json.loads((model_dir / "config.json").read_text()).get("norm_stats") or {})
-    statistics_path = model_dir / "dataset_statistics.json"
-    if statistics_path.exists():
-        stats.update(json.loads(statistics_path.read_text()))
+    raise_file_problems(checksum_problems(model_dir, lambda name: name in STATISTICS_FILES))
+    stats: dict[str, Any] = {}
+    for name in STATISTICS_FILES:
+        file = model_dir / name
+        if name != "config.json" and not file.exists():
+            continue
+        fields = read_json_object(file)
+        found = (fields.get("norm_stats") or {}) if name == "config.json" else fields
+        if not isinstance(found, dict):
+            raise ValueError(f"{file}: norm_stats is {str(found)[:40]!r}, it must be a JSON object")
+        for key, entry in found.items():
+            raise_file_problems(f"{file}: {key}{problem}" for problem in statistics_problems(entry))
+        stats.update(found)
     return stats
+
+
+def statistics_problems(entry: Any) -> list[str]:
+    """What keeps one dataset's statistics from un-normalising actions: `action` needs q01 <= q99, one each dimension.
+
+    `mask`, `min` and `max` may be absent.
+    """
+    action = entry.get("action") if isinstance(entry, dict) else None
+    if not isinstance(action, dict):
+        return [" has no action statistics"]
+    low: Any = action.get("q01")
+    high: Any = action.get("q99")
+    mask = action.get("mask", True)
+    if not (is_list_of(low, is_number) and is_list_of(high, is_number) and low and len(low) == len(high)):
+        return [".action needs q01 and q99: lists of finite numbers of the same length"]
+    problems = [] if all(a <= b for a, b in zip(low, high, strict=True)) else [".action has q01 above q99"]
+    if mask is not True and not is_list_of(mask, lambda m: isinstance(m, bool), len(low)):
+        problems.append(f".action.mask must be {len(low)} times true or false")
+    for name in ("num_transitions", "num_trajectories"):
+        if name in entry and not is_int(entry[name], 0, 1 << 62):
+            problems.append(f".{name} must be a count")
+    for name in ("min", "max"):
+        if name in action and not is_list_of(action[name], is_number, len(low)):
+            problems.append(f".action.{name} must be {len(low)} finite numbers")
+    return problems
 
 
 def resolve_unnorm_key(norm_stats: Mapping[str, Any], suite_name: str, unnorm_key: str | None = None) -> str:

@@ -59,10 +59,11 @@ def test_tokens_to_env_actions() -> None:
 
 
 def test_dataset_statistics_override_norm_stats(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"norm_stats": {"a": {"action": 1}, "b": {"action": 2}}}))
-    assert load_norm_stats(tmp_path) == {"a": {"action": 1}, "b": {"action": 2}}
-    (tmp_path / "dataset_statistics.json").write_text(json.dumps({"b": {"action": 3}}))
-    assert load_norm_stats(tmp_path) == {"a": {"action": 1}, "b": {"action": 3}}
+    one, two, three = ({"action": {"q01": [0.0], "q99": [high]}} for high in (1.0, 2.0, 3.0))
+    (tmp_path / "config.json").write_text(json.dumps({"norm_stats": {"a": one, "b": two}}))
+    assert load_norm_stats(tmp_path) == {"a": one, "b": two}
+    (tmp_path / "dataset_statistics.json").write_text(json.dumps({"b": three}))
+    assert load_norm_stats(tmp_path) == {"a": one, "b": three}
 
 
 def test_the_key_is_the_suite_then_its_no_noops_name() -> None:

@@ -30,7 +30,10 @@ OPENVLA_7B_CONFIG = {
     "model_type": "openvla",
     "n_action_bins": 256,
     "norm_stats": {
-        "bridge_orig": {"action": {"q01": [-0.02872725307941437], "mask": [True]}, "num_transitions": 2135463}
+        "bridge_orig": {
+            "action": {"q01": [-0.02872725307941437], "q99": [0.028309678435325586], "mask": [True]},
+            "num_transitions": 2135463,
+        }
     },
     "output_projector_states": False,
     "pad_to_multiple_of": 64,

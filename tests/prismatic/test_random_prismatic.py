@@ -18,7 +18,8 @@ from prismatic.extern.hf.random_prismatic import (
     save_openvla_7b,
     save_random_vla,
 )
-from utils.checkpoint_utils import check_model_dir, read_shapes, weight_files
+from prismatic.model_files import weight_files
+from utils.checkpoint_utils import check_model_dir, read_shapes
 
 SCRIPT = Path(__file__).parents[2] / "vla-scripts" / "make_tiny_vla.py"
 INSTRUCTION = "pick up the red block and place it on the blue plate"

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from prismatic.model_files import weight_files
 from utils import checkpoint_utils
 
 
@@ -42,7 +43,7 @@ def test_a_shard_that_the_index_names_and_the_folder_lacks_is_half_written(model
     checkpoint_utils.save_weights(model_dir, state, max_shard_size="1MB")
     assert checkpoint_utils.check_model_dir(model_dir) == []
     assert {n: tuple(t.shape) for n, t in state.items()} == checkpoint_utils.read_shapes(model_dir)
-    lost = checkpoint_utils.weight_files(model_dir)[1]
+    lost = weight_files(model_dir)[1]
     lost.unlink()
     (problem,) = checkpoint_utils.check_model_dir(model_dir)
     assert lost.name in problem and "half-written" in problem
@@ -66,7 +67,7 @@ def test_a_failed_write_leaves_what_was_there_and_no_remains(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"] and (target / "a").read_text() == "first"
     with checkpoint_utils.atomic_directory(target, overwrite=True) as folder:
         (folder / "b").write_text("third")
-    assert [p.name for p in target.iterdir()] == ["b"]
+    assert {p.name for p in target.iterdir()} == {"b", "checksums.json"}
 
 
 def test_a_saved_model_takes_over_the_sources_files_but_not_its_history(model_dir, tmp_path):
@@ -74,7 +75,7 @@ def test_a_saved_model_takes_over_the_sources_files_but_not_its_history(model_di
         (model_dir / name).write_text("of an earlier run")
     (model_dir / "notes.txt").write_text("kept")
     state = {name: tensor + 1 for name, tensor in load_file(model_dir / "model.safetensors").items()}
-    statistics = {"other": {}}
+    statistics = {"other": {"action": {"q01": [0.0], "q99": [1.0]}}}
     files = {"dataset_statistics.json": statistics}
     checkpoint_utils.save_model_dir(tmp_path / "out", state, model_dir, json_files=files)
     assert checkpoint_utils.check_model_dir(tmp_path / "out") == []
@@ -82,7 +83,7 @@ def test_a_saved_model_takes_over_the_sources_files_but_not_its_history(model_di
     expected = {p.name for p in model_dir.iterdir()} - {
         "log.txt", "metrics.jsonl", "args.json", "events.out.tfevents.1", "metadata.json"
     }  # fmt: skip
-    assert names == expected
+    assert names == expected | {"checksums.json"}
     assert json.loads((tmp_path / "out" / "dataset_statistics.json").read_text()) == statistics
     saved = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(saved[n], t) for n, t in state.items())

@@ -99,7 +99,8 @@ def test_merge_equals_peft_and_folder_is_complete(merge_script, tiny_model_dir, 
     changed = {n for n, t in read_weights(out).items() if not torch.equal(t, base[n])}
     assert changed == {f"{name}.weight" for name in linear_names(load_model(tiny_model_dir))}
     assert check_model_dir(out) == []
-    assert {p.name for p in tiny_model_dir.iterdir()} | {"merge_metadata.json"} == {p.name for p in out.iterdir()}
+    added = {"merge_metadata.json", "checksums.json"}
+    assert {p.name for p in tiny_model_dir.iterdir()} | added == {p.name for p in out.iterdir()}
     assert json.loads((out / "merge_metadata.json").read_text()) == metadata
     assert metadata["base"] == str(tiny_model_dir) and metadata["adapter"] == str(folder)
     assert metadata["checks"]["logits"]["max_difference"] < 1e-4 and metadata["dtype"] == "float32"
@@ -225,7 +226,7 @@ def edit_adapter(adapter_dir, output_dir, **options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"peft_type": "LOHA"}, "peft_type LOHA"),
+        ({"peft_type": "LOHA"}, "peft_type is .LOHA."),
         ({"use_dora": True}, "use_dora=True"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"r": 5}, "do not have rank 5"),

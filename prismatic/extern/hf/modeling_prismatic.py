@@ -29,6 +29,7 @@ from transformers import (
 from transformers.modeling_outputs import ModelOutput
 
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
+from prismatic.extern.hf.folder_checks import check_model_files
 from prismatic.extern.hf.processing_prismatic import PrismaticImageProcessor, PrismaticProcessor
 from prismatic.vla.action_normalization import load_norm_stats, unnormalize_action
 from prismatic.vla.action_tokenizer import ActionTokenizer
@@ -472,6 +473,12 @@ def register_openvla() -> None:
     AutoModelForImageTextToText.register(OpenVLAConfig, OpenVLAForActionPrediction, exist_ok=True)
 
 
+def parameter_shapes(config: OpenVLAConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of the model that `config` describes; takes no memory."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in OpenVLAForActionPrediction(config).state_dict().items()}
+
+
 def load_model(
     model_dir: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **kwargs: Any
 ) -> OpenVLAForActionPrediction:
@@ -479,16 +486,15 @@ def load_model(
 
     `kwargs` go to `from_pretrained` (`attn_implementation="flash_attention_2"`, ...). Returned in evaluation mode.
     Tensors go to `device` one by one, cast there: no copy of the model is made in CPU memory.
-    Raises ValueError when the weights lack parameters or hold unknown ones (they would stay random, or be lost).
+    The folder is untrusted: raises what `check_model_files` does, before anything large is read.
     """
     register_openvla()
-    options = {"dtype": dtype, "output_loading_info": True, "local_files_only": True, **kwargs}
+    check_model_files(model_dir, parameter_shapes)
+    options = {"dtype": dtype, "output_loading_info": True, "local_files_only": True, "use_safetensors": True, **kwargs}
     if torch.device(device).type != "cpu":
         options["device_map"] = {"": device}
     loaded: Any = OpenVLAForActionPrediction.from_pretrained(str(model_dir), **options)
     model, info = loaded
-    problems = {name: sorted(info[name])[:5] for name in ("missing_keys", "unexpected_keys") if info[name]}
-    if problems:
-        raise ValueError(f"{model_dir} does not hold exactly this model's parameters: {problems} (first five of each)")
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     model.norm_stats = load_norm_stats(model_dir)
     return model.to(device).eval()

@@ -14,6 +14,15 @@ from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ProcessorMixin
 
+from prismatic.extern.hf.folder_checks import (
+    PREPROCESSOR_NAME,
+    TOKENIZER_CONFIG_NAME,
+    check_preprocessor,
+    check_tokenizer_files,
+    read_config,
+)
+from prismatic.model_files import checksum_problems, raise_file_problems, reading
+
 PROMPT_TEMPLATE = "In: What action should the robot take to {instruction}?\nOut:"
 EMPTY_PIECE = "▁"
 RESIZE_STRATEGIES = ("resize-naive", "letterbox", "resize-crop")
@@ -214,7 +223,24 @@ class PrismaticProcessor(ProcessorMixin):
 
 
 def load_processor(model_dir: str | Path) -> PrismaticProcessor:
-    """Load the image processor and the tokenizer of a model folder, from disk only."""
-    tokenizer = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True, padding_side="right")
-    image_processor = PrismaticImageProcessor.from_pretrained(str(model_dir), local_files_only=True)
-    return PrismaticProcessor(image_processor, tokenizer)
+    """Load the image processor and the tokenizer of a model folder, from disk only and without its code.
+
+    The folder is untrusted: see `folder_checks`. Raises ValueError naming the file that is damaged, OSError if one is
+    missing.
+    """
+    config = read_config(model_dir)
+    raise_file_problems(checksum_problems(model_dir, lambda name: name.endswith((".json", ".model"))))
+    check_tokenizer_files(model_dir)
+    check_preprocessor(model_dir, reserved=lambda name: hasattr(PrismaticImageProcessor, name))
+    folder, options = str(model_dir), {"local_files_only": True, "trust_remote_code": False}
+    with reading(Path(model_dir) / "tokenizer.json", "the tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right", **options)
+    with reading(Path(model_dir) / PREPROCESSOR_NAME, "the image processor"):
+        image_processor = PrismaticImageProcessor.from_pretrained(folder, local_files_only=True)
+        processor = PrismaticProcessor(image_processor, tokenizer)
+    with reading(Path(model_dir) / TOKENIZER_CONFIG_NAME, "a prompt with this tokenizer"):
+        processor.prompt_ids("push the red block")
+    largest, vocab_size = max(tokenizer.get_vocab().values()), config.text_config.vocab_size
+    if largest >= vocab_size:
+        raise ValueError(f"{folder}: the tokenizer has token {largest}, the model only {vocab_size} tokens")
+    return processor

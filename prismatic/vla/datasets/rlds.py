@@ -5,15 +5,24 @@ that are not needed (the wrist camera, everything while statistics are computed)
 T steps of an episode, N transitions, H W image.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from prismatic.vla.datasets.schema import SPLIT, STATE_FEATURE, check_dataset_dir, read_features
+from prismatic.model_files import reading
+from prismatic.vla.datasets.schema import (
+    SPLIT,
+    STATE_FEATURE,
+    check_dataset_dir,
+    read_features,
+    read_shard_lengths,
+    shard_files,
+)
 from prismatic.vla.datasets.tensorflow_setup import load_tensorflow, load_tfds
+from prismatic.vla.datasets.tfrecord import check_shards, find_damage
 
 IMAGE_FEATURE = "steps/observation/image"
 FILE_PATH_FEATURE = "episode_metadata/file_path"
@@ -41,12 +50,16 @@ class RawEpisode:
 def open_dataset(dataset_dir: str | Path, *, num_threads: int = 1, shard: tuple[int, int] = (0, 1)) -> Any:
     """The `train` split as a tf.data.Dataset of episodes with encoded steps, in stored order.
 
-    `shard` (index, count): only the episodes index, index + count, ... Raises ValueError with every problem of an
-    incomplete directory.
+    `shard` (index, count): only the episodes index, index + count, ... The directory is untrusted: raises ValueError
+    with every problem of an incomplete one, or naming the file that is damaged. Read the result with `numpy_iterator`.
     """
     problems = check_dataset_dir(dataset_dir)
     if problems:
         raise ValueError("\n".join(problems))
+    lengths = read_shard_lengths(dataset_dir)
+    if missing := [name for name in lengths if not (Path(dataset_dir) / name).is_file()]:
+        raise ValueError(f"{Path(dataset_dir) / missing[0]} is missing, dataset_info.json names it")
+    check_shards([Path(dataset_dir) / name for name in lengths], list(lengths.values()))
     tfds = load_tfds(num_threads)
     import tensorflow as tf
 
@@ -63,11 +76,36 @@ def open_dataset(dataset_dir: str | Path, *, num_threads: int = 1, shard: tuple[
         try_autocache=False,
         options=options,
     )
-    builder = tfds.builder_from_directory(str(dataset_dir))
-    dataset = builder.as_dataset(
-        split=SPLIT, decoders={"steps": tfds.decode.SkipDecoding()}, shuffle_files=False, read_config=config
-    )
+    with reading(dataset_dir, "the RLDS metadata"):
+        builder = tfds.builder_from_directory(str(dataset_dir))
+        dataset = builder.as_dataset(
+            split=SPLIT, decoders={"steps": tfds.decode.SkipDecoding()}, shuffle_files=False, read_config=config
+        )
     return dataset.shard(shard[1], shard[0]) if shard[1] > 1 else dataset
+
+
+def numpy_iterator(dataset: Any, dataset_dirs: Sequence[str | Path]) -> Iterator[Any]:
+    """The elements of a tf.data.Dataset made from these directories, as numpy arrays.
+
+    Raises ValueError naming the shard whose CRCs do not match, or the directory whose records are not what its
+    features say.
+    """
+    tf = load_tensorflow()
+    try:
+        yield from dataset.as_numpy_iterator()
+    except (tf.errors.OpError, UnicodeDecodeError) as error:  # the latter where an error quotes a record's bytes
+        damage = find_damage([file for folder in dataset_dirs for file in shard_files(folder)])
+        where = ", ".join(map(str, dataset_dirs))
+        reason = getattr(error, "message", "a record is no example")[:300]
+        raise ValueError(damage or f"{where}: records do not match features.json: {reason}") from error
+
+
+def decode_text(text: bytes, dataset_dir: str | Path) -> str:
+    """UTF-8 text of a record. Raises ValueError naming the directory."""
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{dataset_dir}: a text is not UTF-8: {error}") from error
 
 
 def iterate_episodes(dataset_dir: str | Path, *, images: bool = False, num_threads: int = 1) -> Iterator[RawEpisode]:
@@ -87,13 +125,13 @@ def iterate_episodes(dataset_dir: str | Path, *, images: bool = False, num_threa
         return selected
 
     dataset = open_dataset(dataset_dir, num_threads=num_threads).map(select)
-    for episode in dataset.as_numpy_iterator():
+    for episode in numpy_iterator(dataset, [dataset_dir]):
         yield RawEpisode(
             np.asarray(episode["action"], np.float32),
             np.asarray(episode["state"], np.float32) if has_state else None,
-            episode["instruction"].decode(),
+            decode_text(episode["instruction"], dataset_dir),
             episode.get("image"),
-            episode["file_path"].decode() if has_path else None,
+            decode_text(episode["file_path"], dataset_dir) if has_path else None,
         )
 
 

@@ -4,10 +4,13 @@ The layout is `modified_libero_rlds/<name>/1.0.0`: `features.json`, `dataset_inf
 episode is `steps` (a nested dataset) and `episode_metadata`.
 """
 
-import json
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from prismatic.model_files import checksum_problems, read_json_object
 
 VERSION = "1.0.0"
 SPLIT = "train"
@@ -18,6 +21,19 @@ REQUIRED_FEATURES: dict[str, tuple[int | None, ...]] = {
     "steps/action": (ACTION_DIM,),
     "steps/language_instruction": (),
 }
+REQUIRED_DTYPES = {"steps/observation/image": ("uint8",), "steps/action": ("float32", "float64")}
+# How tfds' two writers name a shard: by index and count, or by index alone.
+FILE_TEMPLATES = {
+    "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}": "{name}-{split}.tfrecord-{index:05d}-of-{count:05d}",
+    "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}": "{name}-{split}.tfrecord-{index:05d}",
+}
+DEFAULT_TEMPLATE = next(iter(FILE_TEMPLATES))
+# A frame of 4096 x 4096; nothing in a robot's data set is larger.
+MAX_ELEMENTS, MAX_RANK = 3 << 24, 8
+_TFDS_CLASS = re.compile(r"tensorflow_datasets\.core\.features\.[a-z_]+\.[A-Za-z]+")
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_DTYPES = ("", "bool", "string", "object", "float16", "float32", "float64",
+           *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))  # fmt: skip
 # Read when there: proprioception only enters the statistics.
 STATE_FEATURE = "steps/observation/state"
 
@@ -35,20 +51,25 @@ class Feature:
 def read_features(dataset_dir: str | Path) -> dict[str, Feature]:
     """Flatten `features.json` to {"steps/observation/image": Feature, ...}.
 
-    Raises ValueError if the file is missing or is not what tfds writes.
+    Raises ValueError if the file is missing, is not what tfds writes, or names code that is not tfds' own.
     """
     file = Path(dataset_dir) / "features.json"
     features: dict[str, Feature] = {}
     try:
-        _flatten(json.loads(file.read_text()), "", features)
+        _flatten(read_json_object(file), "", features)
     except FileNotFoundError as error:
         raise ValueError(f"{dataset_dir} lacks features.json") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is not a tfds features file ({error!r}): damaged or half-written") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
     return features
 
 
 def _flatten(node: dict[str, Any], path: str, features: dict[str, Feature]) -> None:
+    if not _TFDS_CLASS.fullmatch(node["pythonClassName"]):  # tfds imports the module that stands there
+        found = node["pythonClassName"][:80]
+        raise ValueError(f"{path or 'the tree'} is a {found!r}: only tfds' own features are read")
     if "featuresDict" in node:
         for name, child in node["featuresDict"]["features"].items():
             _flatten(child, f"{path}/{name}".lstrip("/"), features)
@@ -56,10 +77,14 @@ def _flatten(node: dict[str, Any], path: str, features: dict[str, Feature]) -> N
         _flatten(node["sequence"]["feature"], path, features)
     else:
         spec = node.get("image") or node.get("tensor") or {}
-        dimensions = spec.get("shape", {}).get("dimensions", [])
-        shape = tuple(int(d) if int(d) > 0 else None for d in dimensions)
+        sizes = [int(d) for d in spec.get("shape", {}).get("dimensions", [])]
+        dtype, encoding = spec.get("dtype", ""), spec.get("encodingFormat", "")
+        if len(sizes) > MAX_RANK or math.prod(max(size, 1) for size in sizes) > MAX_ELEMENTS:
+            raise ValueError(f"{path} has the shape {sizes}: more than {MAX_ELEMENTS} elements are not read")
+        if dtype not in _DTYPES or encoding not in ("", "jpeg", "png"):
+            raise ValueError(f"{path} has dtype {dtype!r} and encoding {encoding!r}, which are not read")
         kind = node["pythonClassName"].rpartition(".")[2]
-        features[path] = Feature(kind, shape, spec.get("dtype", ""), spec.get("encodingFormat", ""))
+        features[path] = Feature(kind, tuple(size if size > 0 else None for size in sizes), dtype, encoding)
 
 
 def check_dataset_dir(path: str | Path) -> list[str]:
@@ -71,6 +96,8 @@ def check_dataset_dir(path: str | Path) -> list[str]:
     folder = Path(path)
     if not folder.is_dir():
         return [f"{path} is not a directory: give <data_root_dir>/<dataset_name>/{VERSION} as tfds writes it"]
+    if problems := checksum_problems(folder, lambda name: name.endswith(".json")):
+        return problems
     try:
         features = read_features(folder)
     except ValueError as error:
@@ -88,24 +115,53 @@ def _feature_problems(folder: Path, features: dict[str, Feature]) -> list[str]:
         agrees = len(found) == len(wanted) and all(w in (None, f) for w, f in zip(wanted, found, strict=True))
         if not agrees:
             problems.append(f"{folder}: feature {name} has shape {found}, expected {wanted} (None: any)")
+    for name, dtypes in REQUIRED_DTYPES.items():
+        if name in features and features[name].dtype not in dtypes:
+            problems.append(f"{folder}: feature {name} is {features[name].dtype!r}, expected {' or '.join(dtypes)}")
     return problems
 
 
 def _shard_problems(folder: Path) -> list[str]:
-    file = folder / "dataset_info.json"
     try:
-        splits = {s["name"]: s for s in json.loads(file.read_text()).get("splits", [])}
-    except FileNotFoundError:
-        return [f"{folder} lacks dataset_info.json: it is half-written"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        return [f"{file} is not a tfds dataset_info file ({error!r}): damaged or half-written"]
-    if SPLIT not in splits:
-        return [f"{folder} has no split {SPLIT!r}: it has {', '.join(sorted(splits)) or 'none'}"]
-    num_shards = len(splits[SPLIT].get("shardLengths", []))
-    found = shard_files(folder)
-    if num_shards == 0 or len(found) != num_shards:
-        return [f"{folder} has {len(found)} {SPLIT} shards, dataset_info.json names {num_shards}: it is half-written"]
+        lengths = read_shard_lengths(folder)
+    except ValueError as error:
+        return [str(error)]
+    if not lengths or len(shard_files(folder)) != len(lengths):
+        found = len(shard_files(folder))
+        return [f"{folder} has {found} {SPLIT} shards, dataset_info.json names {len(lengths)}: it is half-written"]
     return []
+
+
+def read_shard_lengths(dataset_dir: str | Path) -> dict[str, int]:
+    """File name -> number of episodes of each shard of the `train` split, as `dataset_info.json` says.
+
+    Raises ValueError if the file is missing or damaged, or names files outside of its folder.
+    """
+    file = Path(dataset_dir) / "dataset_info.json"
+    try:
+        fields = read_json_object(file)
+        splits = {split["name"]: split for split in fields.get("splits", [])}
+        names = [fields["name"], *splits]
+        templates = [split.get("filepathTemplate", DEFAULT_TEMPLATE) for split in splits.values()]
+        lengths = [int(n) for n in splits[SPLIT].get("shardLengths", [])] if SPLIT in splits else []
+    except FileNotFoundError as error:
+        raise ValueError(f"{dataset_dir} lacks dataset_info.json: it is half-written") from error
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{file} is not a tfds dataset_info file ({error!r}): damaged or half-written") from error
+    if not all(isinstance(name, str) and _NAME.fullmatch(name) for name in names):
+        raise ValueError(f"{file}: the names {names} may only have letters, digits, - and _: they become file names")
+    if {*templates} - {*FILE_TEMPLATES} or fields.get("fileFormat", "tfrecord") != "tfrecord":
+        known, found = " or ".join(FILE_TEMPLATES), sorted(map(str, templates))
+        raise ValueError(f"{file}: only tfrecord files named {known} are read, not {found}")
+    if SPLIT not in splits:
+        raise ValueError(f"{dataset_dir} has no split {SPLIT!r}: it has {', '.join(sorted(splits)) or 'none'}")
+    if not all(0 <= n <= MAX_ELEMENTS for n in lengths):
+        raise ValueError(f"{file}: shardLengths {lengths[:5]} ... must be counts of episodes")
+    template = FILE_TEMPLATES[splits[SPLIT].get("filepathTemplate", DEFAULT_TEMPLATE)]
+    return {
+        template.format(name=names[0], split=SPLIT, index=index, count=len(lengths)): num_episodes
+        for index, num_episodes in enumerate(lengths)
+    }
 
 
 def shard_files(dataset_dir: str | Path) -> list[Path]:

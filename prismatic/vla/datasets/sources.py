@@ -15,7 +15,7 @@ import numpy as np
 
 from prismatic.vla.action_normalization import normalize_action
 from prismatic.vla.datasets.mixtures import sampling_probabilities
-from prismatic.vla.datasets.rlds import frame_decoder, open_dataset
+from prismatic.vla.datasets.rlds import decode_text, frame_decoder, numpy_iterator, open_dataset
 from prismatic.vla.datasets.tensorflow_setup import load_tensorflow
 from prismatic.vla.datasets.transforms import DatasetTransform
 
@@ -138,7 +138,9 @@ class MemorySource:
                 break
             self._images_NHW3[start:end] = images
             self._actions_NA[start:end] = actions
-            self._instruction_N[start:end] = [known.setdefault(text.decode(), len(known)) for text in texts]
+            self._instruction_N[start:end] = [
+                known.setdefault(decode_text(text, spec.path), len(known)) for text in texts
+            ]
             start = end
         if start != stop:
             raise ValueError(f"{spec.path} does not hold {spec.num_transitions} transitions as its statistics say")
@@ -181,7 +183,12 @@ def _decoded_episodes(spec: DatasetSpec, reading: Reading) -> Iterator[tuple[np.
         return images, steps["action"], steps["language_instruction"]
 
     dataset = open_dataset(spec.path, num_threads=reading.num_threads)
-    for images, actions, texts in dataset.map(read, num_parallel_calls=reading.num_threads).as_numpy_iterator():
+    dataset = dataset.map(read, num_parallel_calls=reading.num_threads)
+    for images, actions, texts in numpy_iterator(dataset, [spec.path]):
+        if not len(images) == len(actions) == len(texts):
+            raise ValueError(
+                f"{spec.path}: an episode has {len(images)} frames, {len(actions)} actions, {len(texts)} texts"
+            )
         yield images, spec.policy_actions(actions), texts
 
 
@@ -202,11 +209,17 @@ class StreamSource:
 
     def chunks(self) -> Iterator[Chunk]:
         """Chunks of this rank: endless and shuffled for training, else everything once in stored order."""
-        for index_C, images, actions, texts in self._dataset().as_numpy_iterator():
+        paths = [spec.path for spec in self.specs]
+        for index_C, images, actions, texts in numpy_iterator(self._dataset(), paths):
             policy_actions = np.empty(actions.shape, np.float32)
             for i in np.unique(index_C):
                 policy_actions[index_C == i] = self.specs[i].policy_actions(actions[index_C == i])
-            yield Chunk(images, policy_actions, [text.decode() for text in texts], index_C)
+            yield Chunk(
+                images,
+                policy_actions,
+                [decode_text(text, paths[i]) for text, i in zip(texts, index_C, strict=True)],
+                index_C,
+            )
 
     def _dataset(self) -> Any:
         tf = load_tensorflow(self.reading.num_threads)

@@ -7,13 +7,13 @@ transformed actions (and of the proprioception), and how many transitions and tr
 import hashlib
 import json
 import logging
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from prismatic.model_files import read_json_object, write_whole
 from prismatic.vla.datasets.mixtures import check_mixture, dataset_dir, resolve_mixture
 from prismatic.vla.datasets.rlds import RawEpisode, iterate_episodes
 from prismatic.vla.datasets.schema import shard_files
@@ -82,17 +82,36 @@ def dataset_statistics(dataset_dir: str | Path, transform: DatasetTransform, *, 
     Computed and cached otherwise; a directory that cannot be written to costs a warning and the computation.
     """
     cache = Path(dataset_dir) / f"dataset_statistics_{content_key(dataset_dir, transform)}.json"
-    if cache.exists():
-        return json.loads(cache.read_text())
+    if (cached := _read_cache(cache)) is not None:
+        return cached
     logger.info("computing the statistics of %s", dataset_dir)
     statistics = compute_statistics(iterate_episodes(dataset_dir, num_threads=num_threads), transform)
-    partial = cache.with_name(f".{cache.name}.{os.getpid()}")
+    content = {"sha256": _digest(statistics), "statistics": statistics}
     try:
-        partial.write_text(json.dumps(statistics, indent=2) + "\n")
-        partial.replace(cache)  # several ranks may arrive here at once
+        write_whole(cache, json.dumps(content, indent=2) + "\n")  # several ranks may arrive here at once
     except OSError as error:
         logger.warning("cannot cache the statistics in %s (%s): they are computed again next time", cache, error)
     return statistics
+
+
+def _read_cache(file: Path) -> dict[str, Any] | None:
+    """The statistics in a cache file; None if there is none, or it is not what was written (then it is made anew)."""
+    if not file.exists():
+        return None
+    try:
+        content = read_json_object(file)
+    except ValueError as error:
+        logger.warning("%s; the statistics are computed again", error)
+        return None
+    statistics = content.get("statistics")
+    if not isinstance(statistics, dict) or content.get("sha256") != _digest(statistics):
+        logger.warning("%s is damaged, or of another version: the statistics are computed again", file)
+        return None
+    return statistics
+
+
+def _digest(statistics: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(statistics, sort_keys=True).encode()).hexdigest()
 
 
 def load_dataset_statistics(data_root_dir: str | Path, dataset_name: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from prismatic.model_files import read_json_object
 from prismatic.vla.datasets.writer import EncodedDemonstration
 
 _ARRAYS = ("actions_T7", "states_T8", "joint_states_T7", "rewards_T")
@@ -51,11 +52,11 @@ class EpisodeStore:
     def problems(self) -> list[str]:
         """Why the episodes that are there cannot be continued with this identity; empty if they can, or are none."""
         try:
-            found = json.loads(self._identity_file.read_text())
+            found = read_json_object(self._identity_file)
         except FileNotFoundError:
             return []
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            return [f"{self._identity_file} is damaged ({error}): delete {self.folder}"]
+        except ValueError as error:
+            return [f"{error}: delete {self.folder}"]
         keys = sorted({*found, *self.identity})
         return [
             f"{self.folder} holds episodes of an interrupted recording with --{key} {found.get(key)}, "
