@@ -46,7 +46,6 @@ import numpy as np
 import ray
 import torch
 import tyro
-from transformers import get_scheduler
 
 from ppo.arguments import (
     CommandLineError,
@@ -58,21 +57,21 @@ from ppo.arguments import (
     world_flags,
 )
 from ppo.collector import Collector
-from ppo.critic import ValueHead, VLACritic
 from ppo.envs.base import ResetRequest, get_suite, split_options
 from ppo.envs.vector import VectorEnv
-from ppo.evaluation import EpisodeResult, EvaluationRun, evaluation_requests, run_episodes, summarize_run
-from ppo.learner import PPOLearner, Reference, Trainable
-from ppo.reporting import BestReturn, progress_line, rollout_metrics, time_metrics
+from ppo.evaluation import EpisodeResult, EvaluationRun, evaluation_requests, run_episodes
+from ppo.learner import PPOLearner
+from ppo.models import ModelBuilder, make_trainable
+from ppo.reporting import rollout_metrics, time_metrics
 from ppo.rollout import Rollout
+from ppo.run import Run
 from ppo.utils.curriculum import CurriculumManager
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
-from prismatic.extern.hf.modeling_prismatic import load_model
 from prismatic.extern.hf.processing_prismatic import load_processor
 from prismatic.vla.action_normalization import load_norm_stats, resolve_unnorm_key, tokens_to_env_actions
 from prismatic.vla.action_tokenizer import ActionTokenizer
 from utils import checkpoint_utils, fsdp_utils, peft_utils, ray_utils
-from utils.logging_utils import MetricWriter, PhaseTimer, add_log_file, get_logger
+from utils.logging_utils import PhaseTimer, add_log_file, get_logger
 from utils.placement import Demand, placement_problems
 from utils.video_utils import EpisodeRecorder
 from utils.weight_export import WeightExporter
@@ -424,7 +423,6 @@ class PolicyTrainer:
     def __init__(self, args: Args, plan: Plan, rank: int) -> None:
         torch.set_num_threads(args.trainer_num_threads)
         self.args, self.plan, self.rank = args, plan, rank
-        self.adapter: Any = None
 
     def address(self) -> tuple[str, int]:
         """Host and a free port for the process group, asked of rank 0."""
@@ -439,18 +437,19 @@ class PolicyTrainer:
         self.device = fsdp_utils.setup_distributed(device_type=plan.device).device
         self.dtype = getattr(torch, plan.dtype)
         torch.manual_seed(args.seed)  # the same on every rank: what is initialised here must agree
-        policy = self._build_policy()
-        critic = self._build_critic(policy.config.text_config.hidden_size)
+        builder = ModelBuilder(args, self.device, self.dtype)
+        policy, self.adapter = builder.policy()
+        critic = builder.critic(policy.config.text_config.hidden_size)
         warmup = args.policy_lr_warmup_steps * plan.num_minibatches * args.num_epochs
-        self.policy = self._trainable(
+        self.policy = make_trainable(
             policy, args.learning_rate, args.policy_lr_scheduler_type, warmup, plan.policy_optimizer_steps
         )
-        self.critic = self._trainable(
+        self.critic = make_trainable(
             critic, args.value_learning_rate, args.value_lr_scheduler_type, 0, plan.value_optimizer_steps
         )
         self.learner = PPOLearner(
             args, self.policy, self.critic, load_processor(args.vla_path),
-            reference=self._build_reference(), dtype=self.dtype,
+            reference=builder.reference(policy, self.adapter), dtype=self.dtype,
         )  # fmt: skip
         torch.manual_seed(args.seed * 1000 + self.rank)
         return {
@@ -458,68 +457,6 @@ class PolicyTrainer:
             "trained": sum(p.numel() for p in self.policy.parameters),
             "critic parameters": sum(p.numel() for p in critic.parameters()),
         }
-
-    def _shard(self, model: torch.nn.Module, dtype: torch.dtype | None = None) -> Any:
-        """Frozen weights in the compute dtype, float32 masters of what trains, shards; then compiled blocks."""
-        args, dtype = self.args, dtype or self.dtype
-        fsdp_utils.cast_frozen(model, dtype)
-        reshard = args.sharding_strategy == "full-shard"
-        fsdp_utils.shard_model(model, param_dtype=dtype, offload=args.offload, reshard_after_forward=reshard)
-        if args.compile:
-            fsdp_utils.compile_blocks(model)
-        return model
-
-    def _load_model(self, *, trained: bool) -> Any:
-        """The model on this rank's device: float32 if it `trained` itself, else in the compute dtype."""
-        model = load_model(self.args.vla_path, dtype=torch.float32 if trained else self.dtype, device=self.device)
-        if self.args.enable_gradient_checkpointing:
-            model.gradient_checkpointing_enable()
-        return model.eval()
-
-    def _build_policy(self) -> Any:
-        """The sharded policy; with LoRA `self.adapter` is the peft wrapper around it."""
-        args = self.args
-        model = self._load_model(trained=not args.use_lora)
-        if args.use_lora and args.load_adapter_checkpoint:
-            self.adapter = peft_utils.load_lora(model, args.load_adapter_checkpoint)
-        elif args.use_lora:
-            self.adapter = peft_utils.add_lora(
-                model, rank=args.lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout,
-                freeze_vision_backbone=args.freeze_vision_backbone, base_name=args.vla_path,
-            )  # fmt: skip
-        if args.freeze_vision_backbone:
-            model.vision_backbone.requires_grad_(False)
-        return self._shard(model)
-
-    def _build_reference(self) -> Reference | None:
-        """The frozen initial policy for the KL term: the policy with a fresh adapter off, else a second model."""
-        args = self.args
-        if not args.beta:
-            return None
-        if args.use_lora and not args.load_adapter_checkpoint:
-            return Reference(self.policy.model, self.adapter.disable_adapter)
-        model = self._load_model(trained=False)
-        if args.load_adapter_checkpoint:
-            peft_utils.load_lora(model, args.load_adapter_checkpoint)
-        return Reference(self._shard(model.requires_grad_(False)))
-
-    def _build_critic(self, hidden_size: int) -> Any:
-        args = self.args
-        if args.value_model_type == "shared":
-            return self._shard(ValueHead(hidden_size).to(self.device), torch.float32)
-        model = self._load_model(trained=not args.value_use_lora)
-        if args.value_use_lora:
-            peft_utils.add_lora(model, rank=args.lora_rank, alpha=args.lora_alpha)
-        return self._shard(VLACritic(model).to(self.device))
-
-    def _trainable(self, model: Any, learning_rate: float, schedule: str, warmup: int, total: int) -> Trainable:
-        """AdamW without weight decay; the scheduler counts optimizer steps."""
-        parameters = peft_utils.trainable_parameters(model)
-        fused = self.plan.device == "cuda"
-        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, eps=1e-5, weight_decay=0.0, fused=fused)
-        name = "constant_with_warmup" if schedule == "constant" else schedule
-        scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total)
-        return Trainable(model, parameters, optimizer, scheduler)
 
     def update(self, shard_refs: Sequence[ray.ObjectRef], step: int) -> dict[str, float | None]:
         """One training step on this rank's environments; returns metrics averaged over all ranks."""
@@ -836,90 +773,19 @@ class Cluster:
         if with_state:
             state_dir = str(folder / "training_state")
             ray_utils.wait_all([t.save_training_state.remote(state_dir) for t in self.trainers], f"saving {state_dir}")
-        ray.get(self.curriculum.save.remote(str(folder / "curriculum.json")))
+        self.save_curriculum(folder / "curriculum.json")
+
+    def curriculum_stats(self) -> dict[int, dict[str, float]]:
+        """Statistics of every task, by its id."""
+        return ray.get(self.curriculum.stats.remote())
+
+    def save_curriculum(self, path: Path) -> None:
+        """Write the curriculum's statistics and state."""
+        ray.get(self.curriculum.save.remote(str(path)))
 
     def close(self) -> None:
         """End the workers' environments and engines; Ray ends the rest."""
         ray.wait([w.close.remote() for w in self.workers], num_returns=len(self.workers), timeout=20)
-
-
-class Run:
-    """The run's folder: metrics, checkpoints and their metadata."""
-
-    def __init__(self, args: Args, plan: Plan, cluster: Cluster) -> None:
-        self.args, self.plan, self.cluster = args, plan, cluster
-        self.exp_dir = Path(plan.exp_dir)
-        config = dataclasses.asdict(args)
-        for remark in get_suite(args.task_suite_name).remarks():
-            logger.warning(remark)
-        (self.exp_dir / "args.json").write_text(json.dumps(config, indent=2) + "\n")
-        self.writer = MetricWriter(
-            self.exp_dir, use_wandb=args.use_wandb, wandb_project=args.wandb_project, wandb_mode=args.wandb_mode,
-            config=config,
-        )  # fmt: skip
-        self.best = BestReturn(args.best_min_delta, args.best_patience)
-        self.started = time.perf_counter()
-
-    def metadata(self, step: int, episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
-        """What a checkpoint says about itself."""
-        returns = [e.episode_return for e in episodes]
-        return {
-            "timestamp": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "ema_return": self.best.ema,
-            "current_return": float(np.mean(returns)) if returns else None,
-            "training_step": step,
-            "global_step": step * self.plan.samples_per_step,
-            "exp_id": self.exp_dir.name,
-            "vla_path": self.args.vla_path,
-            "task_suite_name": self.args.task_suite_name,
-            "seed": self.args.seed,
-        }
-
-    def report(self, step: int, metrics: dict[str, float | None], episodes: Sequence[EpisodeResult]) -> None:
-        """Write a training step's metrics and line, the curriculum and the checkpoints that are due."""
-        args = self.args
-        is_best = self.best.update([e.episode_return for e in episodes], step)
-        metrics["rollout/ema_return"] = self.best.ema
-        metrics["time/env_steps_total"] = float(step * self.plan.samples_per_step)
-        tasks = ray.get(self.cluster.curriculum.stats.remote())
-        curriculum = {f"curriculum/task_{t}_{k}": v for t, stats in tasks.items() for k, v in stats.items()}
-        defined = self.writer.write(step, metrics | curriculum)
-        logger.info(progress_line(step, self.plan.num_training_steps, defined, time.perf_counter() - self.started))
-        ray.get(self.cluster.curriculum.save.remote(str(self.exp_dir / "curriculum.json")))
-        metadata = self.metadata(step, episodes)
-        if is_best:
-            self.cluster.save(self.exp_dir / "best_return", metadata, overwrite=True)
-        if args.save_freq and step % args.save_freq == 0:
-            self.cluster.save(self.exp_dir / f"step_{step}", metadata, with_state=args.save_optimizer)
-
-    def evaluate(self, step: int, file_name: str | None = None) -> dict[str, float]:
-        """Greedy evaluation on the fixed initial states; logged, and written to `file_name` if given."""
-        start = time.perf_counter()
-        suite = get_suite(self.args.task_suite_name)
-        video_dir = self.exp_dir / "videos" / f"step_{step}" if self.args.save_video else None
-        summary = summarize_run(self.cluster.evaluate(video_dir), self.plan.task_ids, suite.instructions)
-        overall = summary["overall"]
-        metrics = {"time/eval_s": time.perf_counter() - start, "eval/num_episodes": float(overall["episodes"])}
-        for name, part in [("", overall), *((f"task_{t['task_id']}_", t) for t in summary["per_task"])]:
-            metrics |= {f"eval/{name}success_rate": part["rate"]} if "rate" in part else {}
-        if file_name:
-            summary |= {"training_step": step, "remarks": suite.remarks()}
-            (self.exp_dir / file_name).write_text(json.dumps(summary, indent=1) + "\n")
-        logger.info(f"greedy evaluation: {overall['successes']} of {overall['episodes']} episodes succeed")
-        return metrics
-
-    def finish(self, step: int, episodes: Sequence[EpisodeResult]) -> None:
-        """Final evaluation (if asked) and the final model, in the run's own folder."""
-        if self.args.eval_final:
-            self.cluster.push_weights(step)
-            self.writer.write(step, dict(self.evaluate(step, "eval_final.json")))
-        final = self.exp_dir / ".final"
-        self.cluster.save(final, self.metadata(step, episodes), overwrite=True)
-        for file in final.iterdir():
-            os.replace(file, self.exp_dir / file.name)
-        final.rmdir()
-        self.writer.close()
-        logger.info(f"done: {self.exp_dir}")
 
 
 def train(args: Args, plan: Plan, cluster: Cluster, run: Run) -> None:
