@@ -36,7 +36,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -47,6 +47,7 @@ import ray
 import torch
 import tyro
 
+from ppo import trainer_state
 from ppo.arguments import (
     CommandLineError,
     choice_problems,
@@ -63,6 +64,7 @@ from ppo.evaluation import EpisodeResult, EvaluationRun, evaluation_requests, ru
 from ppo.learner import PPOLearner
 from ppo.models import ModelBuilder, make_trainable
 from ppo.reporting import rollout_metrics, time_metrics
+from ppo.resume import STATE_DIR, Collected, RunState, find_checkpoint, flag_problems, remove_old, resumed_exp_dir
 from ppo.rollout import Rollout
 from ppo.run import Run
 from ppo.utils.curriculum import CurriculumManager
@@ -70,9 +72,11 @@ from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
 from prismatic.extern.hf.processing_prismatic import load_processor
 from prismatic.vla.action_normalization import load_norm_stats, resolve_unnorm_key, tokens_to_env_actions
 from prismatic.vla.action_tokenizer import ActionTokenizer
-from utils import checkpoint_utils, fsdp_utils, peft_utils, ray_utils
+from utils import checkpoint_utils, fsdp_utils, peft_utils, ray_utils, training_state
 from utils.logging_utils import PhaseTimer, add_log_file, get_logger
 from utils.placement import Demand, placement_problems
+from utils.signals import StopRequested, StopSignal
+from utils.training_state import BackgroundWriter
 from utils.video_utils import EpisodeRecorder
 from utils.weight_export import WeightExporter
 from utils.weight_sender import WeightSender
@@ -113,10 +117,16 @@ class Args:
     """Everything random is derived from it."""
     total_episodes: int = 100_000
     """Environment steps (policy actions) of the whole run, all environments together. The name is the family's."""
+    resume: str | None = None
+    """Go on from a checkpoint: `auto`, the newest of this exp_id if there is any; a run's folder; or a checkpoint."""
     save_freq: int = 0
     """Training steps between checkpoints `step_<N>/` (0: none but best and final)."""
     save_optimizer: bool = True
-    """Write critic, optimizers, schedulers and random states beside each `step_<N>` checkpoint."""
+    """Write all that --resume needs into each `step_<N>/`, in the background; without it only the policy."""
+    keep_last: int = 0
+    """Keep only so many `step_<N>/` checkpoints (0: all)."""
+    deterministic: bool = False
+    """Only deterministic kernels in the trainers: a resumed run on CPU then equals the uninterrupted one to the bit."""
     use_wandb: bool = False
     """Log to Weights & Biases too (TensorBoard and metrics.jsonl are always written)."""
     wandb_project: str | None = None
@@ -343,9 +353,20 @@ def check_files(args: Args, exp_dir: Path) -> None:
         problems += validate_engine_options(options)
     except json.JSONDecodeError as error:
         problems.append(f"--engine_args is not JSON: {error}")
-    if exp_dir.exists() and any(exp_dir.iterdir()) and not args.overwrite:
-        problems.append(f"{exp_dir} already holds a run: choose another --exp_id or pass --overwrite")
+    if exp_dir.exists() and any(exp_dir.iterdir()) and not (args.overwrite or args.resume):
+        problems.append(f"{exp_dir} already holds a run: choose another --exp_id, or pass --overwrite or --resume auto")
     raise_problems(problems)
+
+
+def choose_checkpoint(args: Args, exp_dir: Path) -> Path | None:
+    """The checkpoint to go on from. Raises ValueError if it is damaged or flags differ that may not."""
+    if args.resume is None:
+        return None
+    checkpoint, problems = find_checkpoint(args.resume, exp_dir)
+    if checkpoint is not None and not problems:
+        problems = flag_problems(RunState.read(checkpoint), dataclasses.asdict(args))
+    raise_problems(problems)
+    return checkpoint
 
 
 def _statistics_problems(args: Args) -> list[str]:
@@ -382,7 +403,7 @@ def make_plan(args: Args, *, has_gpus: bool) -> Plan:
     )
     fitting_backend = "gloo" if device == "cpu" else "ipc" if args.colocate else "nccl"
     return Plan(
-        exp_dir=str(Path(args.run_root_dir) / (args.exp_id or default_exp_id(args))),
+        exp_dir=str(resumed_exp_dir(args.resume) or Path(args.run_root_dir) / (args.exp_id or default_exp_id(args))),
         device=device,
         dtype=("bfloat16" if device == "cuda" else "float32") if args.dtype == "auto" else args.dtype,
         demand=Demand(
@@ -403,8 +424,9 @@ def make_plan(args: Args, *, has_gpus: bool) -> Plan:
 
 def absolute_paths(args: Args) -> Args:
     """Paths as every node of a cluster must see them: actors have another working directory."""
-    names = ("vla_path", "load_adapter_checkpoint", "run_root_dir")
-    return dataclasses.replace(args, **{n: os.path.abspath(p) for n in names if (p := getattr(args, n))})
+    names = ("vla_path", "load_adapter_checkpoint", "run_root_dir", "resume")
+    paths = {n: os.path.abspath(p) for n in names if (p := getattr(args, n)) and p != "auto"}
+    return dataclasses.replace(args, **paths)
 
 
 def default_exp_id(args: Args) -> str:
@@ -423,6 +445,8 @@ class PolicyTrainer:
     def __init__(self, args: Args, plan: Plan, rank: int) -> None:
         torch.set_num_threads(args.trainer_num_threads)
         self.args, self.plan, self.rank = args, plan, rank
+        if args.deterministic:
+            torch.use_deterministic_algorithms(True)
 
     def address(self) -> tuple[str, int]:
         """Host and a free port for the process group, asked of rank 0."""
@@ -451,6 +475,7 @@ class PolicyTrainer:
             args, self.policy, self.critic, load_processor(args.vla_path),
             reference=builder.reference(policy, self.adapter), dtype=self.dtype,
         )  # fmt: skip
+        self.writer = BackgroundWriter()
         torch.manual_seed(args.seed * 1000 + self.rank)
         return {
             "policy parameters": sum(p.numel() for p in policy.parameters()),
@@ -458,9 +483,14 @@ class PolicyTrainer:
             "critic parameters": sum(p.numel() for p in critic.parameters()),
         }
 
-    def update(self, shard_refs: Sequence[ray.ObjectRef], step: int) -> dict[str, float | None]:
-        """One training step on this rank's environments; returns metrics averaged over all ranks."""
-        metrics = self.learner.update(Rollout.concat(ray.get(list(shard_refs))), step)
+    def update(self, shard_refs: Sequence[ray.ObjectRef], step: int) -> dict[str, float | None] | None:
+        """One training step on this rank's environments; returns metrics averaged over all ranks, None if stopped.
+
+        Without shards an update that was stopped goes on.
+        """
+        metrics = self.learner.update(Rollout.concat(ray.get(list(shard_refs))) if shard_refs else None, step)
+        if metrics is None:
+            return None
         metrics["mem/trainer_peak_gib"] = peak_memory_gib(self.device)
         if self.plan.engines_sleep:
             torch.cuda.empty_cache()  # what the allocator keeps is what the waking engine needs
@@ -486,27 +516,56 @@ class PolicyTrainer:
         """
         return self.sender.send(version, verify=self.args.verify_weight_sync).num_params
 
+    @ray.method(concurrency_group="control")
+    def request_stop(self) -> None:
+        """Let the update end after the minibatch under way; answered while it runs."""
+        self.learner.stop_requested = True
+
+    def minibatches_done(self) -> int | None:
+        """Of an update that was stopped; None without one."""
+        progress = self.learner.progress
+        return sum(progress.num_done.values()) if progress else None
+
     def save_policy(self, folder: str, json_files: dict[str, Any], overwrite: bool = False) -> None:
         """Write the adapter (LoRA) or the whole model folder, all or nothing. A collective; rank 0 writes."""
-        state = fsdp_utils.full_state_dict(self.policy.model, trainable_only=self.adapter is not None)
-        if self.rank != 0:
-            return
-        if self.adapter is None:
-            checkpoint_utils.save_model_dir(
-                folder, state, self.args.vla_path, json_files=json_files, overwrite=overwrite
-            )
-            return
-        with checkpoint_utils.atomic_directory(folder, overwrite=overwrite) as partial:
-            peft_utils.save_adapter(self.adapter, state, partial)
-            checkpoint_utils.write_json_files(partial, json_files)
+        write = self._policy_export()
+        if self.rank == 0:
+            with checkpoint_utils.atomic_directory(folder, overwrite=overwrite) as partial:
+                write(partial)
+                checkpoint_utils.write_json_files(partial, json_files)
 
-    def save_training_state(self, folder: str) -> None:
-        """Write critic, optimizers, schedulers and this rank's random state with torch.distributed.checkpoint."""
-        fsdp_utils.save_distributed_state(
-            folder,
-            {n: (t.model, t.optimizer) for n, t in (("policy", self.policy), ("critic", self.critic))},
-            {"policy": self.policy.scheduler.state_dict(), "critic": self.critic.scheduler.state_dict()},
-        )
+    def _policy_export(self) -> Callable[[Path], None]:
+        """Gather the policy on rank 0 (a collective) and return what writes it into a folder there."""
+        state = fsdp_utils.full_state_dict(self.policy.model, trainable_only=self.adapter is not None)
+
+        def write(folder: Path) -> None:
+            if self.adapter is not None:
+                peft_utils.save_adapter(self.adapter, state, folder)
+                return
+            checkpoint_utils.save_weights(folder, state)
+            checkpoint_utils.copy_model_files(self.args.vla_path, folder)
+
+        return write
+
+    def begin_checkpoint(self, partial: str, target: str) -> None:
+        """Copy the state; a thread writes it beside the policy in `partial`, then renames that. A collective."""
+        write_policy, folder = self._policy_export(), Path(partial)
+
+        def complete() -> None:
+            write_policy(folder)
+            training_state.publish(folder, target)
+            remove_old(Path(target).parent, self.args.keep_last)
+
+        after = complete if self.rank == 0 else None
+        trainer_state.begin_saving(self.learner, folder / STATE_DIR, self.writer, after)
+
+    def wait_for_checkpoint(self) -> None:
+        """Until the last checkpoint begun is on disk; raises if it could not be written."""
+        self.writer.wait()
+
+    def load_checkpoint(self, folder: str, num_saved: int, step: int) -> None:
+        """Continue from what `num_saved` ranks wrote after training step `step`."""
+        trainer_state.load(self.learner, Path(folder), num_saved, seed=(self.args.seed, step))
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -593,8 +652,8 @@ class RolloutWorker:
 
     def collect(
         self, task_ids: list[int], step: int
-    ) -> tuple[list[ray.ObjectRef], list[EpisodeResult], dict[str, float]]:
-        """Act `num_steps` times everywhere; returns one rollout shard per trainer, finished episodes, statistics."""
+    ) -> tuple[list[ray.ObjectRef], list[EpisodeResult], dict[str, float], dict[str, Any]]:
+        """Act `num_steps` times everywhere; returns a shard per trainer, finished episodes, statistics, world state."""
         self.sampling_rng = np.random.default_rng((self.args.seed, self.index, step))
         start = time.perf_counter()
         rollout, episodes = self.collector.collect(self.args.num_steps, iter(task_ids))
@@ -605,11 +664,20 @@ class RolloutWorker:
             "generate_s": self.collector.generate_s,
             "wait_env_s": self.collector.wait_env_s,
             "num_replaced": float(self.collector.vector.num_replaced),
+            "num_not_repeated": float(self.collector.num_not_repeated),
             "num_void_steps": float((~rollout.valid_TB).sum()),
             "mem_gib": peak_memory_gib(torch.device("cpu")),
         }
         shards = [ray.put(rollout.shard(rank, self.plan.num_trainers)) for rank in range(self.plan.num_trainers)]
-        return shards, episodes, stats
+        return shards, episodes, stats, self.world_state()
+
+    def world_state(self) -> dict[str, Any]:
+        """State of the environments and of what gives them episodes."""
+        return self.collector.state_dict()
+
+    def load_world(self, state: dict[str, Any]) -> None:
+        """Bring the environments to a saved state, by playing their episodes again."""
+        self.collector.load_state_dict(state)
 
     def sleep(self) -> None:
         """Give the engine's GPU memory back; its weights are sent again before it acts."""
@@ -649,29 +717,21 @@ class RolloutWorker:
 # ---------------------------------------------------------------------------------------------- driver
 
 
-@dataclass(frozen=True)
-class Collected:
-    """Rollouts of one training step: shards for each trainer rank, episodes that ended, the workers' statistics."""
-
-    shards: list[list[ray.ObjectRef]]
-    episodes: list[EpisodeResult]
-    worker_stats: list[dict[str, float]]
-
-
 class Cluster:
     """Every actor of the run, placed: trainers, rollout workers, curriculum."""
 
-    def __init__(self, args: Args, plan: Plan) -> None:
+    def __init__(self, args: Args, plan: Plan, stop: StopSignal) -> None:
         from utils.vllm_utils import engine_env
 
-        self.args, self.plan = args, plan
+        self.args, self.plan, self.stop = args, plan, stop
+        self._stop_calls: list[ray.ObjectRef] = []
         placement = ray_utils.place_on_cluster(plan.demand)
         for line in placement.lines:
             logger.info(line)
         group = ray_utils.reserve(placement, args.placement_timeout_s)
         statistics = action_statistics(args)
         self.trainers = [
-            ray.remote(PolicyTrainer).options(
+            ray.remote(concurrency_groups={"control": 1})(PolicyTrainer).options(
                 num_cpus=1, num_gpus=placement.trainer_gpus, scheduling_strategy=ray_utils.in_bundle(group, bundle),
                 runtime_env=ray_utils.actor_env(OMP_NUM_THREADS=str(args.trainer_num_threads)),
             ).remote(args, plan, rank)
@@ -702,7 +762,17 @@ class Cluster:
         infos = ray_utils.wait_all([t.open_channel.remote() for t in self.trainers], "opening the weights' channels")
         joining = [t.connect.remote() for t in self.trainers] + [w.join_channel.remote(infos) for w in self.workers]
         ray_utils.wait_all(joining, "connecting trainers and engines")
+        self._note_worlds([w.world_state.remote() for w in self.workers])
         return counts[0]
+
+    def _note_worlds(self, calls: list[ray.ObjectRef]) -> None:
+        self.worlds: list[dict[str, Any]] = ray_utils.wait_all(calls, "asking for the environments' state")
+        self.curriculum_state = ray.get(self.curriculum.state_dict.remote())
+        self.before_rollout = self.worlds, self.curriculum_state
+
+    def world_states(self, *, is_rollout_used: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """States of the workers' environments and of the curriculum, after the last finished rollout or before it."""
+        return (self.worlds, self.curriculum_state) if is_rollout_used else self.before_rollout
 
     def push_weights(self, version: int) -> dict[str, float]:
         """Send the trainers' weights to every engine and check that each has all of them at this version."""
@@ -733,20 +803,35 @@ class Cluster:
 
     def finish_collecting(self, calls: list[ray.ObjectRef], step: int) -> Collected:
         """Wait for the workers' rollouts and tell the curriculum how the episodes went."""
-        results = ray_utils.wait_all(calls, f"collecting the rollout of training step {step}")
+        what = f"collecting the rollout of training step {step}"
+        results = ray_utils.wait_all(calls, what, poll=self.stop.check)
         shards = [[result[0][rank] for result in results] for rank in range(self.plan.num_trainers)]
         episodes = [episode for result in results for episode in result[1]]
         if episodes:
             ids, successes = [e.task_id for e in episodes], [e.success for e in episodes]
             ray.get(self.curriculum.report_results.remote(ids, successes))
-        return Collected(shards, episodes, [result[2] for result in results])
+        self.before_rollout = self.worlds, self.curriculum_state
+        self.worlds = [result[3] for result in results]
+        self.curriculum_state = ray.get(self.curriculum.state_dict.remote())
+        return Collected(shards, episodes, [result[2] for result in results], {})
 
     def update(self, shards: list[list[ray.ObjectRef]], step: int) -> dict[str, float | None]:
-        """The PPO update on every rank; the metrics are averages over all of them."""
-        calls = [t.update.remote(s, step) for t, s in zip(self.trainers, shards, strict=True)]
-        results = ray_utils.wait_all(calls, f"updating at training step {step}")
+        """The PPO update on every rank; the metrics are averages over all of them.
+
+        Without shards the trainers go on with an update that was stopped. Raises StopRequested when it was stopped.
+        """
+        calls = [
+            t.update.remote(s, step) for t, s in zip(self.trainers, shards or [[]] * len(self.trainers), strict=True)
+        ]
+        results = ray_utils.wait_all(calls, f"updating at training step {step}", poll=self._pass_on_stop)
+        if results[0] is None:
+            self.stop.check()
         peak = max(r["mem/trainer_peak_gib"] for r in results)
         return results[0] | {"mem/trainer_peak_gib": peak}
+
+    def _pass_on_stop(self) -> None:
+        if self.stop.requested and not self._stop_calls:
+            self._stop_calls = [t.request_stop.remote() for t in self.trainers]
 
     def evaluate(self, video_dir: Path | None) -> EvaluationRun:
         """Greedy episodes from every fixed initial state of the run's tasks, shared among the workers."""
@@ -756,24 +841,48 @@ class Cluster:
         folders = [str(video_dir / f"worker_{i}") if video_dir else None for i in range(workers)]
         calls = [w.evaluate.remote(requests[i::workers], folders[i]) for i, w in enumerate(self.workers)]
         total = EvaluationRun()
-        for run in ray_utils.wait_all(calls, "evaluating"):
+        for run in ray_utils.wait_all(calls, "evaluating", poll=self.stop.check):
             total.episodes += run.episodes
             total.void += run.void
             total.num_dropped += run.num_dropped
+        self._note_worlds([w.world_state.remote() for w in self.workers])
         return total
 
-    def save(
-        self, folder: Path, metadata: dict[str, Any], *, with_state: bool = False, overwrite: bool = False
-    ) -> None:
+    def save(self, folder: Path, metadata: dict[str, Any], *, overwrite: bool = False) -> None:
         """Write the policy (adapter or whole model folder), its metadata and the curriculum."""
         files = {"metadata.json": metadata}
         ray_utils.wait_all(
             [t.save_policy.remote(str(folder), files, overwrite) for t in self.trainers], f"saving {folder}"
         )
-        if with_state:
-            state_dir = str(folder / "training_state")
-            ray_utils.wait_all([t.save_training_state.remote(state_dir) for t in self.trainers], f"saving {state_dir}")
         self.save_curriculum(folder / "curriculum.json")
+
+    def begin_checkpoint(self, folder: Path, state: RunState, metadata: dict[str, Any]) -> None:
+        """Begin a complete checkpoint; the trainers write it in the background, one at a time, beside its place."""
+        self.wait_for_checkpoint()
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / STATE_DIR).mkdir(parents=True)
+        state.write(partial / STATE_DIR)
+        checkpoint_utils.write_json_files(partial, {"metadata.json": metadata})
+        self.save_curriculum(partial / "curriculum.json")
+        calls = [t.begin_checkpoint.remote(str(partial), str(folder)) for t in self.trainers]
+        ray_utils.wait_all(calls, f"beginning {folder}")
+
+    def wait_for_checkpoint(self) -> None:
+        """Until the last checkpoint begun is on disk."""
+        ray_utils.wait_all([t.wait_for_checkpoint.remote() for t in self.trainers], "writing a checkpoint")
+
+    def minibatches_done(self) -> int | None:
+        """Of an update that was stopped; None without one."""
+        return ray_utils.wait_all([t.minibatches_done.remote() for t in self.trainers], "stopping the update")[0]
+
+    def load(self, folder: Path, state: RunState) -> None:
+        """Bring trainers, environments and curriculum to a checkpoint's state."""
+        calls = [t.load_checkpoint.remote(str(folder), state.num_trainers, state.step) for t in self.trainers]
+        calls += [w.load_world.remote(world) for w, world in zip(self.workers, state.worlds, strict=True)]
+        calls.append(self.curriculum.load_state_dict.remote(state.curriculum))
+        ray_utils.wait_all(calls, f"loading {folder}")
+        self._note_worlds([w.world_state.remote() for w in self.workers])
 
     def curriculum_stats(self) -> dict[int, dict[str, float]]:
         """Statistics of every task, by its id."""
@@ -789,29 +898,38 @@ class Cluster:
 
 
 def train(args: Args, plan: Plan, cluster: Cluster, run: Run) -> None:
-    """The training loop: push weights, collect, update; `async_depth 1` collects the next rollout meanwhile."""
-    episodes: list[EpisodeResult] = []
+    """The training loop: push weights, collect, update; `async_depth 1` collects the next rollout meanwhile.
+
+    Raises StopRequested when a signal came.
+    """
     ahead: list[ray.ObjectRef] = []
     timer = PhaseTimer()
-    for step in range(1, plan.num_training_steps + 1):
+    for step in range(run.steps_done + 1, plan.num_training_steps + 1):
+        cluster.stop.check()
         with timer.phase("step"):
-            with timer.phase("collect"):  # what was begun during the last update; the engines are at rest afterwards
-                collected = cluster.finish_collecting(ahead, step) if ahead else None
-            with timer.phase("sync"):
-                sync = cluster.push_weights(version=step - 1)
-            evaluation = run.evaluate(step - 1) if args.eval_freq and (step - 1) % args.eval_freq == 0 else {}
-            with timer.phase("collect"):
-                collected = collected or cluster.finish_collecting(cluster.start_collecting(step), step)
-            ahead = cluster.start_collecting(step + 1) if args.async_depth and step < plan.num_training_steps else []
+            if run.collected is None:  # else the trainers are within this step's update, from the checkpoint
+                with timer.phase("collect"):  # what was begun during the last update; the engines rest afterwards
+                    collected = cluster.finish_collecting(ahead, step) if ahead else None
+                with timer.phase("sync"):
+                    sync = cluster.push_weights(version=step - 1)
+                if args.eval_freq and (step - 1) % args.eval_freq == 0:
+                    sync |= run.evaluate(step - 1)
+                with timer.phase("collect"):
+                    collected = collected or cluster.finish_collecting(cluster.start_collecting(step), step)
+                run.collected = dataclasses.replace(collected, metrics=sync)
+                is_last = step == plan.num_training_steps
+                ahead = cluster.start_collecting(step + 1) if args.async_depth and not is_last else []
             with timer.phase("update"):
                 cluster.sleep_engines()
-                update = cluster.update(collected.shards, step)
-        episodes, seconds = collected.episodes, timer.pop()
-        metrics = rollout_metrics(episodes, collected.worker_stats) | update | sync | evaluation
-        metrics |= time_metrics(seconds, collected.worker_stats, plan.samples_per_step)
-        metrics["train/policy_lag"] = step - 1 - collected.worker_stats[0]["policy_version"]
+                update = cluster.update(run.collected.shards, step)
+        episodes, stats, seconds = run.collected.episodes, run.collected.worker_stats, timer.pop()
+        metrics = rollout_metrics(episodes, stats) | update | run.collected.metrics
+        metrics |= time_metrics(seconds, stats, plan.samples_per_step)
+        metrics["train/policy_lag"] = step - 1 - stats[0]["policy_version"]
         run.report(step, metrics, episodes)
-    run.finish(plan.num_training_steps, episodes)
+        with timer.phase("checkpoint"):
+            run.save_if_due()
+    run.finish()
 
 
 def main(args: Args) -> None:
@@ -827,6 +945,7 @@ def main(args: Args) -> None:
         nodes = nodes or [ray_utils.local_node(num_gpus, plan.demand)]
         raise_problems(placement_problems(plan.demand, nodes))
         check_files(args, exp_dir)
+        checkpoint = choose_checkpoint(args, exp_dir)
         if args.ray_address:
             models = [path for path in (args.vla_path, args.load_adapter_checkpoint) if path]
             placement = ray_utils.place_on_cluster(plan.demand)
@@ -838,11 +957,17 @@ def main(args: Args) -> None:
         logger.info(f"{plan.num_training_steps} training steps of {plan.samples_per_step} environment steps; {exp_dir}")
         if not args.ray_address:
             ray_utils.start_ray(None, nodes[0].gpus, nodes[0].cpus)
-        cluster = Cluster(args, plan)
+        stop = StopSignal()
+        stop.install()
+        cluster = Cluster(args, plan, stop)
         counts = cluster.setup()
         logger.info(", ".join(f"{k} {v:,.0f}" for k, v in counts.items()))
-        train(args, plan, cluster, Run(args, plan, cluster))
-        cluster.close()
+        run = Run(args, plan, cluster, checkpoint)
+        try:
+            train(args, plan, cluster, run)
+            cluster.close()
+        except StopRequested:
+            run.save_stopped()  # the workers may be within a rollout, which nobody waits for
     finally:
         ray.shutdown()
 

@@ -1,4 +1,4 @@
-"""The run's folder: what a training step leaves there (metrics, console line, checkpoints) and the final model."""
+"""The run's folder: metrics, console lines, checkpoints, and going on from one."""
 
 import dataclasses
 import json
@@ -14,27 +14,59 @@ import numpy as np
 from ppo.envs.base import get_suite
 from ppo.evaluation import EpisodeResult, summarize_run
 from ppo.reporting import BestReturn, progress_line
+from ppo.resume import STATE_DIR, Collected, RunState, changed_flags, checkpoints, cut_after, remove_partial
 from utils.logging_utils import MetricWriter, get_logger
 
 logger = get_logger("driver")
 
 
 class Run:
-    """The run's folder: metrics, checkpoints and their metadata. Takes the driver's Args, Plan and Cluster."""
+    """The run's folder: metrics, checkpoints and their metadata. Takes the driver's Args, Plan and Cluster.
 
-    def __init__(self, args: Any, plan: Any, cluster: Any) -> None:
+    Args:
+        args: flags.
+        plan: sizes.
+        cluster: the run's actors.
+        checkpoint: where to go on; None: at the beginning.
+
+    Attributes:
+        steps_done: training steps that the trainers have finished.
+        collected: rollouts of the step under way, once the trainers have them.
+    """
+
+    def __init__(self, args: Any, plan: Any, cluster: Any, checkpoint: Path | None = None) -> None:
         self.args, self.plan, self.cluster = args, plan, cluster
         self.exp_dir = Path(plan.exp_dir)
-        config = dataclasses.asdict(args)
+        self.config = dataclasses.asdict(args)
+        self.best = BestReturn(args.best_min_delta, args.best_patience)
+        self.steps_done = 0
+        self.collected: Collected | None = None
+        self.episodes: list[EpisodeResult] = []
         for remark in get_suite(args.task_suite_name).remarks():
             logger.warning(remark)
-        (self.exp_dir / "args.json").write_text(json.dumps(config, indent=2) + "\n")
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        if args.resume:
+            remove_partial(self.exp_dir)
+            cut_after(self.exp_dir, self.steps_done, checkpoint)
+        (self.exp_dir / "args.json").write_text(json.dumps(self.config, indent=2) + "\n")
         self.writer = MetricWriter(
             self.exp_dir, use_wandb=args.use_wandb, wandb_project=args.wandb_project, wandb_mode=args.wandb_mode,
-            config=config,
+            config=self.config, first_step=self.steps_done + 1 if args.resume else None,
         )  # fmt: skip
-        self.best = BestReturn(args.best_min_delta, args.best_patience)
+        self.first_step = self.steps_done + 1
         self.started = time.perf_counter()
+
+    def _restore(self, checkpoint: Path) -> None:
+        """Load a checkpoint into the cluster and continue from there."""
+        state = RunState.read(checkpoint)
+        for name, (before, now) in changed_flags(state, self.config).items():
+            logger.info(f"--{name} was {before}, is {now} from here on")
+        self.best.load_state_dict(state.best)
+        self.steps_done = state.step
+        self.collected = Collected.from_json(state.rollout) if state.rollout is not None else None
+        self.cluster.load(checkpoint / STATE_DIR, state)
+        logger.info(f"going on from {checkpoint}: {state.step} training steps are done")
 
     def metadata(self, step: int, episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
         """What a checkpoint says about itself."""
@@ -52,21 +84,58 @@ class Run:
         }
 
     def report(self, step: int, metrics: dict[str, float | None], episodes: Sequence[EpisodeResult]) -> None:
-        """Write a training step's metrics and line, the curriculum and the checkpoints that are due."""
-        args = self.args
+        """Write a finished training step's metrics and line, the curriculum, and a best-return checkpoint if due."""
+        self.steps_done, self.collected, self.episodes = step, None, list(episodes)
         is_best = self.best.update([e.episode_return for e in episodes], step)
         metrics["rollout/ema_return"] = self.best.ema
         metrics["time/env_steps_total"] = float(step * self.plan.samples_per_step)
         tasks = self.cluster.curriculum_stats()
         curriculum = {f"curriculum/task_{t}_{k}": v for t, stats in tasks.items() for k, v in stats.items()}
         defined = self.writer.write(step, metrics | curriculum)
-        logger.info(progress_line(step, self.plan.num_training_steps, defined, time.perf_counter() - self.started))
+        step_s = (time.perf_counter() - self.started) / (step - self.first_step + 1)
+        logger.info(progress_line(step, self.plan.num_training_steps, defined, step_s))
         self.cluster.save_curriculum(self.exp_dir / "curriculum.json")
-        metadata = self.metadata(step, episodes)
         if is_best:
-            self.cluster.save(self.exp_dir / "best_return", metadata, overwrite=True)
-        if args.save_freq and step % args.save_freq == 0:
-            self.cluster.save(self.exp_dir / f"step_{step}", metadata, with_state=args.save_optimizer)
+            self.cluster.save(self.exp_dir / "best_return", self.metadata(step, episodes), overwrite=True)
+
+    def save_if_due(self) -> None:
+        """Every `save_freq` steps begin the checkpoint of the finished one; it is written in the background."""
+        args, step = self.args, self.steps_done
+        if not args.save_freq or step % args.save_freq:
+            return
+        if args.save_optimizer:
+            self._begin_checkpoint(None)
+        else:
+            self.cluster.save(self.exp_dir / f"step_{step}", self.metadata(step, self.episodes))
+
+    def _begin_checkpoint(self, num_minibatches: int | None) -> Path:
+        """Begin a complete checkpoint of the present state; `num_minibatches` of an update under way."""
+        in_update = num_minibatches is not None
+        worlds, curriculum = self.cluster.world_states(is_rollout_used=in_update or self.collected is None)
+        state = RunState(
+            step=self.steps_done,
+            num_minibatches=num_minibatches,
+            num_trainers=self.plan.num_trainers,
+            flags=self.config,
+            best=self.best.state_dict(),
+            curriculum=curriculum,
+            worlds=worlds,
+            rollout=self.collected.to_json() if self.collected is not None and in_update else None,
+        )
+        folder = self.exp_dir / state.name
+        self.cluster.begin_checkpoint(folder, state, self.metadata(self.steps_done, self.episodes))
+        return folder
+
+    def save_stopped(self) -> None:
+        """Save where a stop found the run, and wait until it is on disk."""
+        num_minibatches = self.cluster.minibatches_done()
+        folder = self.exp_dir / f"step_{self.steps_done}"
+        self.cluster.wait_for_checkpoint()
+        if num_minibatches is not None or folder not in checkpoints(self.exp_dir):
+            folder = self._begin_checkpoint(num_minibatches)
+            self.cluster.wait_for_checkpoint()
+        self.writer.close()
+        logger.info(f"stopped; the state is in {folder}: --resume {self.exp_dir} goes on")
 
     def evaluate(self, step: int, file_name: str | None = None) -> dict[str, float]:
         """Greedy evaluation on the fixed initial states; logged, and written to `file_name` if given."""
@@ -84,13 +153,15 @@ class Run:
         logger.info(f"greedy evaluation: {overall['successes']} of {overall['episodes']} episodes succeed")
         return metrics
 
-    def finish(self, step: int, episodes: Sequence[EpisodeResult]) -> None:
+    def finish(self) -> None:
         """Final evaluation (if asked) and the final model, in the run's own folder."""
+        step = self.steps_done
         if self.args.eval_final:
             self.cluster.push_weights(step)
             self.writer.write(step, dict(self.evaluate(step, "eval_final.json")))
+        self.cluster.wait_for_checkpoint()
         final = self.exp_dir / ".final"
-        self.cluster.save(final, self.metadata(step, episodes), overwrite=True)
+        self.cluster.save(final, self.metadata(step, self.episodes), overwrite=True)
         for file in final.iterdir():
             os.replace(file, self.exp_dir / file.name)
         final.rmdir()
