@@ -733,7 +733,10 @@ class Cluster:
         self.trainers = [
             ray.remote(concurrency_groups={"control": 1})(PolicyTrainer).options(
                 num_cpus=1, num_gpus=placement.trainer_gpus, scheduling_strategy=ray_utils.in_bundle(group, bundle),
-                runtime_env=ray_utils.actor_env(OMP_NUM_THREADS=str(args.trainer_num_threads)),
+                runtime_env=ray_utils.actor_env(
+                    OMP_NUM_THREADS=str(args.trainer_num_threads),
+                    **({"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if args.deterministic else {}),
+                ),
             ).remote(args, plan, rank)
             for rank, bundle in enumerate(placement.trainer_bundles)
         ]  # fmt: skip

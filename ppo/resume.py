@@ -160,10 +160,14 @@ def position(folder: Path) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2] or -1)) if match else None
 
 
+def step_folders(exp_dir: Path) -> list[Path]:
+    """Folders `step_<N>` of a run, with or without a training state, oldest first."""
+    return sorted((p for p in exp_dir.glob("step_*") if position(p)), key=lambda p: position(p) or (0, 0))
+
+
 def checkpoints(exp_dir: Path) -> list[Path]:
-    """Folders of a run that hold a training state, oldest first."""
-    found = [p for p in exp_dir.glob("step_*") if position(p) is not None and (p / STATE_DIR / STATE_FILE).exists()]
-    return sorted(found, key=lambda p: position(p) or (0, 0))
+    """Those that hold a training state, oldest first."""
+    return [p for p in step_folders(exp_dir) if (p / STATE_DIR / STATE_FILE).exists()]
 
 
 def checkpoint_problems(checkpoint: Path) -> list[str]:
@@ -193,21 +197,44 @@ def resumed_exp_dir(resume: str | None) -> Path | None:
 
 
 def find_checkpoint(resume: str, exp_dir: Path) -> tuple[Path | None, list[str]]:
-    """The checkpoint that `--resume` means, and problems. `auto` skips damaged ones and may find none."""
+    """The checkpoint that `--resume` means, and problems. Damaged ones are passed over for older ones, unless named.
+
+    `auto` finds none where a run has not saved yet.
+    """
     path = Path(resume)
     if resume != "auto" and position(path):
-        return path, [f"--resume {problem}" for problem in checkpoint_problems(path)]
+        return path, [f"--resume: {problem}" for problem in checkpoint_problems(path)]
+    damage = []
     for checkpoint in reversed(checkpoints(exp_dir)):
         problems = checkpoint_problems(checkpoint)
         if not problems:
             return checkpoint, []
+        damage += problems
         logger.warning(f"--resume: {checkpoint} is passed over: {'; '.join(problems)}")
+    if damage:
+        return None, [f"--resume: no checkpoint of {exp_dir} is whole: {'; '.join(damage)}"]
     if resume == "auto":
         return None, []
     return None, [f"--resume {resume}: no checkpoint step_<N>/ with a training state there: give a run's folder or one"]
 
 
 # ---------------------------------------------------------------------------------------------- flags
+
+
+def resume_problems(args: Any) -> list[str]:
+    """What about `--resume` and the flags that name a run's folder does not go together; no file is read."""
+    resume = args.resume
+    if resume is None:
+        return []
+    problems = []
+    if args.overwrite:
+        problems.append("--overwrite deletes the run that --resume is to go on with: give one of them")
+    if resume == "auto" and not args.exp_id:
+        problems.append("--resume auto needs --exp_id: the default name is a new one every time")
+    exp_dir = resumed_exp_dir(resume)
+    if exp_dir is not None and args.exp_id and exp_dir.name != args.exp_id:
+        problems.append(f"--resume {resume} goes on in {exp_dir}: leave --exp_id {args.exp_id} out")
+    return problems
 
 
 def flag_problems(state: RunState, flags: Mapping[str, Any]) -> list[str]:
@@ -244,7 +271,7 @@ def _comparable(name: str, value: Any) -> Any:
 
 def remove_old(exp_dir: Path, keep_last: int) -> None:
     """Remove all but the newest `keep_last` checkpoints (0: none), and those within updates that others overtook."""
-    found = checkpoints(exp_dir)
+    found = step_folders(exp_dir)
     old = found[:-keep_last] if keep_last else []
     overtaken = [p for p in found[:-1] if (position(p) or (0, -1))[1] >= 0]
     for folder in {*old, *overtaken}:

@@ -14,7 +14,7 @@ import numpy as np
 from ppo.envs.base import get_suite
 from ppo.evaluation import EpisodeResult, summarize_run
 from ppo.reporting import BestReturn, progress_line
-from ppo.resume import STATE_DIR, Collected, RunState, changed_flags, checkpoints, cut_after, remove_partial
+from ppo.resume import STATE_DIR, Collected, RunState, changed_flags, checkpoints, cut_after, remove_old, remove_partial
 from utils.logging_utils import MetricWriter, get_logger
 
 logger = get_logger("driver")
@@ -107,6 +107,7 @@ class Run:
             self._begin_checkpoint(None)
         else:
             self.cluster.save(self.exp_dir / f"step_{step}", self.metadata(step, self.episodes))
+            remove_old(self.exp_dir, args.keep_last)
 
     def _begin_checkpoint(self, num_minibatches: int | None) -> Path:
         """Begin a complete checkpoint of the present state; `num_minibatches` of an update under way."""

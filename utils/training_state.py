@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 # Where torch's index finds its parts: module and names.
@@ -161,10 +162,17 @@ def _tensor_index(folder: str | Path) -> dict[str, TensorStorageMetadata]:
 
 
 def load_tensors(folder: str | Path, targets: dict[str, Tensor]) -> None:
-    """Fill `targets` in place, each rank what it holds of them. No collective."""
+    """Fill `targets` in place, each rank what it holds of them. No collective.
+
+    Raises:
+        ValueError: the files do not hold them.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # what no_dist asks for
-        dcp.load(dict(targets), storage_reader=_Reader(folder), no_dist=True)
+        try:
+            dcp.load(dict(targets), storage_reader=_Reader(folder), no_dist=True)
+        except CheckpointException as error:
+            raise ValueError(f"{folder} cannot be loaded: {_failures(error)}") from error
 
 
 def load_prefixed(folder: str | Path, prefix: str) -> dict[str, Tensor]:
@@ -207,7 +215,7 @@ class BackgroundWriter:
         A collective; waits for the checkpoint before it.
 
         Raises:
-            OSError or CheckpointException: the checkpoint before could not be written.
+            RuntimeError: the checkpoint before could not be written.
         """
         self.wait()
         written = dcp.async_save(tensors, checkpoint_id=str(folder), process_group=self._group)
@@ -222,9 +230,17 @@ class BackgroundWriter:
 
 
 def _finish(written: "Future[Any]", after: Callable[[], None] | None) -> None:
-    written.result()
+    try:
+        written.result()
+    except CheckpointException as error:  # no Exception of Python's: it would end the process
+        raise RuntimeError(f"a checkpoint could not be written: {_failures(error)}") from error
     if after is not None:
         after()
+
+
+def _failures(error: CheckpointException) -> str:
+    """What went wrong on which rank."""
+    return "; ".join(f"rank {rank}: {failure[0]!r}" for rank, failure in error.failures.items())
 
 
 def write_json(path: str | Path, content: Any) -> None:
