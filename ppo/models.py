@@ -65,11 +65,12 @@ class ModelBuilder:
         model = load_model(self.args.vla_path, dtype=torch.float32 if trained else self.dtype, device=self.device)
         if self.args.enable_gradient_checkpointing:
             model.gradient_checkpointing_enable()
-        return model.eval()
+        return model
 
     def _shard(self, model: torch.nn.Module, dtype: torch.dtype | None = None) -> Any:
         """Frozen weights in the compute dtype, float32 masters of what trains, shards; then compiled blocks."""
         args, dtype = self.args, dtype or self.dtype
+        model.eval()  # an adapter comes in training mode: its dropout would act on the first old log-probs
         fsdp_utils.cast_frozen(model, dtype)
         reshard = args.sharding_strategy == "full-shard"
         fsdp_utils.shard_model(model, param_dtype=dtype, offload=args.offload, reshard_after_forward=reshard)
