@@ -61,16 +61,17 @@ from ppo.collector import Collector
 from ppo.envs.base import ResetRequest, get_suite, split_options
 from ppo.envs.vector import VectorEnv
 from ppo.evaluation import EpisodeResult, EvaluationRun, evaluation_requests, run_episodes
+from ppo.inputs import action_statistics, check_files, choose_checkpoint
 from ppo.learner import PPOLearner
 from ppo.models import ModelBuilder, make_trainable
 from ppo.reporting import rollout_metrics, time_metrics
-from ppo.resume import STATE_DIR, Collected, RunState, find_checkpoint, flag_problems, remove_old, resumed_exp_dir
+from ppo.resume import STATE_DIR, Collected, RunState, remove_old, resumed_exp_dir
 from ppo.rollout import Rollout
 from ppo.run import Run
 from ppo.utils.curriculum import CurriculumManager
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
 from prismatic.extern.hf.processing_prismatic import load_processor
-from prismatic.vla.action_normalization import load_norm_stats, resolve_unnorm_key, tokens_to_env_actions
+from prismatic.vla.action_normalization import tokens_to_env_actions
 from prismatic.vla.action_tokenizer import ActionTokenizer
 from utils import checkpoint_utils, fsdp_utils, peft_utils, ray_utils, training_state
 from utils.logging_utils import PhaseTimer, add_log_file, get_logger
@@ -332,59 +333,6 @@ def validate(args: Args) -> None:
     except ValueError as error:
         raise_problems([*problems, str(error)])
     raise_problems([*problems, *size_problems(args, num_trainers)])
-
-
-def check_files(args: Args, exp_dir: Path) -> None:
-    """Check every folder and option named by the flags (reads headers only). Raises ValueError with all problems."""
-    from utils.vllm_utils import validate_engine_options
-
-    suite = get_suite(args.task_suite_name)
-    problems = checkpoint_utils.check_model_dir(args.vla_path)
-    if not problems:
-        problems += _statistics_problems(args)
-    if args.load_adapter_checkpoint:
-        adapter_problems = checkpoint_utils.check_adapter_dir(args.load_adapter_checkpoint)
-        if not adapter_problems and not problems:
-            adapter_problems = peft_utils.check_adapter_fits(args.load_adapter_checkpoint, args.vla_path)
-        problems += adapter_problems
-    problems += suite.find_problems(**split_options(suite, **world_flags(args))[0])
-    try:
-        options = json.loads(args.engine_args)
-        problems += validate_engine_options(options)
-    except json.JSONDecodeError as error:
-        problems.append(f"--engine_args is not JSON: {error}")
-    if exp_dir.exists() and any(exp_dir.iterdir()) and not (args.overwrite or args.resume):
-        problems.append(f"{exp_dir} already holds a run: choose another --exp_id, or pass --overwrite or --resume auto")
-    raise_problems(problems)
-
-
-def choose_checkpoint(args: Args, exp_dir: Path) -> Path | None:
-    """The checkpoint to go on from. Raises ValueError if it is damaged or flags differ that may not."""
-    if args.resume is None:
-        return None
-    checkpoint, problems = find_checkpoint(args.resume, exp_dir)
-    if checkpoint is not None and not problems:
-        problems = flag_problems(RunState.read(checkpoint), dataclasses.asdict(args))
-    raise_problems(problems)
-    return checkpoint
-
-
-def _statistics_problems(args: Args) -> list[str]:
-    try:
-        action_statistics(args)
-    except (ValueError, OSError) as error:
-        return [str(error)]
-    return []
-
-
-def action_statistics(args: Args) -> dict[str, Any]:
-    """q01/q99 statistics of the actions: the dataset's under data_root_dir if given, else the checkpoint's."""
-    if args.data_root_dir and args.dataset_name:
-        from prismatic.vla.datasets.statistics import load_dataset_statistics  # TensorFlow: only where needed
-
-        return load_dataset_statistics(args.data_root_dir, args.dataset_name)["action"]
-    norm_stats = load_norm_stats(args.vla_path)
-    return norm_stats[resolve_unnorm_key(norm_stats, args.task_suite_name, args.dataset_name)]["action"]
 
 
 def make_plan(args: Args, *, has_gpus: bool) -> Plan:
@@ -765,10 +713,11 @@ class Cluster:
         infos = ray_utils.wait_all([t.open_channel.remote() for t in self.trainers], "opening the weights' channels")
         joining = [t.connect.remote() for t in self.trainers] + [w.join_channel.remote(infos) for w in self.workers]
         ray_utils.wait_all(joining, "connecting trainers and engines")
-        self._note_worlds([w.world_state.remote() for w in self.workers])
+        self._note_worlds()
         return counts[0]
 
-    def _note_worlds(self, calls: list[ray.ObjectRef]) -> None:
+    def _note_worlds(self) -> None:
+        calls = [w.world_state.remote() for w in self.workers]
         self.worlds: list[dict[str, Any]] = ray_utils.wait_all(calls, "asking for the environments' state")
         self.curriculum_state = ray.get(self.curriculum.state_dict.remote())
         self.before_rollout = self.worlds, self.curriculum_state
@@ -848,7 +797,8 @@ class Cluster:
             total.episodes += run.episodes
             total.void += run.void
             total.num_dropped += run.num_dropped
-        self._note_worlds([w.world_state.remote() for w in self.workers])
+        calls = [w.world_state.remote() for w in self.workers]  # the episodes under way were given up
+        self.worlds = ray_utils.wait_all(calls, "asking for the environments' state")
         return total
 
     def save(self, folder: Path, metadata: dict[str, Any], *, overwrite: bool = False) -> None:
@@ -885,7 +835,7 @@ class Cluster:
         calls += [w.load_world.remote(world) for w, world in zip(self.workers, state.worlds, strict=True)]
         calls.append(self.curriculum.load_state_dict.remote(state.curriculum))
         ray_utils.wait_all(calls, f"loading {folder}")
-        self._note_worlds([w.world_state.remote() for w in self.workers])
+        self._note_worlds()
 
     def curriculum_stats(self) -> dict[int, dict[str, float]]:
         """Statistics of every task, by its id."""
@@ -923,7 +873,8 @@ def train(args: Args, plan: Plan, cluster: Cluster, run: Run) -> None:
                 is_last = step == plan.num_training_steps
                 ahead = cluster.start_collecting(step + 1) if args.async_depth and not is_last else []
             with timer.phase("update"):
-                cluster.sleep_engines()
+                if run.collected.shards:  # else the engines were not woken since the set-up
+                    cluster.sleep_engines()
                 update = cluster.update(run.collected.shards, step)
         episodes, stats, seconds = run.collected.episodes, run.collected.worker_stats, timer.pop()
         metrics = rollout_metrics(episodes, stats) | update | run.collected.metrics
