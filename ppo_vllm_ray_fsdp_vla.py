@@ -903,7 +903,7 @@ def main(args: Args) -> None:
         if args.ray_address:
             models = [path for path in (args.vla_path, args.load_adapter_checkpoint) if path]
             placement = ray_utils.place_on_cluster(plan.demand)
-            raise_problems(ray_utils.node_problems(placement, args.run_root_dir, models))
+            raise_problems(ray_utils.node_problems(placement, exp_dir.parent, models))
         if exp_dir.exists() and args.overwrite:
             shutil.rmtree(exp_dir)
         exp_dir.mkdir(parents=True, exist_ok=True)
