@@ -36,7 +36,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -46,8 +46,8 @@ import numpy as np
 import ray
 import torch
 import tyro
-from transformers import get_scheduler
 
+from ppo import trainer_state
 from ppo.arguments import (
     CommandLineError,
     choice_problems,
@@ -58,23 +58,27 @@ from ppo.arguments import (
     world_flags,
 )
 from ppo.collector import Collector
-from ppo.critic import ValueHead, VLACritic
 from ppo.envs.base import ResetRequest, get_suite, split_options
 from ppo.envs.vector import VectorEnv
-from ppo.evaluation import EpisodeResult, EvaluationRun, evaluation_requests, run_episodes, summarize_run
-from ppo.learner import PPOLearner, Reference, Trainable
+from ppo.evaluation import EpisodeResult, EvaluationRun, evaluation_requests, run_episodes
+from ppo.inputs import action_statistics, check_files, choose_checkpoint
+from ppo.learner import PPOLearner
 from ppo.memory import check_memory
-from ppo.reporting import BestReturn, progress_line, rollout_metrics, time_metrics
+from ppo.models import ModelBuilder, make_trainable
+from ppo.reporting import rollout_metrics, time_metrics
+from ppo.resume import STATE_DIR, Collected, RunState, remove_old, resumed_exp_dir
 from ppo.rollout import Rollout
+from ppo.run import Run
 from ppo.utils.curriculum import CurriculumManager
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
-from prismatic.extern.hf.modeling_prismatic import load_model
 from prismatic.extern.hf.processing_prismatic import load_processor
-from prismatic.vla.action_normalization import load_norm_stats, resolve_unnorm_key, tokens_to_env_actions
+from prismatic.vla.action_normalization import tokens_to_env_actions
 from prismatic.vla.action_tokenizer import ActionTokenizer
-from utils import checkpoint_utils, fsdp_utils, peft_utils, ray_utils
-from utils.logging_utils import MetricWriter, PhaseTimer, add_log_file, get_logger
+from utils import checkpoint_utils, fsdp_utils, peft_utils, ray_utils, training_state
+from utils.logging_utils import PhaseTimer, add_log_file, get_logger
 from utils.placement import Demand, placement_problems
+from utils.signals import StopRequested, StopSignal
+from utils.training_state import BackgroundWriter
 from utils.video_utils import EpisodeRecorder
 from utils.weight_export import WeightExporter
 from utils.weight_sender import WeightSender
@@ -115,10 +119,16 @@ class Args:
     """Everything random is derived from it."""
     total_episodes: int = 100_000
     """Environment steps (policy actions) of the whole run, all environments together. The name is the family's."""
+    resume: str | None = None
+    """Go on from a checkpoint: `auto`, the newest of this exp_id if there is any; a run's folder; or a checkpoint."""
     save_freq: int = 0
     """Training steps between checkpoints `step_<N>/` (0: none but best and final)."""
     save_optimizer: bool = True
-    """Write critic, optimizers, schedulers and random states beside each `step_<N>` checkpoint."""
+    """Write all that --resume needs into each `step_<N>/`, in the background; without it only the policy."""
+    keep_last: int = 0
+    """Keep only so many `step_<N>/` checkpoints (0: all)."""
+    deterministic: bool = False
+    """Only deterministic kernels in the trainers: a resumed run on CPU then equals the uninterrupted one to the bit."""
     use_wandb: bool = False
     """Log to Weights & Biases too (TensorBoard and metrics.jsonl are always written)."""
     wandb_project: str | None = None
@@ -329,48 +339,6 @@ def validate(args: Args) -> None:
     raise_problems([*problems, *size_problems(args, num_trainers)])
 
 
-def check_files(args: Args, exp_dir: Path) -> None:
-    """Check every folder and option named by the flags (reads headers only). Raises ValueError with all problems."""
-    from utils.vllm_utils import validate_engine_options
-
-    suite = get_suite(args.task_suite_name)
-    problems = checkpoint_utils.check_model_dir(args.vla_path)
-    if not problems:
-        problems += _statistics_problems(args)
-    if args.load_adapter_checkpoint:
-        adapter_problems = checkpoint_utils.check_adapter_dir(args.load_adapter_checkpoint)
-        if not adapter_problems and not problems:
-            adapter_problems = peft_utils.check_adapter_fits(args.load_adapter_checkpoint, args.vla_path)
-        problems += adapter_problems
-    problems += suite.find_problems(**split_options(suite, **world_flags(args))[0])
-    try:
-        options = json.loads(args.engine_args)
-        problems += validate_engine_options(options)
-    except json.JSONDecodeError as error:
-        problems.append(f"--engine_args is not JSON: {error}")
-    if exp_dir.exists() and any(exp_dir.iterdir()) and not args.overwrite:
-        problems.append(f"{exp_dir} already holds a run: choose another --exp_id or pass --overwrite")
-    raise_problems(problems)
-
-
-def _statistics_problems(args: Args) -> list[str]:
-    try:
-        action_statistics(args)
-    except (ValueError, OSError) as error:
-        return [str(error)]
-    return []
-
-
-def action_statistics(args: Args) -> dict[str, Any]:
-    """q01/q99 statistics of the actions: the dataset's under data_root_dir if given, else the checkpoint's."""
-    if args.data_root_dir and args.dataset_name:
-        from prismatic.vla.datasets.statistics import load_dataset_statistics  # TensorFlow: only where needed
-
-        return load_dataset_statistics(args.data_root_dir, args.dataset_name)["action"]
-    norm_stats = load_norm_stats(args.vla_path)
-    return norm_stats[resolve_unnorm_key(norm_stats, args.task_suite_name, args.dataset_name)]["action"]
-
-
 def make_plan(args: Args, *, has_gpus: bool) -> Plan:
     """Derive the run's sizes from validated flags; `has_gpus`: this machine's, or the cluster's nodes."""
     per_node = parse_trainers_per_node(args.actor_num_gpus_per_node)
@@ -387,7 +355,7 @@ def make_plan(args: Args, *, has_gpus: bool) -> Plan:
     )
     fitting_backend = "gloo" if device == "cpu" else "ipc" if args.colocate else "nccl"
     return Plan(
-        exp_dir=str(Path(args.run_root_dir) / (args.exp_id or default_exp_id(args))),
+        exp_dir=str(resumed_exp_dir(args.resume) or Path(args.run_root_dir) / (args.exp_id or default_exp_id(args))),
         device=device,
         dtype=("bfloat16" if device == "cuda" else "float32") if args.dtype == "auto" else args.dtype,
         demand=Demand(
@@ -408,8 +376,9 @@ def make_plan(args: Args, *, has_gpus: bool) -> Plan:
 
 def absolute_paths(args: Args) -> Args:
     """Paths as every node of a cluster must see them: actors have another working directory."""
-    names = ("vla_path", "load_adapter_checkpoint", "run_root_dir")
-    return dataclasses.replace(args, **{n: os.path.abspath(p) for n in names if (p := getattr(args, n))})
+    names = ("vla_path", "load_adapter_checkpoint", "run_root_dir", "resume")
+    paths = {n: os.path.abspath(p) for n in names if (p := getattr(args, n)) and p != "auto"}
+    return dataclasses.replace(args, **paths)
 
 
 def default_exp_id(args: Args) -> str:
@@ -428,7 +397,8 @@ class PolicyTrainer:
     def __init__(self, args: Args, plan: Plan, rank: int) -> None:
         torch.set_num_threads(args.trainer_num_threads)
         self.args, self.plan, self.rank = args, plan, rank
-        self.adapter: Any = None
+        if args.deterministic:
+            torch.use_deterministic_algorithms(True)
 
     def address(self) -> tuple[str, int]:
         """Host and a free port for the process group, asked of rank 0."""
@@ -443,22 +413,24 @@ class PolicyTrainer:
         self.device = fsdp_utils.setup_distributed(device_type=plan.device).device
         self.dtype = getattr(torch, plan.dtype)
         torch.manual_seed(args.seed)  # the same on every rank: what is initialised here must agree
-        policy = self._build_policy()
-        critic = self._build_critic(policy.config.text_config.hidden_size)
+        builder = ModelBuilder(args, self.device, self.dtype)
+        policy, self.adapter = builder.policy()
+        critic = builder.critic(policy.config.text_config.hidden_size)
         warmup = args.policy_lr_warmup_steps * plan.num_minibatches * args.num_epochs
-        self.policy = self._trainable(
+        self.policy = make_trainable(
             policy, args.learning_rate, args.policy_lr_scheduler_type, warmup, plan.policy_optimizer_steps
         )
-        self.critic = self._trainable(
+        self.critic = make_trainable(
             critic, args.value_learning_rate, args.value_lr_scheduler_type, 0, plan.value_optimizer_steps
         )
         self.learner = PPOLearner(
             args, self.policy, self.critic, load_processor(args.vla_path),
-            reference=self._build_reference(), dtype=self.dtype,
+            reference=builder.reference(policy, self.adapter), dtype=self.dtype,
         )  # fmt: skip
         prompts = [self.learner.processor.prompt_ids(t) for t in get_suite(args.task_suite_name).instructions]
         share = 1.0 - args.gpu_memory_utilization if args.colocate and not plan.engines_sleep else 1.0
         check_memory(self.learner, prompts, plan.samples_per_step // plan.num_trainers, share=share)
+        self.writer = BackgroundWriter()
         torch.manual_seed(args.seed * 1000 + self.rank)
         return {
             "policy parameters": sum(p.numel() for p in policy.parameters()),
@@ -466,71 +438,14 @@ class PolicyTrainer:
             "critic parameters": sum(p.numel() for p in critic.parameters()),
         }
 
-    def _shard(self, model: torch.nn.Module, dtype: torch.dtype | None = None) -> Any:
-        """Frozen weights in the compute dtype, float32 masters of what trains, shards; then compiled blocks."""
-        args, dtype = self.args, dtype or self.dtype
-        fsdp_utils.cast_frozen(model, dtype)
-        reshard = args.sharding_strategy == "full-shard"
-        fsdp_utils.shard_model(model, param_dtype=dtype, offload=args.offload, reshard_after_forward=reshard)
-        if args.compile:
-            fsdp_utils.compile_blocks(model, memory_budget=args.activation_memory_budget)
-        return model
+    def update(self, shard_refs: Sequence[ray.ObjectRef], step: int) -> dict[str, float | None] | None:
+        """One training step on this rank's environments; returns metrics averaged over all ranks, None if stopped.
 
-    def _load_model(self, *, trained: bool) -> Any:
-        """The model on this rank's device: float32 if it `trained` itself, else in the compute dtype."""
-        model = load_model(self.args.vla_path, dtype=torch.float32 if trained else self.dtype, device=self.device)
-        if self.args.enable_gradient_checkpointing:
-            model.gradient_checkpointing_enable()
-        return model.eval()
-
-    def _build_policy(self) -> Any:
-        """The sharded policy; with LoRA `self.adapter` is the peft wrapper around it."""
-        args = self.args
-        model = self._load_model(trained=not args.use_lora)
-        if args.use_lora and args.load_adapter_checkpoint:
-            self.adapter = peft_utils.load_lora(model, args.load_adapter_checkpoint)
-        elif args.use_lora:
-            self.adapter = peft_utils.add_lora(
-                model, rank=args.lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout,
-                freeze_vision_backbone=args.freeze_vision_backbone, base_name=args.vla_path,
-            )  # fmt: skip
-        if args.freeze_vision_backbone:
-            model.vision_backbone.requires_grad_(False)
-        return self._shard(model)
-
-    def _build_reference(self) -> Reference | None:
-        """The frozen initial policy for the KL term: the policy with a fresh adapter off, else a second model."""
-        args = self.args
-        if not args.beta:
+        Without shards an update that was stopped goes on.
+        """
+        metrics = self.learner.update(Rollout.concat(ray.get(list(shard_refs))) if shard_refs else None, step)
+        if metrics is None:
             return None
-        if args.use_lora and not args.load_adapter_checkpoint:
-            return Reference(self.policy.model, self.adapter.disable_adapter)
-        model = self._load_model(trained=False)
-        if args.load_adapter_checkpoint:
-            peft_utils.load_lora(model, args.load_adapter_checkpoint)
-        return Reference(self._shard(model.requires_grad_(False)))
-
-    def _build_critic(self, hidden_size: int) -> Any:
-        args = self.args
-        if args.value_model_type == "shared":
-            return self._shard(ValueHead(hidden_size).to(self.device), torch.float32)
-        model = self._load_model(trained=not args.value_use_lora)
-        if args.value_use_lora:
-            peft_utils.add_lora(model, rank=args.lora_rank, alpha=args.lora_alpha)
-        return self._shard(VLACritic(model).to(self.device))
-
-    def _trainable(self, model: Any, learning_rate: float, schedule: str, warmup: int, total: int) -> Trainable:
-        """AdamW without weight decay; the scheduler counts optimizer steps."""
-        parameters = peft_utils.trainable_parameters(model)
-        fused = self.plan.device == "cuda"
-        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, eps=1e-5, weight_decay=0.0, fused=fused)
-        name = "constant_with_warmup" if schedule == "constant" else schedule
-        scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total)
-        return Trainable(model, parameters, optimizer, scheduler)
-
-    def update(self, shard_refs: Sequence[ray.ObjectRef], step: int) -> dict[str, float | None]:
-        """One training step on this rank's environments; returns metrics averaged over all ranks."""
-        metrics = self.learner.update(Rollout.concat(ray.get(list(shard_refs))), step)
         metrics["mem/trainer_peak_gib"] = peak_memory_gib(self.device)
         if self.plan.engines_sleep:
             torch.cuda.empty_cache()  # what the allocator keeps is what the waking engine needs
@@ -556,27 +471,56 @@ class PolicyTrainer:
         """
         return self.sender.send(version, verify=self.args.verify_weight_sync).num_params
 
+    @ray.method(concurrency_group="control")
+    def request_stop(self) -> None:
+        """Let the update end after the minibatch under way; answered while it runs."""
+        self.learner.stop_requested = True
+
+    def minibatches_done(self) -> int | None:
+        """Of an update that was stopped; None without one."""
+        progress = self.learner.progress
+        return sum(progress.num_done.values()) if progress else None
+
     def save_policy(self, folder: str, json_files: dict[str, Any], overwrite: bool = False) -> None:
         """Write the adapter (LoRA) or the whole model folder, all or nothing. A collective; rank 0 writes."""
-        state = fsdp_utils.full_state_dict(self.policy.model, trainable_only=self.adapter is not None)
-        if self.rank != 0:
-            return
-        if self.adapter is None:
-            checkpoint_utils.save_model_dir(
-                folder, state, self.args.vla_path, json_files=json_files, overwrite=overwrite
-            )
-            return
-        with checkpoint_utils.atomic_directory(folder, overwrite=overwrite) as partial:
-            peft_utils.save_adapter(self.adapter, state, partial)
-            checkpoint_utils.write_json_files(partial, json_files)
+        write = self._policy_export()
+        if self.rank == 0:
+            with checkpoint_utils.atomic_directory(folder, overwrite=overwrite) as partial:
+                write(partial)
+                checkpoint_utils.write_json_files(partial, json_files)
 
-    def save_training_state(self, folder: str) -> None:
-        """Write critic, optimizers, schedulers and this rank's random state with torch.distributed.checkpoint."""
-        fsdp_utils.save_distributed_state(
-            folder,
-            {n: (t.model, t.optimizer) for n, t in (("policy", self.policy), ("critic", self.critic))},
-            {"policy": self.policy.scheduler.state_dict(), "critic": self.critic.scheduler.state_dict()},
-        )
+    def _policy_export(self) -> Callable[[Path], None]:
+        """Gather the policy on rank 0 (a collective) and return what writes it into a folder there."""
+        state = fsdp_utils.full_state_dict(self.policy.model, trainable_only=self.adapter is not None)
+
+        def write(folder: Path) -> None:
+            if self.adapter is not None:
+                peft_utils.save_adapter(self.adapter, state, folder)
+                return
+            checkpoint_utils.save_weights(folder, state)
+            checkpoint_utils.copy_model_files(self.args.vla_path, folder)
+
+        return write
+
+    def begin_checkpoint(self, partial: str, target: str) -> None:
+        """Copy the state; a thread writes it beside the policy in `partial`, then renames that. A collective."""
+        write_policy, folder = self._policy_export(), Path(partial)
+
+        def complete() -> None:
+            write_policy(folder)
+            training_state.publish(folder, target)
+            remove_old(Path(target).parent, self.args.keep_last)
+
+        after = complete if self.rank == 0 else None
+        trainer_state.begin_saving(self.learner, folder / STATE_DIR, self.writer, after)
+
+    def wait_for_checkpoint(self) -> None:
+        """Until the last checkpoint begun is on disk; raises if it could not be written."""
+        self.writer.wait()
+
+    def load_checkpoint(self, folder: str, num_saved: int, step: int) -> None:
+        """Continue from what `num_saved` ranks wrote after training step `step`."""
+        trainer_state.load(self.learner, Path(folder), num_saved, seed=(self.args.seed, step))
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -663,8 +607,8 @@ class RolloutWorker:
 
     def collect(
         self, task_ids: list[int], step: int
-    ) -> tuple[list[ray.ObjectRef], list[EpisodeResult], dict[str, float]]:
-        """Act `num_steps` times everywhere; returns one rollout shard per trainer, finished episodes, statistics."""
+    ) -> tuple[list[ray.ObjectRef], list[EpisodeResult], dict[str, float], dict[str, Any]]:
+        """Act `num_steps` times everywhere; returns a shard per trainer, finished episodes, statistics, world state."""
         self.sampling_rng = np.random.default_rng((self.args.seed, self.index, step))
         start = time.perf_counter()
         rollout, episodes = self.collector.collect(self.args.num_steps, iter(task_ids))
@@ -675,11 +619,20 @@ class RolloutWorker:
             "generate_s": self.collector.generate_s,
             "wait_env_s": self.collector.wait_env_s,
             "num_replaced": float(self.collector.vector.num_replaced),
+            "num_not_repeated": float(self.collector.num_not_repeated),
             "num_void_steps": float((~rollout.valid_TB).sum()),
             "mem_gib": peak_memory_gib(torch.device("cpu")),
         }
         shards = [ray.put(rollout.shard(rank, self.plan.num_trainers)) for rank in range(self.plan.num_trainers)]
-        return shards, episodes, stats
+        return shards, episodes, stats, self.world_state()
+
+    def world_state(self) -> dict[str, Any]:
+        """State of the environments and of what gives them episodes."""
+        return self.collector.state_dict()
+
+    def load_world(self, state: dict[str, Any]) -> None:
+        """Bring the environments to a saved state, by playing their episodes again."""
+        self.collector.load_state_dict(state)
 
     def sleep(self) -> None:
         """Give the engine's GPU memory back; its weights are sent again before it acts."""
@@ -719,31 +672,26 @@ class RolloutWorker:
 # ---------------------------------------------------------------------------------------------- driver
 
 
-@dataclass(frozen=True)
-class Collected:
-    """Rollouts of one training step: shards for each trainer rank, episodes that ended, the workers' statistics."""
-
-    shards: list[list[ray.ObjectRef]]
-    episodes: list[EpisodeResult]
-    worker_stats: list[dict[str, float]]
-
-
 class Cluster:
     """Every actor of the run, placed: trainers, rollout workers, curriculum."""
 
-    def __init__(self, args: Args, plan: Plan) -> None:
+    def __init__(self, args: Args, plan: Plan, stop: StopSignal) -> None:
         from utils.vllm_utils import engine_env
 
-        self.args, self.plan = args, plan
+        self.args, self.plan, self.stop = args, plan, stop
+        self._stop_calls: list[ray.ObjectRef] = []
         placement = ray_utils.place_on_cluster(plan.demand)
         for line in placement.lines:
             logger.info(line)
         group = ray_utils.reserve(placement, args.placement_timeout_s)
         statistics = action_statistics(args)
         self.trainers = [
-            ray.remote(PolicyTrainer).options(
+            ray.remote(concurrency_groups={"control": 1})(PolicyTrainer).options(
                 num_cpus=1, num_gpus=placement.trainer_gpus, scheduling_strategy=ray_utils.in_bundle(group, bundle),
-                runtime_env=ray_utils.actor_env(OMP_NUM_THREADS=str(args.trainer_num_threads)),
+                runtime_env=ray_utils.actor_env(
+                    OMP_NUM_THREADS=str(args.trainer_num_threads),
+                    **({"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if args.deterministic else {}),
+                ),
             ).remote(args, plan, rank)
             for rank, bundle in enumerate(placement.trainer_bundles)
         ]  # fmt: skip
@@ -772,7 +720,18 @@ class Cluster:
         infos = ray_utils.wait_all([t.open_channel.remote() for t in self.trainers], "opening the weights' channels")
         joining = [t.connect.remote() for t in self.trainers] + [w.join_channel.remote(infos) for w in self.workers]
         ray_utils.wait_all(joining, "connecting trainers and engines")
+        self._note_worlds()
         return counts[0]
+
+    def _note_worlds(self) -> None:
+        calls = [w.world_state.remote() for w in self.workers]
+        self.worlds: list[dict[str, Any]] = ray_utils.wait_all(calls, "asking for the environments' state")
+        self.curriculum_state = ray.get(self.curriculum.state_dict.remote())
+        self.before_rollout = self.worlds, self.curriculum_state
+
+    def world_states(self, *, is_rollout_used: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """States of the workers' environments and of the curriculum, after the last finished rollout or before it."""
+        return (self.worlds, self.curriculum_state) if is_rollout_used else self.before_rollout
 
     def push_weights(self, version: int) -> dict[str, float]:
         """Send the trainers' weights to every engine and check that each has all of them at this version."""
@@ -803,20 +762,35 @@ class Cluster:
 
     def finish_collecting(self, calls: list[ray.ObjectRef], step: int) -> Collected:
         """Wait for the workers' rollouts and tell the curriculum how the episodes went."""
-        results = ray_utils.wait_all(calls, f"collecting the rollout of training step {step}")
+        what = f"collecting the rollout of training step {step}"
+        results = ray_utils.wait_all(calls, what, poll=self.stop.check)
         shards = [[result[0][rank] for result in results] for rank in range(self.plan.num_trainers)]
         episodes = [episode for result in results for episode in result[1]]
         if episodes:
             ids, successes = [e.task_id for e in episodes], [e.success for e in episodes]
             ray.get(self.curriculum.report_results.remote(ids, successes))
-        return Collected(shards, episodes, [result[2] for result in results])
+        self.before_rollout = self.worlds, self.curriculum_state
+        self.worlds = [result[3] for result in results]
+        self.curriculum_state = ray.get(self.curriculum.state_dict.remote())
+        return Collected(shards, episodes, [result[2] for result in results], {})
 
     def update(self, shards: list[list[ray.ObjectRef]], step: int) -> dict[str, float | None]:
-        """The PPO update on every rank; the metrics are averages over all of them."""
-        calls = [t.update.remote(s, step) for t, s in zip(self.trainers, shards, strict=True)]
-        results = ray_utils.wait_all(calls, f"updating at training step {step}")
+        """The PPO update on every rank; the metrics are averages over all of them.
+
+        Without shards the trainers go on with an update that was stopped. Raises StopRequested when it was stopped.
+        """
+        calls = [
+            t.update.remote(s, step) for t, s in zip(self.trainers, shards or [[]] * len(self.trainers), strict=True)
+        ]
+        results = ray_utils.wait_all(calls, f"updating at training step {step}", poll=self._pass_on_stop)
+        if results[0] is None:
+            self.stop.check()
         peak = max(r["mem/trainer_peak_gib"] for r in results)
         return results[0] | {"mem/trainer_peak_gib": peak}
+
+    def _pass_on_stop(self) -> None:
+        if self.stop.requested and not self._stop_calls:
+            self._stop_calls = [t.request_stop.remote() for t in self.trainers]
 
     def evaluate(self, video_dir: Path | None) -> EvaluationRun:
         """Greedy episodes from every fixed initial state of the run's tasks, shared among the workers."""
@@ -826,133 +800,97 @@ class Cluster:
         folders = [str(video_dir / f"worker_{i}") if video_dir else None for i in range(workers)]
         calls = [w.evaluate.remote(requests[i::workers], folders[i]) for i, w in enumerate(self.workers)]
         total = EvaluationRun()
-        for run in ray_utils.wait_all(calls, "evaluating"):
+        for run in ray_utils.wait_all(calls, "evaluating", poll=self.stop.check):
             total.episodes += run.episodes
             total.void += run.void
             total.num_dropped += run.num_dropped
+        calls = [w.world_state.remote() for w in self.workers]  # the episodes under way were given up
+        self.worlds = ray_utils.wait_all(calls, "asking for the environments' state")
         return total
 
-    def save(
-        self, folder: Path, metadata: dict[str, Any], *, with_state: bool = False, overwrite: bool = False
-    ) -> None:
+    def save(self, folder: Path, metadata: dict[str, Any], *, overwrite: bool = False) -> None:
         """Write the policy (adapter or whole model folder), its metadata and the curriculum."""
         files = {"metadata.json": metadata}
         ray_utils.wait_all(
             [t.save_policy.remote(str(folder), files, overwrite) for t in self.trainers], f"saving {folder}"
         )
-        if with_state:
-            state_dir = str(folder / "training_state")
-            ray_utils.wait_all([t.save_training_state.remote(state_dir) for t in self.trainers], f"saving {state_dir}")
-        ray.get(self.curriculum.save.remote(str(folder / "curriculum.json")))
+        self.save_curriculum(folder / "curriculum.json")
+
+    def begin_checkpoint(self, folder: Path, state: RunState, metadata: dict[str, Any]) -> None:
+        """Begin a complete checkpoint; the trainers write it in the background, one at a time, beside its place."""
+        self.wait_for_checkpoint()
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / STATE_DIR).mkdir(parents=True)
+        state.write(partial / STATE_DIR)
+        checkpoint_utils.write_json_files(partial, {"metadata.json": metadata})
+        self.save_curriculum(partial / "curriculum.json")
+        calls = [t.begin_checkpoint.remote(str(partial), str(folder)) for t in self.trainers]
+        ray_utils.wait_all(calls, f"beginning {folder}")
+
+    def wait_for_checkpoint(self) -> None:
+        """Until the last checkpoint begun is on disk."""
+        ray_utils.wait_all([t.wait_for_checkpoint.remote() for t in self.trainers], "writing a checkpoint")
+
+    def minibatches_done(self) -> int | None:
+        """Of an update that was stopped; None without one."""
+        return ray_utils.wait_all([t.minibatches_done.remote() for t in self.trainers], "stopping the update")[0]
+
+    def load(self, folder: Path, state: RunState) -> None:
+        """Bring trainers, environments and curriculum to a checkpoint's state."""
+        calls = [t.load_checkpoint.remote(str(folder), state.num_trainers, state.step) for t in self.trainers]
+        calls += [w.load_world.remote(world) for w, world in zip(self.workers, state.worlds, strict=True)]
+        calls.append(self.curriculum.load_state_dict.remote(state.curriculum))
+        ray_utils.wait_all(calls, f"loading {folder}")
+        self._note_worlds()
+
+    def curriculum_stats(self) -> dict[int, dict[str, float]]:
+        """Statistics of every task, by its id."""
+        return ray.get(self.curriculum.stats.remote())
+
+    def save_curriculum(self, path: Path) -> None:
+        """Write the curriculum's statistics and state."""
+        ray.get(self.curriculum.save.remote(str(path)))
 
     def close(self) -> None:
         """End the workers' environments and engines; Ray ends the rest."""
         ray.wait([w.close.remote() for w in self.workers], num_returns=len(self.workers), timeout=20)
 
 
-class Run:
-    """The run's folder: metrics, checkpoints and their metadata."""
-
-    def __init__(self, args: Args, plan: Plan, cluster: Cluster) -> None:
-        self.args, self.plan, self.cluster = args, plan, cluster
-        self.exp_dir = Path(plan.exp_dir)
-        config = dataclasses.asdict(args)
-        for remark in get_suite(args.task_suite_name).remarks():
-            logger.warning(remark)
-        (self.exp_dir / "args.json").write_text(json.dumps(config, indent=2) + "\n")
-        self.writer = MetricWriter(
-            self.exp_dir, use_wandb=args.use_wandb, wandb_project=args.wandb_project, wandb_mode=args.wandb_mode,
-            config=config,
-        )  # fmt: skip
-        self.best = BestReturn(args.best_min_delta, args.best_patience)
-        self.started = time.perf_counter()
-
-    def metadata(self, step: int, episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
-        """What a checkpoint says about itself."""
-        returns = [e.episode_return for e in episodes]
-        return {
-            "timestamp": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "ema_return": self.best.ema,
-            "current_return": float(np.mean(returns)) if returns else None,
-            "training_step": step,
-            "global_step": step * self.plan.samples_per_step,
-            "exp_id": self.exp_dir.name,
-            "vla_path": self.args.vla_path,
-            "task_suite_name": self.args.task_suite_name,
-            "seed": self.args.seed,
-        }
-
-    def report(self, step: int, metrics: dict[str, float | None], episodes: Sequence[EpisodeResult]) -> None:
-        """Write a training step's metrics and line, the curriculum and the checkpoints that are due."""
-        args = self.args
-        is_best = self.best.update([e.episode_return for e in episodes], step)
-        metrics["rollout/ema_return"] = self.best.ema
-        metrics["time/env_steps_total"] = float(step * self.plan.samples_per_step)
-        tasks = ray.get(self.cluster.curriculum.stats.remote())
-        curriculum = {f"curriculum/task_{t}_{k}": v for t, stats in tasks.items() for k, v in stats.items()}
-        defined = self.writer.write(step, metrics | curriculum)
-        logger.info(progress_line(step, self.plan.num_training_steps, defined, time.perf_counter() - self.started))
-        ray.get(self.cluster.curriculum.save.remote(str(self.exp_dir / "curriculum.json")))
-        metadata = self.metadata(step, episodes)
-        if is_best:
-            self.cluster.save(self.exp_dir / "best_return", metadata, overwrite=True)
-        if args.save_freq and step % args.save_freq == 0:
-            self.cluster.save(self.exp_dir / f"step_{step}", metadata, with_state=args.save_optimizer)
-
-    def evaluate(self, step: int, file_name: str | None = None) -> dict[str, float]:
-        """Greedy evaluation on the fixed initial states; logged, and written to `file_name` if given."""
-        start = time.perf_counter()
-        suite = get_suite(self.args.task_suite_name)
-        video_dir = self.exp_dir / "videos" / f"step_{step}" if self.args.save_video else None
-        summary = summarize_run(self.cluster.evaluate(video_dir), self.plan.task_ids, suite.instructions)
-        overall = summary["overall"]
-        metrics = {"time/eval_s": time.perf_counter() - start, "eval/num_episodes": float(overall["episodes"])}
-        for name, part in [("", overall), *((f"task_{t['task_id']}_", t) for t in summary["per_task"])]:
-            metrics |= {f"eval/{name}success_rate": part["rate"]} if "rate" in part else {}
-        if file_name:
-            summary |= {"training_step": step, "remarks": suite.remarks()}
-            (self.exp_dir / file_name).write_text(json.dumps(summary, indent=1) + "\n")
-        logger.info(f"greedy evaluation: {overall['successes']} of {overall['episodes']} episodes succeed")
-        return metrics
-
-    def finish(self, step: int, episodes: Sequence[EpisodeResult]) -> None:
-        """Final evaluation (if asked) and the final model, in the run's own folder."""
-        if self.args.eval_final:
-            self.cluster.push_weights(step)
-            self.writer.write(step, dict(self.evaluate(step, "eval_final.json")))
-        final = self.exp_dir / ".final"
-        self.cluster.save(final, self.metadata(step, episodes), overwrite=True)
-        for file in final.iterdir():
-            os.replace(file, self.exp_dir / file.name)
-        final.rmdir()
-        self.writer.close()
-        logger.info(f"done: {self.exp_dir}")
-
-
 def train(args: Args, plan: Plan, cluster: Cluster, run: Run) -> None:
-    """The training loop: push weights, collect, update; `async_depth 1` collects the next rollout meanwhile."""
-    episodes: list[EpisodeResult] = []
+    """The training loop: push weights, collect, update; `async_depth 1` collects the next rollout meanwhile.
+
+    Raises StopRequested when a signal came.
+    """
     ahead: list[ray.ObjectRef] = []
     timer = PhaseTimer()
-    for step in range(1, plan.num_training_steps + 1):
+    for step in range(run.steps_done + 1, plan.num_training_steps + 1):
+        cluster.stop.check()
         with timer.phase("step"):
-            with timer.phase("collect"):  # what was begun during the last update; the engines are at rest afterwards
-                collected = cluster.finish_collecting(ahead, step) if ahead else None
-            with timer.phase("sync"):
-                sync = cluster.push_weights(version=step - 1)
-            evaluation = run.evaluate(step - 1) if args.eval_freq and (step - 1) % args.eval_freq == 0 else {}
-            with timer.phase("collect"):
-                collected = collected or cluster.finish_collecting(cluster.start_collecting(step), step)
-            ahead = cluster.start_collecting(step + 1) if args.async_depth and step < plan.num_training_steps else []
+            if run.collected is None:  # else the trainers are within this step's update, from the checkpoint
+                with timer.phase("collect"):  # what was begun during the last update; the engines rest afterwards
+                    collected = cluster.finish_collecting(ahead, step) if ahead else None
+                with timer.phase("sync"):
+                    sync = cluster.push_weights(version=step - 1)
+                if args.eval_freq and (step - 1) % args.eval_freq == 0:
+                    sync |= run.evaluate(step - 1)
+                with timer.phase("collect"):
+                    collected = collected or cluster.finish_collecting(cluster.start_collecting(step), step)
+                run.collected = dataclasses.replace(collected, metrics=sync)
+                is_last = step == plan.num_training_steps
+                ahead = cluster.start_collecting(step + 1) if args.async_depth and not is_last else []
             with timer.phase("update"):
-                cluster.sleep_engines()
-                update = cluster.update(collected.shards, step)
-        episodes, seconds = collected.episodes, timer.pop()
-        metrics = rollout_metrics(episodes, collected.worker_stats) | update | sync | evaluation
-        metrics |= time_metrics(seconds, collected.worker_stats, plan.samples_per_step)
-        metrics["train/policy_lag"] = step - 1 - collected.worker_stats[0]["policy_version"]
+                if run.collected.shards:  # else the engines were not woken since the set-up
+                    cluster.sleep_engines()
+                update = cluster.update(run.collected.shards, step)
+        episodes, stats, seconds = run.collected.episodes, run.collected.worker_stats, timer.pop()
+        metrics = rollout_metrics(episodes, stats) | update | run.collected.metrics
+        metrics |= time_metrics(seconds, stats, plan.samples_per_step)
+        metrics["train/policy_lag"] = step - 1 - stats[0]["policy_version"]
         run.report(step, metrics, episodes)
-    run.finish(plan.num_training_steps, episodes)
+        with timer.phase("checkpoint"):
+            run.save_if_due()
+    run.finish()
 
 
 def main(args: Args) -> None:
@@ -968,10 +906,11 @@ def main(args: Args) -> None:
         nodes = nodes or [ray_utils.local_node(num_gpus, plan.demand)]
         raise_problems(placement_problems(plan.demand, nodes))
         check_files(args, exp_dir)
+        checkpoint = choose_checkpoint(args, exp_dir)
         if args.ray_address:
             models = [path for path in (args.vla_path, args.load_adapter_checkpoint) if path]
             placement = ray_utils.place_on_cluster(plan.demand)
-            raise_problems(ray_utils.node_problems(placement, args.run_root_dir, models))
+            raise_problems(ray_utils.node_problems(placement, exp_dir.parent, models))
         if exp_dir.exists() and args.overwrite:
             shutil.rmtree(exp_dir)
         exp_dir.mkdir(parents=True, exist_ok=True)
@@ -979,11 +918,17 @@ def main(args: Args) -> None:
         logger.info(f"{plan.num_training_steps} training steps of {plan.samples_per_step} environment steps; {exp_dir}")
         if not args.ray_address:
             ray_utils.start_ray(None, nodes[0].gpus, nodes[0].cpus)
-        cluster = Cluster(args, plan)
+        stop = StopSignal()
+        stop.install()
+        cluster = Cluster(args, plan, stop)
         counts = cluster.setup()
         logger.info(", ".join(f"{k} {v:,.0f}" for k, v in counts.items()))
-        train(args, plan, cluster, Run(args, plan, cluster))
-        cluster.close()
+        run = Run(args, plan, cluster, checkpoint)
+        try:
+            train(args, plan, cluster, run)
+            cluster.close()
+        except StopRequested:
+            run.save_stopped()  # the workers may be within a rollout, which nobody waits for
     finally:
         ray.shutdown()
 

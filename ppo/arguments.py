@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ppo.envs.base import get_suite, known_suites, split_options
+from ppo.resume import resume_problems
 from prismatic.model_files import is_int
 from utils.placement import Demand, request_problems
 
@@ -48,7 +49,7 @@ def range_problems(args: Any) -> list[str]:
     positive += " importance_weight_cap lora_alpha"
     not_negative = "save_freq eval_freq value_init_steps policy_lr_warmup_steps max_grad_norm cliprange_value vf_coef"
     not_negative += " entropy_coef beta best_min_delta best_patience curriculum_min_prob num_steps_wait cliprange_high"
-    not_negative += " env_gpu_id seed per_device_train_batch_size"
+    not_negative += " env_gpu_id seed per_device_train_batch_size keep_last"
     unit, unit_not_zero = "gamma lam activation_memory_budget", "curriculum_ema_alpha gpu_memory_utilization"
     unit_not_one = "lora_dropout"
     problems = []
@@ -97,6 +98,7 @@ def choice_problems(args: Any) -> list[str]:
         problems.append("--use_wandb needs --wandb_project: there is no default project")
     if args.data_root_dir and not args.dataset_name:
         problems.append("--data_root_dir needs --dataset_name: which dataset's statistics to use")
+    problems += resume_problems(args)
     if args.exp_id and args.run_id_note:
         problems.append("--run_id_note is appended to the default name only: put it into --exp_id")
     if args.device == "cpu" and args.offload:

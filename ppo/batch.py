@@ -4,7 +4,7 @@ Shapes: N samples, L prompt tokens, A action tokens, P patches, D hidden.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,11 +42,11 @@ class Batch:
         device = self.action_ids_NA.device
         on_device = index if isinstance(index, slice) else to_device(index, device)
         taken: dict[str, Any] = {
-            name: value[on_device if value.device == device else index] for name, value in self._tensors().items()
+            name: value[on_device if value.device == device else index] for name, value in self.tensors().items()
         }
         return dataclasses.replace(self, **taken)
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """The fields that are there."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in fields.items() if value is not None}
@@ -54,12 +54,19 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """Everything but images and lengths on `device`; images follow micro-batch by micro-batch."""
         kept = ("images_NHWC", "length_N")
-        moved: dict[str, Any] = {n: v.to(device) for n, v in self._tensors().items() if n not in kept}
+        moved: dict[str, Any] = {n: v.to(device) for n, v in self.tensors().items() if n not in kept}
         return dataclasses.replace(self, **moved)
 
     def __len__(self) -> int:
         """Number of samples."""
         return len(self.action_ids_NA)
+
+    @staticmethod
+    def concat(batches: Sequence["Batch"]) -> "Batch":
+        """The batches' samples in order; all have the same fields."""
+        parts = [batch.tensors() for batch in batches]
+        joined: dict[str, Any] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return dataclasses.replace(batches[0], **joined)
 
     def micro_batches(
         self, size: int, indices: Tensor | None = None, *, whole_prompts: bool = False
@@ -84,6 +91,15 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda" or tensor.device.type == "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def with_last(items: Iterator[Batch]) -> Iterator[tuple[Batch, bool]]:
+    """Pair each item with whether it is the last one."""
+    previous = next(items)
+    for item in items:
+        yield previous, False
+        previous = item
+    yield previous, True
 
 
 class Averages:
@@ -116,6 +132,20 @@ class Averages:
         value = value.detach().double()
         known = self._maxima.get(name)
         self._maxima[name] = value if known is None else torch.maximum(known, value)
+
+    def state_dict(self) -> dict[str, dict[str, float]]:
+        """What was added so far on this rank, as numbers."""
+        return {"sums": _to_floats(self._sums), "maxima": _to_floats(self._maxima)}
+
+    @staticmethod
+    def from_state(state: Mapping[str, Mapping[str, float]], device: torch.device) -> "Averages":
+        """Averages that go on from `state_dict`'s result, to the last bit: all sums are float64."""
+        averages = Averages()
+        averages._sums = dict(state["sums"])
+        averages._maxima = {
+            name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in state["maxima"].items()
+        }
+        return averages
 
     def reduce(self, device: torch.device) -> dict[str, float | None]:
         """Means and maxima over all ranks (collectives); None where nothing was added anywhere."""

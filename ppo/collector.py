@@ -7,15 +7,19 @@ Shapes: T steps, B environments, A action tokens, H W image, K truncated episode
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from ppo.envs.base import ResetRequest
 from ppo.envs.vector import VectorEnv, VectorStep
+from ppo.episodes import RunningEpisode, play_again
 from ppo.evaluation import EpisodeResult
 from ppo.rollout import Rollout
+from utils.logging_utils import get_logger
+
+logger = get_logger("collector")
 
 
 class Generation(Protocol):
@@ -56,10 +60,10 @@ class Collector:
         self.seed = seed
         self._num_episodes = np.zeros(vector.num_envs, dtype=np.int64)
         self.generate_s = self.wait_env_s = 0.0  # of the last collect
+        self.num_not_repeated = 0  # episodes that a resumed run could not bring to where they had been
         self._images: np.ndarray | None = None  # (B, H, W, 3) next observation to act on
         self._task_id_B = np.zeros(vector.num_envs, dtype=np.int64)
-        self._running: list[ResetRequest] = []
-        self._next_reset: list[ResetRequest] = []
+        self._episodes: list[RunningEpisode] = []
 
     def _request(self, env_id: int, tasks: Iterator[int]) -> ResetRequest:
         """The environment's next training episode: a random layout of the next task, with a seed of its own."""
@@ -76,10 +80,41 @@ class Collector:
         env_ids = range(self.vector.num_envs)
         requests = [self._request(i, tasks) for i in env_ids]
         images = self.vector.reset(list(env_ids), requests)
-        self._running = requests
         self._task_id_B[:] = [r.task_id for r in requests]
-        self._next_reset = [self._request(i, tasks) for i in env_ids]
+        self._episodes = [RunningEpisode(r, self._request(i, tasks)) for i, r in enumerate(requests)]
         return images
+
+    def state_dict(self) -> dict[str, Any]:
+        """Episodes under way and counters, of plain JSON types; between two calls of `collect`."""
+        running = None
+        if self._images is not None:
+            running = [e.to_json(image) for e, image in zip(self._episodes, self._images, strict=True)]
+        return {
+            "num_episodes": self._num_episodes.tolist(),
+            "running": running,
+            "num_replaced": self.vector.num_replaced,
+            "num_not_repeated": self.num_not_repeated,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`'s result: the episodes under way are played again up to there.
+
+        One that does not come to the same image begins anew and is counted in `num_not_repeated`.
+        """
+        self._num_episodes = np.array(state["num_episodes"], dtype=np.int64)
+        self.num_not_repeated = int(state["num_not_repeated"])
+        self._images = None
+        if state["running"] is not None:
+            self._episodes = [RunningEpisode.from_json(content) for content in state["running"]]
+            hashes = [content["image"] for content in state["running"]]
+            self._images, lost = play_again(self.vector, self._episodes, hashes)
+            self._task_id_B[:] = [e.request.task_id for e in self._episodes]
+            self.num_not_repeated += len(lost)
+            if lost:
+                logger.warning(
+                    f"the episodes of environments {lost} did not come to the images they had been at: they begin anew"
+                )
+        self.vector.num_replaced = int(state["num_replaced"])
 
     def collect(self, num_steps: int, tasks: Iterator[int]) -> tuple[Rollout, list[EpisodeResult]]:
         """Act `num_steps` times in every environment; `tasks` yields the task of each new episode.
@@ -108,7 +143,10 @@ class Collector:
         started = time.perf_counter()
         generation = self.generate([self.prompts[i] for i in tasks], images)
         self.generate_s += time.perf_counter() - started
-        self.vector.send(group, self.decode(generation.token_ids), [self._next_reset[e] for e in group])
+        actions = np.asarray(self.decode(generation.token_ids), dtype=np.float32)
+        self.vector.send(group, actions, [self._episodes[e].next_request for e in group])
+        for env_id, action in zip(group, actions, strict=True):
+            self._episodes[env_id].actions.append(action)
         writer.add_actions(t, group, images, tasks, generation)
 
     def _receive(
@@ -125,10 +163,10 @@ class Collector:
             if not step.reset_used[row]:
                 continue
             if not step.dropped[row]:
-                records.append(_result(step, row, self._running[env_id]))
-            self._running[env_id] = self._next_reset[env_id]
-            self._task_id_B[env_id] = self._running[env_id].task_id
-            self._next_reset[env_id] = self._request(int(env_id), tasks)
+                records.append(_result(step, row, self._episodes[env_id].request))
+            request = self._episodes[env_id].next_request
+            self._task_id_B[env_id] = request.task_id
+            self._episodes[env_id] = RunningEpisode(request, self._request(int(env_id), tasks))
         return records
 
 

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ppo.batch import Averages, Batch, to_device
+from ppo.batch import Averages, Batch, to_device, with_last
+from ppo.finite import require_finite, require_finite_step
 from ppo.gae import gae
 from ppo.losses import (
     action_logprobs,
@@ -30,6 +31,7 @@ from ppo.losses import (
     value_loss,
     weighted_mean,
 )
+from ppo.progress import Purpose, UpdateProgress, UpdateStopped
 from ppo.rollout import Rollout, minibatches
 from prismatic.vla.action_tokenizer import ActionTokenizer
 from utils import fsdp_utils
@@ -117,6 +119,8 @@ class PPOLearner:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.first_action_id = int(ActionTokenizer.from_config(policy.model.config).action_token_ids[0])
         self.timer = PhaseTimer()
+        self.progress: UpdateProgress | None = None  # of the update under way, or of the one that was stopped
+        self.stop_requested = False  # may be set by another thread, on any rank
         # 0: not chosen yet, see `ppo.memory.check_memory`
         self.micro_batch_size = args.per_device_train_batch_size or largest_micro_batch(args.local_mini_batch_size)
 
@@ -125,26 +129,47 @@ class PPOLearner:
         """Samples per pass where no gradient is needed."""
         return self.args.per_device_forward_batch_size or self.micro_batch_size
 
-    def update(self, rollout: Rollout, step: int) -> dict[str, float | None]:
-        """One training step (counted from 1) on this rank's environments.
+    def update(self, rollout: Rollout | None, step: int) -> dict[str, float | None] | None:
+        """One training step (counted from 1) on this rank's environments; without a rollout the rest of `progress`.
 
-        Returns metrics averaged over all minibatches and ranks; None where nothing was measured.
+        Returns metrics averaged over all minibatches and ranks; None where nothing was measured. Returns None once a
+        rank has `stop_requested`: `progress` then says how far all of them got, or is None if they had not begun.
 
         Raises:
-            FloatingPointError: a gradient is not finite; raised on every rank before the optimizer steps.
+            FloatingPointError: a reward, advantage, loss or gradient is not finite; raised on every rank before the
+                optimizer steps.
         """
-        averages = Averages()
-        with self.timer.phase("prepare"):
-            batch = self.prepare(rollout, averages)
-        with self.timer.phase("value"), training_mode(self.critic.model):
-            self.update_value(batch, step, averages)
-        if step > self.args.value_init_steps:
-            with self.timer.phase("policy"), training_mode(self.policy.model):
-                self.update_policy(batch, step, averages)
+        try:
+            if rollout is not None:
+                averages = Averages()
+                with self.timer.phase("prepare"):
+                    require_finite({"rewards": rollout.reward_TB}, step)
+                    batch = self.prepare(rollout, averages)
+                    require_finite({"advantages": batch.advantage_N, "returns": batch.return_N}, step)
+                self.progress = UpdateProgress(batch, averages)
+            assert self.progress is not None
+            batch, averages = self.progress.batch, self.progress.averages
+            with self.timer.phase("value"), training_mode(self.critic.model):
+                self.update_value(batch, step, averages)
+            if step > self.args.value_init_steps:
+                with self.timer.phase("policy"), training_mode(self.policy.model):
+                    self.update_policy(batch, step, averages)
+        except UpdateStopped:
+            fsdp_utils.free_gathered(self.policy.model)
+            fsdp_utils.free_gathered(self.critic.model)
+            return None
+        self.progress = None
         metrics = averages.reduce(self.device)
         metrics["train/learning_rate"] = self.policy.scheduler.get_last_lr()[0]
         metrics["train/value_learning_rate"] = self.critic.scheduler.get_last_lr()[0]
         return metrics | {f"time/trainer_{k}_s": v for k, v in self.timer.pop().items()}
+
+    def check_stop(self) -> None:
+        """Raise UpdateStopped on every rank alike, if any has `stop_requested`. A collective over CPU memory."""
+        flag = torch.tensor(float(self.stop_requested))
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        if flag:
+            raise UpdateStopped
 
     def _micro_batches(self, batch: Batch, size: int, indices: Tensor | None = None) -> Iterator[Batch]:
         # Compiled code wants one shape for all; the template makes up most of a prompt, so the padding is little.
@@ -239,6 +264,7 @@ class PPOLearner:
         recompute = args.old_logprobs == "recompute"
         hidden, logprobs = [], []
         for micro in self._micro_batches(batch, size):
+            self.check_stop()
             out = self._forward(policy, micro, with_actions=recompute)
             hidden.append(out.prompt_hidden_BD.float())
             if recompute:
@@ -340,13 +366,15 @@ class PPOLearner:
     def update_value(self, batch: Batch, step: int, averages: Averages) -> None:
         """`num_value_epochs` passes of the critic's optimizer over the rollout."""
         args = self.args
-        for indices in self._minibatch_indices(len(batch), step, args.num_value_epochs or args.num_epochs, "value"):
+        for _, indices in self._minibatch_indices(len(batch), step, args.num_value_epochs or args.num_epochs, "value"):
             normalizer = self._normalizer(batch, indices)
+            total = torch.zeros((), device=self.device)
             for micro, is_last in self._training_passes(self.critic, batch, indices):
                 loss, shares = self._value_loss(micro, normalizer)
                 loss.backward()
+                total += loss.detach()
                 averages.add_shares(shares, is_last)
-            self._optimizer_step("critic", self.critic, step, averages)
+            self._optimizer_step("critic", self.critic, total, step, averages)
 
     def _value_loss(self, micro: Batch, normalizer: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and statistics of a micro-batch, as shares of its minibatch's."""
@@ -361,18 +389,20 @@ class PPOLearner:
     def update_policy(self, batch: Batch, step: int, averages: Averages) -> None:
         """`num_epochs` passes of clipped PPO over the rollout, or fewer where `max_approx_kl` is exceeded."""
         args = self.args
-        for number, indices in enumerate(self._minibatch_indices(len(batch), step, args.num_epochs, "policy")):
+        for number, indices in self._minibatch_indices(len(batch), step, args.num_epochs, "policy"):
             normalizer = self._normalizer(batch, indices)
+            total = torch.zeros((), device=self.device)
             approx_kl = torch.zeros((), dtype=torch.float64, device=self.device)
             for micro, is_last in self._training_passes(self.policy, batch, indices):
                 loss, shares, ratio_dev = self._policy_loss(micro, normalizer)
                 loss.backward()
+                total += loss.detach()
                 averages.add_shares(shares, is_last)
                 averages.add_maximum("train/ratio_max_abs_dev", ratio_dev)
                 if number == 0:
                     averages.add_maximum("train/first_minibatch_ratio_max_abs_dev", ratio_dev)
                 approx_kl += shares["train/approx_kl_k3"]
-            self._optimizer_step("policy", self.policy, step, averages)
+            self._optimizer_step("policy", self.policy, total, step, averages)
             if args.max_approx_kl is not None and self._mean_over_ranks(approx_kl) > args.max_approx_kl:
                 averages.add({"train/stopped_by_kl": 1.0})
                 return
@@ -409,13 +439,23 @@ class PPOLearner:
         dist.all_reduce(value)
         return float(value) / self.world_size
 
-    def _minibatch_indices(self, num_samples: int, step: int, num_epochs: int, purpose: str) -> Iterator[Tensor]:
-        """Index tensors of every minibatch of every epoch, a fresh permutation each epoch."""
+    def _minibatch_indices(
+        self, num_samples: int, step: int, num_epochs: int, purpose: Purpose
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Number and indices of every minibatch of every epoch that is not done; a fresh permutation each epoch.
+
+        Raises UpdateStopped in between, on every rank alike.
+        """
+        size = self.args.local_mini_batch_size
+        done = self.progress.num_done if self.progress else {"value": 0, "policy": 0}
         for epoch in range(num_epochs):
-            yield from minibatches(
-                num_samples, self.args.local_mini_batch_size,
-                seed=(self.args.seed, self.rank, step, epoch, purpose == "value"),
-            )  # fmt: skip
+            seed = (self.args.seed, self.rank, step, epoch, purpose == "value")
+            for place, indices in enumerate(minibatches(num_samples, size, seed=seed)):
+                number = epoch * (num_samples // size) + place
+                if number >= done[purpose]:
+                    self.check_stop()
+                    yield number, indices
+                    done[purpose] = number + 1
 
     def _normalizer(self, batch: Batch, indices: Tensor) -> Tensor:
         """Valid samples of this minibatch per rank: sums divided by it, averaged over ranks, are the global mean.
@@ -426,12 +466,11 @@ class PPOLearner:
         dist.all_reduce(total)
         return total.clamp(min=1.0) / self.world_size
 
-    def _optimizer_step(self, group: str, trained: Trainable, step: int, averages: Averages) -> None:
-        """Clip and step; a non-finite gradient raises (the norm is global, so every rank raises)."""
+    def _optimizer_step(self, group: str, trained: Trainable, loss: Tensor, step: int, averages: Averages) -> None:
+        """Clip and step; raises where loss or gradient is not finite (both are over all ranks, so every rank does)."""
+        mean_loss = self._mean_over_ranks(loss)
         norm = fsdp_utils.clip_gradients(trained.parameters, self.args.max_grad_norm)
-        if not math.isfinite(norm):
-            where = f"at training step {step}, rank {self.rank}"
-            raise FloatingPointError(f"the gradient norm of the {group} is {norm} {where}")
+        require_finite_step(group, mean_loss, norm, trained.model.named_parameters(), step)
         averages.add({f"train/{group}_grad_norm": norm})
         trained.optimizer.step()
         trained.optimizer.zero_grad(set_to_none=True)
@@ -451,12 +490,3 @@ def training_mode(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         model.eval()
-
-
-def with_last(items: Iterator[Batch]) -> Iterator[tuple[Batch, bool]]:
-    """Pair each item with whether it is the last one."""
-    previous = next(items)
-    for item in items:
-        yield previous, False
-        previous = item
-    yield previous, True

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,14 @@ class BestReturn:
     ema: float | None = None
     best: float | None = None
     last_saved_step: int | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has seen, of plain JSON types."""
+        return {"ema": self.ema, "best": self.best, "last_saved_step": self.last_saved_step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`'s result."""
+        self.ema, self.best, self.last_saved_step = state["ema"], state["best"], state["last_saved_step"]
 
     def update(self, episode_returns: Sequence[float], step: int) -> bool:
         """Take in the returns of the episodes that ended in this step; True if the policy is to be saved."""
@@ -37,6 +46,7 @@ def rollout_metrics(episodes: Sequence[EpisodeResult], worker_stats: Sequence[di
         "rollout/num_episodes": float(len(episodes)),
         "rollout/num_void_steps": sum(s["num_void_steps"] for s in worker_stats),
         "rollout/num_env_replaced": sum(s["num_replaced"] for s in worker_stats),
+        "rollout/num_not_repeated": sum(s["num_not_repeated"] for s in worker_stats),
         "time/generate_s": max(s["generate_s"] for s in worker_stats),
         "time/wait_env_s": max(s["wait_env_s"] for s in worker_stats),
         "mem/worker_peak_gib": max(s["mem_gib"] for s in worker_stats),
@@ -64,13 +74,17 @@ def time_metrics(
     }
 
 
-def progress_line(step: int, num_steps: int, metrics: dict[str, float], elapsed_s: float) -> str:
-    """One line per training step: success, return, KL, clip fraction, explained variance, time split, ETA."""
+def progress_line(step: int, num_steps: int, metrics: dict[str, float], step_s: float) -> str:
+    """One line per training step: success, return, KL, clip fraction, explained variance, time split, ETA.
+
+    `step_s`: mean seconds of a training step so far.
+    """
 
     def show(name: str, label: str, form: str) -> str:
         return f"{label} {format(metrics[name], form)}" if name in metrics else f"{label} -"
 
-    eta = format_duration(elapsed_s / step * (num_steps - step))
+    eta = format_duration(step_s * (num_steps - step))
+    phases = {name: metrics.get(f"time/{name}_s", 0.0) for name in ("sync", "collect", "update")}
     return " | ".join(
         [
             f"step {step}/{num_steps}",
@@ -78,8 +92,7 @@ def progress_line(step: int, num_steps: int, metrics: dict[str, float], elapsed_
             show("train/approx_kl_k3", "kl", ".4f"),
             show("train/clip_fraction", "clip", ".3f"),
             show("train/explained_variance", "ev", ".2f"),
-            f"sync {metrics['time/sync_s']:.1f} collect {metrics['time/collect_s']:.1f} "
-            f"update {metrics['time/update_s']:.1f} s",
+            " ".join(f"{name} {seconds:.1f}" for name, seconds in phases.items()) + " s",
             f"{metrics['time/env_steps_per_s']:.0f} env steps/s",
             f"ETA {eta}",
         ]

@@ -332,7 +332,13 @@ def test_links_in_documents_lead_somewhere():
 def test_every_metric_is_documented():
     known = set(re.findall(r"\w+/[\w<>]+", (ROOT / "docs/METRICS.md").read_text()))
     written = set()
-    for name in ("ppo_vllm_ray_fsdp_vla.py", "ppo/learner.py", "vla-scripts/finetune.py"):
+    for name in (
+        "ppo_vllm_ray_fsdp_vla.py",
+        "ppo/learner.py",
+        "ppo/run.py",
+        "ppo/reporting.py",
+        "vla-scripts/finetune.py",
+    ):
         source = (ROOT / name).read_text()
         written |= set(re.findall(r'"((?:rollout|train|eval|curriculum|time|mem|sync)/\w+)"', source))
         prefix = "time/trainer_" if name == "ppo/learner.py" else "time/"

@@ -1,5 +1,7 @@
 """A world in which a random policy is rewarded half of the time, so that a few PPO steps show whether it learns."""
 
+import os
+
 import numpy as np
 
 from ppo.envs.base import ResetRequest, StepResult, TaskSuite
@@ -51,3 +53,15 @@ class Mortal(PushRight):
 
 SUITE = TaskSuite("push_right", ("push the red block", "pick up the plate"), LENGTH, 5, PushRight)
 MORTAL_SUITE = TaskSuite("mortal", SUITE.instructions, LENGTH, 5, Mortal)
+
+
+class Counted(PushRight):
+    """Adds a byte to the file PPO_VLA_TEST_STEPS with every step, so that a test sees how far a run is."""
+
+    def step(self, action: np.ndarray) -> StepResult:
+        with open(os.environ["PPO_VLA_TEST_STEPS"], "ab") as file:
+            file.write(b".")
+        return super().step(action)
+
+
+COUNTED_SUITE = TaskSuite("counted", SUITE.instructions, LENGTH, 5, Counted)

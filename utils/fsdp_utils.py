@@ -12,9 +12,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -306,17 +304,3 @@ def bucketize(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Itera
         size += num_bytes
     if bucket:
         yield bucket
-
-
-def save_distributed_state(
-    folder: str, models: dict[str, tuple[nn.Module, torch.optim.Optimizer]], extra: dict[str, object]
-) -> None:
-    """Write sharded models (trainable parameters only), their optimizers and each rank's random state with DCP.
-
-    `extra` holds small values that are equal on every rank (scheduler states). A collective.
-    """
-    state: dict[str, object] = {"extra": extra, f"rng_rank_{dist.get_rank()}": torch.get_rng_state()}
-    for name, (model, optimizer) in models.items():
-        weights, moments = get_state_dict(model, optimizer, options=StateDictOptions(ignore_frozen_params=True))
-        state[name] = {"model": weights, "optimizer": moments}
-    dcp.save(state, checkpoint_id=folder)

@@ -67,7 +67,7 @@ class MetricWriter:
     """Scalars to TensorBoard and `metrics.jsonl` in the run's folder, to W&B if asked.
 
     A value of None or NaN is absent from all of them, never written as 0. `wandb_mode` "offline" writes to the run's
-    folder and sends nothing.
+    folder and sends nothing. A run that goes on begins with `first_step`: TensorBoard hides what it had from there on.
     """
 
     def __init__(
@@ -78,12 +78,13 @@ class MetricWriter:
         wandb_project: str | None = None,
         wandb_mode: str = "online",
         config: Mapping[str, Any] | None = None,
+        first_step: int | None = None,
     ) -> None:
         # TensorBoard imports all of TensorFlow (5 s) where it is installed, unless this module says that it is not.
         sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
         from torch.utils.tensorboard import SummaryWriter
 
-        self._tensorboard = SummaryWriter(str(exp_dir))
+        self._tensorboard = SummaryWriter(str(exp_dir), purge_step=first_step)
         self._jsonl = (Path(exp_dir) / "metrics.jsonl").open("a")
         self._wandb = None
         if use_wandb:

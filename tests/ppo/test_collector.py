@@ -1,10 +1,15 @@
 """The collector over real environment processes, against the same episodes stepped one by one."""
 
+import base64
+import dataclasses
 import itertools
+import json
+import logging
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from ppo.collector import Collector
 from ppo.envs.base import ResetRequest
@@ -102,3 +107,54 @@ def test_a_dropped_episode_is_invalid_from_its_start_and_reported_nowhere():
             assert begins or void[t - 1, b], "a void step follows a valid one of the same episode"
     counted = int((rollout.done_TB & rollout.valid_TB).sum())
     assert len(records) == counted > 0
+
+
+def next_rollout(suite: str, state: dict | None, first_steps: int) -> tuple[dict, list]:
+    """A collector's state after `first_steps` (or after loading `state`), with the rollout and records that follow."""
+    with VectorEnv(suite, B, num_processes=2, image_size=16) as vector:
+        collector = Collector(vector, PROMPTS, generate, decode, num_groups=2, seed=(3, 0))
+        if state is None:
+            collector.collect(first_steps, itertools.cycle([0, 1]))
+        else:
+            collector.load_state_dict(state)
+        now = collector.state_dict()
+        rollout, records = collector.collect(T, itertools.cycle([1, 1, 0]))
+        return now, [rollout, records, collector]
+
+
+@pytest.mark.parametrize("suite", ["tests.worlds:SUITE", "tabletop"])
+def test_episodes_under_way_go_on_in_another_process_as_if_nothing_had_happened(suite):
+    state, (rollout, records, _) = next_rollout(suite, None, 6)
+    state = json.loads(json.dumps(state))
+    assert any(content["actions"] for content in state["running"]), "no episode is under way"
+    loaded, (again, records_again, collector) = next_rollout(suite, state, 0)
+    assert loaded == state and records == records_again and collector.num_not_repeated == 0
+    for field in dataclasses.fields(rollout):
+        one, two = getattr(rollout, field.name), getattr(again, field.name)
+        assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two, field.name
+
+
+def test_an_episode_that_does_not_repeat_itself_begins_anew_and_is_counted(caplog, monkeypatch):
+    state, (rollout, _, _) = next_rollout("tests.worlds:SUITE", None, 6)
+    assert state["running"][1]["actions"]
+    state["running"][1]["image"] = "0" * 16
+    actions = base64.b64decode(state["running"][3]["actions"])
+    state["running"][3]["actions"] = base64.b64encode(actions * 9).decode()  # it would end on the way
+    monkeypatch.setattr(logging.getLogger("ppo_vla"), "propagate", True)
+    loaded, (again, _, collector) = next_rollout("tests.worlds:SUITE", state, 0)
+    assert collector.num_not_repeated == 2 and "environments [1, 3] did not come to the images" in caplog.text
+    assert [len(loaded["running"][i]["actions"]) for i in (1, 3)] == [0, 0]
+    assert loaded["running"][0] == state["running"][0]
+    first = PushRight(16).reset(ResetRequest(*state["running"][1]["request"]))
+    np.testing.assert_array_equal(again.images_TBHWC[0, 1].numpy(), first)
+    np.testing.assert_array_equal(again.images_TBHWC[:, 0].numpy(), rollout.images_TBHWC[:, 0].numpy())
+
+
+def test_a_collector_that_has_not_begun_or_was_restarted_has_no_episodes(collector):
+    assert collector.state_dict()["running"] is None
+    collector.collect(2, itertools.repeat(0))
+    collector.restart()
+    state = collector.state_dict()
+    assert state["running"] is None and state["num_episodes"] == [2] * B
+    collector.load_state_dict(state)
+    assert collector.collect(1, itertools.repeat(0))[0].images_TBHWC.shape[:2] == (1, B)

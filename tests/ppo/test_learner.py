@@ -131,7 +131,9 @@ def non_finite(rank: int, model_dir: str) -> None:
     rollout = make_rollout(model_dir)
     rollout.reward_TB[0, 0] = float("nan")
     learner = make_learner(model_dir, flags(norm_adv=False, local_mini_batch_size=T * B // 2))
-    with pytest.raises(FloatingPointError, match="critic is nan at training step 4, rank"):
+    with pytest.raises(
+        FloatingPointError, match="not finite at training step 4; rank 0: 1 of 12 values of the rewards"
+    ):
         learner.update(rollout.shard(rank, dist.get_world_size()), step=4)
 
 

@@ -26,6 +26,17 @@ def test_tensorboard_and_jsonl_hold_every_defined_value_and_no_other(tmp_path):
     assert "train/kl" not in events.Tags()["scalars"]
 
 
+def test_tensorboard_shows_a_step_that_came_again_once(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    write_two_steps(tmp_path)
+    writer = MetricWriter(tmp_path, first_step=2)
+    writer.write(2, {"train/loss": 0.125})
+    writer.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 0.5), (2, 0.125)]
+
+
 def test_wandb_offline_writes_into_the_run_and_sends_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     write_two_steps(tmp_path, use_wandb=True, wandb_project="test", wandb_mode="offline")
