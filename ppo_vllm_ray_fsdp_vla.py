@@ -75,6 +75,8 @@ from prismatic.extern.hf.processing_prismatic import load_processor
 from prismatic.vla.action_normalization import tokens_to_env_actions
 from prismatic.vla.action_tokenizer import ActionTokenizer
 from utils import checkpoint_utils, fsdp_utils, peft_utils, ray_utils, training_state
+from utils.actors import ActorFailure, ActorPool, RevivableActor, ask_where, wait_all, where_others_are
+from utils.attempts import run_attempt, run_attempts, same_command
 from utils.logging_utils import PhaseTimer, add_log_file, get_logger
 from utils.placement import Demand, placement_problems
 from utils.signals import StopRequested, StopSignal
@@ -307,6 +309,10 @@ class Args:
     """Address of a running Ray cluster ("auto": the one on this machine). Default: start one for this run only."""
     placement_timeout_s: float = 300.0
     """How long to wait for the cluster to place the actors."""
+    hang_timeout_s: float = 1800.0
+    """A rollout, update or sync that takes longer hangs: engines are replaced, hanging trainers end the attempt."""
+    max_restarts: int = 0
+    """How often the run may go on from its last checkpoint (--save_freq) after a trainer or the driver died."""
 
 
 @dataclass(frozen=True)
@@ -475,6 +481,11 @@ class PolicyTrainer:
     def request_stop(self) -> None:
         """Let the update end after the minibatch under way; answered while it runs."""
         self.learner.stop_requested = True
+
+    @ray.method(concurrency_group="control")
+    def where(self) -> str:
+        """What this rank is doing; answered while it does it."""
+        return where_others_are()
 
     def minibatches_done(self) -> int | None:
         """Of an update that was stopped; None without one."""
@@ -680,30 +691,38 @@ class Cluster:
 
         self.args, self.plan, self.stop = args, plan, stop
         self._stop_calls: list[ray.ObjectRef] = []
-        placement = ray_utils.place_on_cluster(plan.demand)
-        for line in placement.lines:
+        self._statistics = action_statistics(args)
+        self._placement = ray_utils.place_on_cluster(plan.demand)
+        for line in self._placement.lines:
             logger.info(line)
-        group = ray_utils.reserve(placement, args.placement_timeout_s)
-        statistics = action_statistics(args)
-        self.trainers = [
-            ray.remote(concurrency_groups={"control": 1})(PolicyTrainer).options(
-                num_cpus=1, num_gpus=placement.trainer_gpus, scheduling_strategy=ray_utils.in_bundle(group, bundle),
-                runtime_env=ray_utils.actor_env(
-                    OMP_NUM_THREADS=str(args.trainer_num_threads),
-                    **({"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if args.deterministic else {}),
-                ),
-            ).remote(args, plan, rank)
-            for rank, bundle in enumerate(placement.trainer_bundles)
-        ]  # fmt: skip
-        self.workers = [
-            ray.remote(RolloutWorker).options(
-                num_cpus=1, num_gpus=placement.engine_gpus, scheduling_strategy=ray_utils.in_bundle(group, bundle),
-                runtime_env=ray_utils.actor_env(**engine_env(plan.device, args.engine_num_threads)),
-            ).remote(args, plan, index, statistics)
-            for index, bundle in enumerate(placement.engine_bundles)
-        ]  # fmt: skip
-        self.curriculum = ray.remote(CurriculumManager).options(num_cpus=0).remote(
-            list(plan.task_ids), ema_alpha=args.curriculum_ema_alpha, tau=args.curriculum_tau,
+        self._group = ray_utils.reserve(self._placement, args.placement_timeout_s)
+        self._engine_env = ray_utils.actor_env(**engine_env(plan.device, args.engine_num_threads))
+        self.version = 0  # of the trainers' policy: updates done
+        self.trainers = [self._start_trainer(rank) for rank in range(plan.num_trainers)]
+        self.pool = ActorPool("rollout worker", self._start_worker, args.vllm_num_engines, self._restore_workers)
+        self.workers = self.pool.actors
+        self.curriculum = RevivableActor("curriculum actor", self._start_curriculum)
+
+    def _start_trainer(self, rank: int) -> Any:
+        args, placement = self.args, self._placement
+        env = {"OMP_NUM_THREADS": str(args.trainer_num_threads)}
+        env |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if args.deterministic else {}
+        return ray.remote(concurrency_groups={"control": 1})(PolicyTrainer).options(
+            num_cpus=1, num_gpus=placement.trainer_gpus, runtime_env=ray_utils.actor_env(**env),
+            scheduling_strategy=ray_utils.in_bundle(self._group, placement.trainer_bundles[rank]),
+        ).remote(args, self.plan, rank)  # fmt: skip
+
+    def _start_worker(self, index: int) -> Any:
+        placement = self._placement
+        return ray.remote(RolloutWorker).options(
+            num_cpus=1, num_gpus=placement.engine_gpus, runtime_env=self._engine_env,
+            scheduling_strategy=ray_utils.in_bundle(self._group, placement.engine_bundles[index]),
+        ).remote(self.args, self.plan, index, self._statistics)  # fmt: skip
+
+    def _start_curriculum(self) -> Any:
+        args = self.args
+        return ray.remote(CurriculumManager).options(num_cpus=0).remote(
+            list(self.plan.task_ids), ema_alpha=args.curriculum_ema_alpha, tau=args.curriculum_tau,
             min_prob=args.curriculum_min_prob, seed=args.seed, uniform=not args.use_curriculum,
         )  # fmt: skip
 
@@ -713,20 +732,39 @@ class Cluster:
         Colocated engines load first: they measure the GPU's free memory.
         """
         if self.args.colocate:
-            ray_utils.wait_all([w.policy_version.remote() for w in self.workers], "loading the engines")
+            wait_all([w.policy_version.remote() for w in self.workers], "loading the engines")
         self.sleep_engines()
         address = ray.get(self.trainers[0].address.remote())
-        counts = ray_utils.wait_all([t.setup.remote(*address) for t in self.trainers], "loading the trainers' models")
-        infos = ray_utils.wait_all([t.open_channel.remote() for t in self.trainers], "opening the weights' channels")
-        joining = [t.connect.remote() for t in self.trainers] + [w.join_channel.remote(infos) for w in self.workers]
-        ray_utils.wait_all(joining, "connecting trainers and engines")
+        counts = wait_all([t.setup.remote(*address) for t in self.trainers], "loading the trainers' models")
+        self._connect()
         self._note_worlds()
         return counts[0]
 
+    def _connect(self) -> None:
+        infos = wait_all([t.open_channel.remote() for t in self.trainers], "opening the weights' channels")
+        joining = [t.connect.remote() for t in self.trainers] + [w.join_channel.remote(infos) for w in self.workers]
+        wait_all(joining, "connecting trainers and engines")
+
+    def _on_trainers(
+        self, calls: Sequence[ray.ObjectRef], what: str, poll: Callable[[], None] | None = None
+    ) -> list[Any]:
+        """Results of a call to each trainer; one that hangs ends the attempt, and is named with what it is doing."""
+        return wait_all(
+            calls, what, poll=poll, timeout_s=self.args.hang_timeout_s,
+            explain=lambda rank: ask_where(self.trainers[rank], f"trainer rank {rank}"),
+        )  # fmt: skip
+
+    def _restore_workers(self, indices: list[int]) -> None:
+        """Give new engines the present policy, and their environments the state before the rollout that was lost."""
+        wait_all([self.workers[i].policy_version.remote() for i in indices], "loading the engines")
+        self._connect()
+        self.push_weights(self.version)
+        wait_all([self.workers[i].load_world.remote(self.worlds[i]) for i in indices], "restoring environments")
+
     def _note_worlds(self) -> None:
         calls = [w.world_state.remote() for w in self.workers]
-        self.worlds: list[dict[str, Any]] = ray_utils.wait_all(calls, "asking for the environments' state")
-        self.curriculum_state = ray.get(self.curriculum.state_dict.remote())
+        self.worlds: list[dict[str, Any]] = wait_all(calls, "asking for the environments' state")
+        self.curriculum_state = self.curriculum.state
         self.before_rollout = self.worlds, self.curriculum_state
 
     def world_states(self, *, is_rollout_used: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -735,43 +773,65 @@ class Cluster:
 
     def push_weights(self, version: int) -> dict[str, float]:
         """Send the trainers' weights to every engine and check that each has all of them at this version."""
+        what, num_trainers = f"sending weights of version {version} to the engines", len(self.trainers)
         self._wake_engines("weights")
         calls = [t.send_weights.remote(version) for t in self.trainers]
         calls += [w.receive_weights.remote(version) for w in self.workers]
-        results = ray_utils.wait_all(calls, f"sending weights of version {version} to the engines")
-        num_sent, reports = results[0], results[len(self.trainers) :]
+        results = wait_all(
+            calls, what, timeout_s=self.args.hang_timeout_s, replaceable=range(num_trainers, len(calls)),
+            explain=lambda i: ask_where(self.trainers[i], f"trainer rank {i}") if i < num_trainers
+            else f"rollout worker {i - num_trainers}",
+        )  # fmt: skip
+        num_sent, reports = results[0], results[num_trainers:]
+        if any(isinstance(result, ActorFailure) for result in results):
+            return self._push_again(version)
         if any(r.num_params != num_sent or r.version != version for r in reports):
             raise RuntimeError(f"sent {num_sent} tensors of version {version}, the engines report {reports}")
         self._wake_engines("kv_cache")
         return {"sync/num_tensors": num_sent, "sync/mib": reports[0].num_bytes / 2**20}
 
+    def _push_again(self, version: int) -> dict[str, float]:
+        """After a sync that broke off: replace the workers that do not answer; all get their weights with them."""
+        calls = [w.policy_version.remote() for w in self.workers]
+        answers = wait_all(calls, "asking the engines", timeout_s=60.0, replaceable=range(len(calls)))
+        failed = {i: answer for i, answer in enumerate(answers) if isinstance(answer, ActorFailure)}
+        if not failed:
+            raise RuntimeError(f"weights of version {version} did not reach the engines, though all of them live")
+        self.version = version
+        self.pool.replace(failed, f"receiving weights of version {version}")
+        return {}
+
     def sleep_engines(self) -> None:
         """Let colocated engines give their GPUs' memory to the trainers, until the next `push_weights`."""
         if self.plan.engines_sleep:
-            ray_utils.wait_all([w.sleep.remote() for w in self.workers], "letting the engines sleep")
+            wait_all([w.sleep.remote() for w in self.workers], "letting the engines sleep")
 
     def _wake_engines(self, what: str) -> None:
         if self.plan.engines_sleep:
-            ray_utils.wait_all([w.wake_up.remote(what) for w in self.workers], f"waking the engines' {what}")
+            wait_all([w.wake_up.remote(what) for w in self.workers], f"waking the engines' {what}")
 
     def start_collecting(self, step: int) -> list[ray.ObjectRef]:
         """Let every worker collect the rollout of training step `step`; returns at once."""
         most = self.args.local_rollout_batch_size * (self.args.num_steps + 2)
-        tasks = [ray.get(self.curriculum.get_batch.remote(most)) for _ in self.workers]
-        return [w.collect.remote(t, step) for w, t in zip(self.workers, tasks, strict=True)]
+        self._tasks = [self.curriculum.change("get_batch", most) for _ in self.workers]
+        return [self._collect(index, step) for index in range(len(self.workers))]
+
+    def _collect(self, index: int, step: int) -> ray.ObjectRef:
+        return self.workers[index].collect.remote(self._tasks[index], step)
 
     def finish_collecting(self, calls: list[ray.ObjectRef], step: int) -> Collected:
         """Wait for the workers' rollouts and tell the curriculum how the episodes went."""
         what = f"collecting the rollout of training step {step}"
-        results = ray_utils.wait_all(calls, what, poll=self.stop.check)
+        limits = {"poll": self.stop.check, "timeout_s": self.args.hang_timeout_s}
+        results = self.pool.on_each(lambda index: self._collect(index, step), what, calls, **limits)
         shards = [[result[0][rank] for result in results] for rank in range(self.plan.num_trainers)]
         episodes = [episode for result in results for episode in result[1]]
         if episodes:
             ids, successes = [e.task_id for e in episodes], [e.success for e in episodes]
-            ray.get(self.curriculum.report_results.remote(ids, successes))
+            self.curriculum.change("report_results", ids, successes)
         self.before_rollout = self.worlds, self.curriculum_state
         self.worlds = [result[3] for result in results]
-        self.curriculum_state = ray.get(self.curriculum.state_dict.remote())
+        self.curriculum_state = self.curriculum.state
         return Collected(shards, episodes, [result[2] for result in results], {})
 
     def update(self, shards: list[list[ray.ObjectRef]], step: int) -> dict[str, float | None]:
@@ -782,9 +842,10 @@ class Cluster:
         calls = [
             t.update.remote(s, step) for t, s in zip(self.trainers, shards or [[]] * len(self.trainers), strict=True)
         ]
-        results = ray_utils.wait_all(calls, f"updating at training step {step}", poll=self._pass_on_stop)
+        results = self._on_trainers(calls, f"updating at training step {step}", self._pass_on_stop)
         if results[0] is None:
             self.stop.check()
+        self.version = step
         peak = max(r["mem/trainer_peak_gib"] for r in results)
         return results[0] | {"mem/trainer_peak_gib": peak}
 
@@ -798,22 +859,23 @@ class Cluster:
         requests = evaluation_requests(self.plan.task_ids, num_states)
         workers = len(self.workers)
         folders = [str(video_dir / f"worker_{i}") if video_dir else None for i in range(workers)]
-        calls = [w.evaluate.remote(requests[i::workers], folders[i]) for i, w in enumerate(self.workers)]
+
+        def evaluate(index: int) -> ray.ObjectRef:
+            return self.workers[index].evaluate.remote(requests[index::workers], folders[index])
+
         total = EvaluationRun()
-        for run in ray_utils.wait_all(calls, "evaluating", poll=self.stop.check):
+        for run in self.pool.on_each(evaluate, "evaluating", poll=self.stop.check):
             total.episodes += run.episodes
             total.void += run.void
             total.num_dropped += run.num_dropped
         calls = [w.world_state.remote() for w in self.workers]  # the episodes under way were given up
-        self.worlds = ray_utils.wait_all(calls, "asking for the environments' state")
+        self.worlds = wait_all(calls, "asking for the environments' state")
         return total
 
     def save(self, folder: Path, metadata: dict[str, Any], *, overwrite: bool = False) -> None:
         """Write the policy (adapter or whole model folder), its metadata and the curriculum."""
         files = {"metadata.json": metadata}
-        ray_utils.wait_all(
-            [t.save_policy.remote(str(folder), files, overwrite) for t in self.trainers], f"saving {folder}"
-        )
+        wait_all([t.save_policy.remote(str(folder), files, overwrite) for t in self.trainers], f"saving {folder}")
         self.save_curriculum(folder / "curriculum.json")
 
     def begin_checkpoint(self, folder: Path, state: RunState, metadata: dict[str, Any]) -> None:
@@ -826,31 +888,32 @@ class Cluster:
         checkpoint_utils.write_json_files(partial, {"metadata.json": metadata})
         self.save_curriculum(partial / "curriculum.json")
         calls = [t.begin_checkpoint.remote(str(partial), str(folder)) for t in self.trainers]
-        ray_utils.wait_all(calls, f"beginning {folder}")
+        wait_all(calls, f"beginning {folder}")
 
     def wait_for_checkpoint(self) -> None:
         """Until the last checkpoint begun is on disk."""
-        ray_utils.wait_all([t.wait_for_checkpoint.remote() for t in self.trainers], "writing a checkpoint")
+        wait_all([t.wait_for_checkpoint.remote() for t in self.trainers], "writing a checkpoint")
 
     def minibatches_done(self) -> int | None:
         """Of an update that was stopped; None without one."""
-        return ray_utils.wait_all([t.minibatches_done.remote() for t in self.trainers], "stopping the update")[0]
+        return wait_all([t.minibatches_done.remote() for t in self.trainers], "stopping the update")[0]
 
     def load(self, folder: Path, state: RunState) -> None:
         """Bring trainers, environments and curriculum to a checkpoint's state."""
         calls = [t.load_checkpoint.remote(str(folder), state.num_trainers, state.step) for t in self.trainers]
         calls += [w.load_world.remote(world) for w, world in zip(self.workers, state.worlds, strict=True)]
-        calls.append(self.curriculum.load_state_dict.remote(state.curriculum))
-        ray_utils.wait_all(calls, f"loading {folder}")
+        wait_all(calls, f"loading {folder}")
+        self.curriculum.change("load_state_dict", state.curriculum)
+        self.version = state.step
         self._note_worlds()
 
     def curriculum_stats(self) -> dict[int, dict[str, float]]:
         """Statistics of every task, by its id."""
-        return ray.get(self.curriculum.stats.remote())
+        return self.curriculum.ask("stats")
 
     def save_curriculum(self, path: Path) -> None:
         """Write the curriculum's statistics and state."""
-        ray.get(self.curriculum.save.remote(str(path)))
+        self.curriculum.ask("save", str(path))
 
     def close(self) -> None:
         """End the workers' environments and engines; Ray ends the rest."""
@@ -933,9 +996,15 @@ def main(args: Args) -> None:
         ray.shutdown()
 
 
+def supervise(args: Args) -> int:
+    """Run this command line in a process of its own, and again from its last checkpoint when it dies."""
+    folder = resumed_exp_dir(args.resume)
+    name = [] if folder else ["--exp_id", args.exp_id or default_exp_id(args)]
+    again = ["--resume", str(folder or "auto"), "--no_overwrite"]
+    first, later = same_command(*name, "--max_restarts", "0"), same_command(*name, *again, "--max_restarts", "0")
+    return run_attempts(first, later, args.max_restarts)
+
+
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__, use_underscores=True))
-    except CommandLineError as problem:
-        logger.error("%s", problem)
-        sys.exit(2)
+    flags = tyro.cli(Args, description=__doc__, use_underscores=True)
+    sys.exit(supervise(flags) if flags.max_restarts > 0 else run_attempt(lambda: main(flags), CommandLineError))

@@ -46,10 +46,10 @@ def range_problems(args: Any) -> list[str]:
     positive += " num_env_processes num_env_groups env_timeout_s vllm_num_engines vllm_tensor_parallel_size"
     positive += " sync_bucket_mib trainer_num_threads engine_num_threads placement_timeout_s num_trials_per_task"
     positive += " per_device_forward_batch_size max_env_length num_value_epochs curriculum_tau cliprange"
-    positive += " importance_weight_cap lora_alpha"
+    positive += " importance_weight_cap lora_alpha hang_timeout_s"
     not_negative = "save_freq eval_freq value_init_steps policy_lr_warmup_steps max_grad_norm cliprange_value vf_coef"
     not_negative += " entropy_coef beta best_min_delta best_patience curriculum_min_prob num_steps_wait cliprange_high"
-    not_negative += " env_gpu_id seed per_device_train_batch_size keep_last"
+    not_negative += " env_gpu_id seed per_device_train_batch_size keep_last max_restarts"
     unit, unit_not_zero = "gamma lam activation_memory_budget", "curriculum_ema_alpha gpu_memory_utilization"
     unit_not_one = "lora_dropout"
     problems = []

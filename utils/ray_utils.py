@@ -6,9 +6,8 @@ import secrets
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import ray
@@ -43,7 +42,6 @@ NODE_ID_LABEL = "ray.io/node-id"
 FORWARDED_ENV = ("PPO_VLA_", "MUJOCO_GL", "LIBERO_", "VLLM_", "NCCL_", "GLOO_", "HF_HUB_OFFLINE", "TORCH_NCCL_")
 # A file system between nodes may show a new file to others only after its cache has expired.
 SHARED_FILE_TIMEOUT_S = 40.0
-POLL_S = 0.2
 
 
 def actor_env(**variables: str) -> dict[str, dict[str, str]]:
@@ -272,23 +270,3 @@ def _appears(path: Path) -> bool:
             return False
         time.sleep(0.2)
     return True
-
-
-def wait_all(refs: Sequence[Any], what: str, poll: Callable[[], None] | None = None) -> list[Any]:
-    """`ray.get` that fails as soon as any of the calls fails, and says what was being done.
-
-    `poll` is called a few times a second meanwhile; what it raises ends the waiting.
-
-    Raises:
-        RuntimeError: from the first failure, with the actor's traceback in its cause.
-    """
-    pending = list(refs)
-    while pending:
-        done, pending = ray.wait(pending, num_returns=1, timeout=POLL_S if poll else None)
-        if poll:
-            poll()
-        try:
-            ray.get(done)
-        except ray.exceptions.RayError as error:
-            raise RuntimeError(f"failed while {what}: {error}") from error
-    return ray.get(list(refs))

@@ -1,0 +1,173 @@
+"""The fault matrix: each process of a run is killed or stopped in the middle of a training step, and the run ends well.
+
+Real Ray, FSDP, vLLM on CPUs. What is repeated after a fault gives the same metrics and weights as a run without one.
+The rows about numbers are in tests/ppo/test_trainer_state.py, those about files in tests/test_malformed_files.py and
+tests/utils/test_checkpoint_utils.py.
+"""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+import ppo_vllm_ray_fsdp_vla as driver
+from tests.test_driver import ROOT, command_line, metrics_by_step
+from tests.test_resume_run import NUM_STEPS, run_args, training_tensors
+from utils.logging_utils import read_metrics
+
+TIMEOUT_S = 300
+# What differs between two equal runs, and what counts the faults.
+NOT_COMPARED = ("time/", "mem/", "rollout/num_replaced", "sync/")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One row: which process is hit, when, and what the log says then.
+
+    Attributes:
+        process: part of the title or command line; "" is the driver.
+        at_env_steps: total environment steps at which it is hit (64 a training step; from 128 on an update follows).
+        says: in the run's log.
+        repeats: whether the run must equal one without the fault.
+        action: the signal.
+    """
+
+    process: str
+    at_env_steps: int
+    says: str
+    repeats: bool = True
+    action: signal.Signals = signal.SIGKILL
+
+
+FAULTS = {
+    "an engine, during a rollout": Fault("ray::RolloutWorker", 80, "rollout worker 0 is replaced"),
+    "the driver, during a rollout": Fault("", 80, "ended with signal SIGKILL: going on from the last checkpoint"),
+    "an engine, during an update": Fault("ray::RolloutWorker", 128, "rollout worker 0 is replaced"),
+    "a trainer, during an update": Fault("ray::PolicyTrainer", 128, "ended with exit code 1: going on from the last"),
+    "the driver, during an update": Fault("", 128, "ended with signal SIGKILL: going on from the last checkpoint"),
+    "the curriculum": Fault("ray::CurriculumManager", 80, "the curriculum actor died"),
+    "an environment process": Fault("ppo.envs.vector_worker", 80, "environment", repeats=False),
+    "an engine that hangs": Fault(
+        "ray::RolloutWorker", 80, "(--hang_timeout_s): rollout worker 0", action=signal.SIGSTOP
+    ),
+    "a trainer that hangs": Fault("ray::PolicyTrainer", 128, "does not answer", action=signal.SIGSTOP),
+}
+DEFAULT_ROWS = ("an engine, during a rollout", "the driver, during a rollout")
+
+
+def fault_args(model_dir: Path, folder: Path, name: str, **changes) -> driver.Args:
+    return run_args(model_dir, folder, name, max_restarts=2, hang_timeout_s=25.0, **changes)
+
+
+class Supervised:
+    """A run in the background, with its log in a file."""
+
+    def __init__(self, args: driver.Args, folder: Path) -> None:
+        self.counter, self.log = folder / f"{args.exp_id}.steps", folder / f"{args.exp_id}.log"
+        self.counter.write_bytes(b"")
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PPO_VLA_TEST_STEPS": str(self.counter)}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command_line(args), cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
+        self.seen: dict[int, str] = {}
+
+    def descendants(self) -> list[psutil.Process]:
+        """Living ones, noted for `left_behind`."""
+        found = psutil.Process(self.process.pid).children(recursive=True)
+        for process in found:
+            try:
+                self.seen.setdefault(process.pid, " ".join(process.cmdline()))
+            except psutil.Error:
+                continue
+        return found
+
+    def wait_for_env_steps(self, number: int) -> None:
+        deadline = time.monotonic() + TIMEOUT_S
+        while self.counter.stat().st_size < number:
+            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()[-6000:]
+            time.sleep(0.01)
+
+    def find(self, title: str) -> psutil.Process:
+        """The first descendant whose command line has `title`; the attempt's own process for an empty one."""
+        found = self.descendants()
+        if not title:
+            return psutil.Process(self.process.pid).children()[0]
+        return next(process for process in found if title in self.seen.get(process.pid, ""))
+
+    def finish(self) -> str:
+        """Wait for the end and return the log."""
+        code = self.process.wait(timeout=TIMEOUT_S)
+        output = self.log.read_text()
+        assert code == 0, output[-8000:]
+        return output
+
+    def left_behind(self) -> list[str]:
+        """Descendants seen that still live."""
+        return [f"{pid} {title}" for pid, title in self.seen.items() if psutil.pid_exists(pid)]
+
+
+def assert_complete(exp_dir: Path) -> None:
+    """Every step is logged once, and the last checkpoint and the final policy are there."""
+    assert [m["step"] for m in read_metrics(exp_dir)] == list(range(1, NUM_STEPS + 1))
+    assert (exp_dir / f"step_{NUM_STEPS}/training_state/state.json").exists()
+    assert (exp_dir / "adapter_model.safetensors").exists()
+    assert not list(exp_dir.glob(".*partial*"))
+
+
+def assert_equal_runs(one: Path, two: Path) -> None:
+    """Metrics and the final training state are the same to the last bit."""
+    first, second = metrics_by_step(one), metrics_by_step(two)
+    for step in first:
+        differing = {
+            name: (first[step].get(name), second[step].get(name))
+            for name in first[step] | second[step]
+            if not name.startswith(NOT_COMPARED) and first[step].get(name) != second[step].get(name)
+        }
+        assert differing == {}, step
+    expected, found = (training_tensors(run / f"step_{NUM_STEPS}") for run in (one, two))
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_model_dir, tmp_path_factory) -> Path:
+    """A run without faults."""
+    folder = tmp_path_factory.mktemp("faults")
+    run = Supervised(dataclasses.replace(fault_args(tiny_model_dir, folder, "straight"), max_restarts=0), folder)
+    run.finish()
+    assert_complete(folder / "straight")
+    return folder / "straight"
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in DEFAULT_ROWS else pytest.param(name, marks=pytest.mark.slow) for name in FAULTS]
+)
+def test_a_run_survives(name: str, straight: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    fault = FAULTS[name]
+    shared_memory = set(os.listdir("/dev/shm"))
+    run = Supervised(fault_args(tiny_model_dir, tmp_path, "run"), tmp_path)
+    try:
+        run.wait_for_env_steps(fault.at_env_steps)
+        if fault.at_env_steps == 128:
+            time.sleep(1.0)  # the update takes several seconds
+        victim = run.find(fault.process)
+        victim.send_signal(fault.action)
+        output = run.finish()
+    finally:
+        for process in run.descendants() if run.process.poll() is None else []:
+            process.kill()
+        run.process.kill()
+    assert fault.says in output, output[-6000:]
+    assert_complete(tmp_path / "run")
+    if fault.repeats:
+        assert_equal_runs(straight, tmp_path / "run")
+    assert run.left_behind() == []
+    assert set(os.listdir("/dev/shm")) <= shared_memory
