@@ -83,14 +83,7 @@ def main(args: Args) -> None:
     beside, without = statistics.median(line["time/step_s"] for line in after), statistics.median(free)
     low, _, high = statistics.quantiles(free, n=4)
     cost = (waited + beside - without) / without
-    columns = (
-        "training state",
-        "step without (quartiles)",
-        "step beside the writing",
-        "copy",
-        "of a step",
-        "of training",
-    )
+    columns = ("training state", "step without (quartiles)", "beside the writing", "copy", "of a step", "of training")
     table = Table(*columns)
     table.add_row(
         f"{mib:.0f} MiB", f"{without:.2f} s ({low:.2f} to {high:.2f})", f"{beside:.2f} s", f"{waited:.3f} s",
