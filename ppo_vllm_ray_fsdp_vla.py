@@ -36,7 +36,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -494,31 +494,28 @@ class PolicyTrainer:
 
     def save_policy(self, folder: str, json_files: dict[str, Any], overwrite: bool = False) -> None:
         """Write the adapter (LoRA) or the whole model folder, all or nothing. A collective; rank 0 writes."""
-        write = self._policy_export()
+        state = fsdp_utils.full_state_dict(self.policy.model, trainable_only=self.adapter is not None)
         if self.rank == 0:
             with checkpoint_utils.atomic_directory(folder, overwrite=overwrite) as partial:
-                write(partial)
+                self._write_policy(partial, state)
                 checkpoint_utils.write_json_files(partial, json_files)
 
-    def _policy_export(self) -> Callable[[Path], None]:
-        """Gather the policy on rank 0 (a collective) and return what writes it into a folder there."""
-        state = fsdp_utils.full_state_dict(self.policy.model, trainable_only=self.adapter is not None)
-
-        def write(folder: Path) -> None:
-            if self.adapter is not None:
-                peft_utils.save_adapter(self.adapter, state, folder)
-                return
-            checkpoint_utils.save_weights(folder, state)
-            checkpoint_utils.copy_model_files(self.args.vla_path, folder)
-
-        return write
+    def _write_policy(self, folder: Path, state: dict[str, torch.Tensor]) -> None:
+        if self.adapter is not None:
+            peft_utils.save_adapter(self.adapter, state, folder)
+            return
+        checkpoint_utils.save_weights(folder, state)
+        checkpoint_utils.copy_model_files(self.args.vla_path, folder)
 
     def begin_checkpoint(self, partial: str, target: str) -> None:
-        """Copy the state; a thread writes it beside the policy in `partial`, then renames that. A collective."""
-        write_policy, folder = self._policy_export(), Path(partial)
+        """Copy the state; a thread writes it and the policy into `partial`, then renames that. A collective."""
+        folder = Path(partial)
 
-        def complete() -> None:
-            write_policy(folder)
+        def complete() -> None:  # the policy comes from the files just written: nobody waits for it to be gathered
+            state = training_state.load_prefixed(folder / STATE_DIR, "policy.weight.")
+            if self.adapter is None:
+                state |= training_state.read_frozen(self.args.vla_path, state)  # what is frozen
+            self._write_policy(folder, state)
             training_state.publish(folder, target)
             remove_old(Path(target).parent, self.args.keep_last)
 

@@ -11,7 +11,7 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -19,9 +19,12 @@ from typing import IO, Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+from utils.checkpoint_utils import weight_files
 
 # Where torch's index finds its parts: module and names.
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -182,6 +185,15 @@ def load_prefixed(folder: str | Path, prefix: str) -> dict[str, Tensor]:
     if tensors:
         load_tensors(folder, tensors)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def read_frozen(model_dir: str | Path, trained: Container[str]) -> dict[str, Tensor]:
+    """The tensors of a model folder that are not `trained`, by name."""
+    tensors: dict[str, Tensor] = {}
+    for path in weight_files(model_dir):
+        with safe_open(path, "pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys() if name not in trained}  # noqa: SIM118
+    return tensors
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:

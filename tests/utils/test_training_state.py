@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import nn
 
 from tests.distributed import in_ranks
@@ -148,3 +149,10 @@ def test_random_states_go_on_where_they_were():
     first = torch.rand(3)
     training_state.set_random_states(state, torch.device("cpu"))
     assert torch.equal(torch.rand(3), first)
+
+
+def test_what_is_frozen_comes_from_the_model_folder(tiny_model_dir):
+    names = set(load_file(tiny_model_dir / "model.safetensors"))
+    trained = {name for name in names if "vision" not in name}
+    frozen = training_state.read_frozen(tiny_model_dir, trained)
+    assert frozen.keys() == names - trained and frozen
