@@ -32,11 +32,10 @@ Commands:
 import dataclasses
 import json
 import os
-import resource
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -452,7 +451,7 @@ class PolicyTrainer:
         metrics = self.learner.update(Rollout.concat(ray.get(list(shard_refs))) if shard_refs else None, step)
         if metrics is None:
             return None
-        metrics["mem/trainer_peak_gib"] = peak_memory_gib(self.device)
+        metrics["mem/trainer_peak_gib"] = fsdp_utils.peak_memory_gib(self.device)
         if self.plan.engines_sleep:
             torch.cuda.empty_cache()  # what the allocator keeps is what the waking engine needs
         return metrics
@@ -529,13 +528,6 @@ class PolicyTrainer:
     def load_checkpoint(self, folder: str, num_saved: int, step: int) -> None:
         """Continue from what `num_saved` ranks wrote after training step `step`."""
         trainer_state.load(self.learner, Path(folder), num_saved, seed=(self.args.seed, step))
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory of this process in GiB: the allocator's on a GPU, resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 # ---------------------------------------------------------------------------------------------- rollouts
@@ -629,7 +621,7 @@ class RolloutWorker:
             "num_replaced": float(self.collector.vector.num_replaced),
             "num_not_repeated": float(self.collector.num_not_repeated),
             "num_void_steps": float((~rollout.valid_TB).sum()),
-            "mem_gib": peak_memory_gib(torch.device("cpu")),
+            "mem_gib": fsdp_utils.peak_memory_gib(torch.device("cpu")),
         }
         shards = [ray.put(rollout.shard(rank, self.plan.num_trainers)) for rank in range(self.plan.num_trainers)]
         return shards, episodes, stats, self.world_state()
@@ -947,6 +939,7 @@ def train(args: Args, plan: Plan, cluster: Cluster, run: Run) -> None:
         metrics = rollout_metrics(episodes, stats) | update | run.collected.metrics
         metrics |= time_metrics(seconds, stats, plan.samples_per_step)
         metrics["train/policy_lag"] = step - 1 - stats[0]["policy_version"]
+        metrics["rollout/num_replaced_workers"] = float(cluster.pool.num_replaced)
         run.report(step, metrics, episodes)
         with timer.phase("checkpoint"):
             run.save_if_due()

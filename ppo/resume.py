@@ -17,6 +17,7 @@ from typing import Any
 
 from ppo.episodes import RunningEpisode
 from ppo.evaluation import EpisodeResult
+from prismatic.model_files import checksum_problems
 from utils.logging_utils import get_logger
 from utils.training_state import tensor_problems, write_json
 
@@ -171,7 +172,9 @@ def checkpoints(exp_dir: Path) -> list[Path]:
 
 
 def checkpoint_problems(checkpoint: Path) -> list[str]:
-    """What keeps a checkpoint from being resumed, whatever the flags."""
+    """What keeps a checkpoint from being resumed, whatever the flags; reads all of it for its checksums."""
+    if problems := checksum_problems(checkpoint):
+        return problems
     try:
         state = RunState.read(checkpoint)
     except ValueError as error:

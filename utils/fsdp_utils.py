@@ -4,6 +4,7 @@ Everything here works the same over NCCL on GPUs and over gloo on CPUs, with one
 """
 
 import os
+import resource
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -304,3 +305,10 @@ def bucketize(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Itera
         size += num_bytes
     if bucket:
         yield bucket
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory of this process in GiB: the allocator's on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-from utils.checkpoint_utils import weight_files
+from prismatic.model_files import weight_files, write_checksums
 
 # Where torch's index finds its parts: module and names.
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -265,8 +265,9 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 def publish(partial: str | Path, target: str | Path) -> None:
-    """Rename a folder that is whole to its final name, in place of what may be there."""
+    """Add checksums to a folder that is whole and rename it to its final name, in place of what may be there."""
     partial, target = Path(partial), Path(target)
+    write_checksums(partial)
     for folder in (partial, *(p for p in partial.rglob("*") if p.is_dir())):
         _sync_folder(folder)
     old = target.with_name(f".{target.name}.old")

@@ -12,6 +12,7 @@ import ppo_vllm_ray_fsdp_vla as driver
 from ppo import resume
 from ppo.reporting import BestReturn
 from ppo.utils.curriculum import Curriculum
+from prismatic.model_files import CHECKSUMS_NAME, write_checksums
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -92,6 +93,15 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path, damage):
         assert resume.find_checkpoint(name, exp_dir) == (older, [])
     _, (problem, *_) = resume.find_checkpoint(str(newer), exp_dir)  # who names one gets no other
     assert damage in problem
+    write_checksums(older)
+    assert resume.find_checkpoint("auto", exp_dir) == (older, [])
+    data = older / resume.STATE_DIR / "__0_0.distcp"
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    found, (problem,) = resume.find_checkpoint("auto", exp_dir)
+    assert found is None and f"{data} is not what was written" in problem
+    (older / CHECKSUMS_NAME).unlink()
     (older / resume.STATE_DIR / "rank_0.json").unlink()
     found, (problem,) = resume.find_checkpoint("auto", exp_dir)
     assert found is None and "no checkpoint of" in problem and "rank_0.json" in problem
