@@ -7,6 +7,7 @@ tests/utils/test_checkpoint_utils.py.
 
 import dataclasses
 import os
+import random
 import signal
 import subprocess
 import time
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 import ppo_vllm_ray_fsdp_vla as driver
+from ppo.resume import checkpoint_problems
 from tests.test_driver import ROOT, command_line, metrics_by_step
 from tests.test_resume_run import NUM_STEPS, run_args, training_tensors
 from utils.logging_utils import read_metrics
@@ -114,15 +116,15 @@ class Supervised:
         return [f"{pid} {title}" for pid, title in self.seen.items() if psutil.pid_exists(pid)]
 
 
-def assert_complete(exp_dir: Path) -> None:
-    """Every step is logged once, and the last checkpoint and the final policy are there."""
-    assert [m["step"] for m in read_metrics(exp_dir)] == list(range(1, NUM_STEPS + 1))
-    assert (exp_dir / f"step_{NUM_STEPS}/training_state/state.json").exists()
+def assert_complete(exp_dir: Path, num_steps: int = NUM_STEPS) -> None:
+    """Every step is logged once, and the last checkpoint and the final policy are there and whole."""
+    assert [m["step"] for m in read_metrics(exp_dir)] == list(range(1, num_steps + 1))
+    assert checkpoint_problems(exp_dir / f"step_{num_steps}") == []
     assert (exp_dir / "adapter_model.safetensors").exists()
     assert not list(exp_dir.glob(".*partial*"))
 
 
-def assert_equal_runs(one: Path, two: Path) -> None:
+def assert_equal_runs(one: Path, two: Path, num_steps: int = NUM_STEPS) -> None:
     """Metrics and the final training state are the same to the last bit."""
     first, second = metrics_by_step(one), metrics_by_step(two)
     for step in first:
@@ -132,7 +134,7 @@ def assert_equal_runs(one: Path, two: Path) -> None:
             if not name.startswith(NOT_COMPARED) and first[step].get(name) != second[step].get(name)
         }
         assert differing == {}, step
-    expected, found = (training_tensors(run / f"step_{NUM_STEPS}") for run in (one, two))
+    expected, found = (training_tensors(run / f"step_{num_steps}") for run in (one, two))
     assert expected.keys() == found.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
@@ -171,3 +173,36 @@ def test_a_run_survives(name: str, straight: Path, tiny_model_dir: Path, tmp_pat
         assert_equal_runs(straight, tmp_path / "run")
     assert run.left_behind() == []
     assert set(os.listdir("/dev/shm")) <= shared_memory
+
+
+NUM_KILLS, NUM_LONG_STEPS = 25, 60
+# Not the environments: an episode whose process died is dropped, and the run another one from there.
+KILLED = ("ray::RolloutWorker", "ray::PolicyTrainer", "ray::CurriculumManager", "raylet/raylet", "gcs_server", "")
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """25 kills of any process, Ray's own included: the run ends as one that nobody disturbed."""
+    changes = {
+        "num_epochs": 1, "local_mini_batch_size": 32, "per_device_train_batch_size": 16, "save_freq": 2, "keep_last": 2,
+        "task_suite_name": "tabletop", "max_env_length": None, "total_episodes": NUM_LONG_STEPS * 64,
+    }  # fmt: skip
+    straight = Supervised(run_args(tiny_model_dir, tmp_path, "straight", **changes), tmp_path)
+    straight.finish()
+    args = run_args(tiny_model_dir, tmp_path, "killed", max_restarts=NUM_KILLS, **changes)
+    run, chance, killed = Supervised(args, tmp_path), random.Random(0), []
+    while len(killed) < NUM_KILLS and run.process.poll() is None:
+        time.sleep(chance.uniform(1.0, 35.0))
+        title = chance.choice(KILLED)
+        try:
+            run.find(title).kill()
+        except (StopIteration, IndexError, psutil.Error):
+            continue  # between two attempts, or not started yet
+        killed.append(title or "driver")
+    output = run.finish()
+    events = ("going on from the last checkpoint", "rollout worker 0 is replaced", "the curriculum actor died")
+    print(f"killed {killed}; " + ", ".join(f"{output.count(event)} x {event}" for event in events))
+    assert len(killed) == NUM_KILLS, f"the run was over after {len(killed)} kills"
+    assert_complete(tmp_path / "killed", NUM_LONG_STEPS)
+    assert_equal_runs(tmp_path / "straight", tmp_path / "killed", NUM_LONG_STEPS)
+    assert run.left_behind() == []
