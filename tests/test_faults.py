@@ -25,6 +25,8 @@ from tests.test_resume_run import NUM_STEPS, run_args, training_tensors
 from utils.logging_utils import read_metrics
 
 TIMEOUT_S = 300
+# Environment steps (64 a training step) after which the first and the second step's rollouts are under way or done.
+ROLLOUT, UPDATE = 80, 128
 # What differs between two equal runs, and what counts the faults.
 NOT_COMPARED = ("time/", "mem/", "rollout/num_replaced", "sync/")
 
@@ -35,7 +37,7 @@ class Fault:
 
     Attributes:
         process: part of the title or command line; "" is the driver.
-        at_env_steps: total environment steps at which it is hit (64 a training step; from 128 on an update follows).
+        at_env_steps: when it is hit.
         says: in the run's log.
         repeats: whether the run must equal one without the fault.
         action: the signal.
@@ -49,19 +51,20 @@ class Fault:
 
 
 FAULTS = {
-    "an engine, during a rollout": Fault("ray::RolloutWorker", 80, "rollout worker 0 is replaced"),
-    "the driver, during a rollout": Fault("", 80, "ended with signal SIGKILL: going on from the last checkpoint"),
-    "an engine, during an update": Fault("ray::RolloutWorker", 128, "rollout worker 0 is replaced"),
-    "a trainer, during an update": Fault("ray::PolicyTrainer", 128, "ended with exit code 1: going on from the last"),
-    "the driver, during an update": Fault("", 128, "ended with signal SIGKILL: going on from the last checkpoint"),
-    "the curriculum": Fault("ray::CurriculumManager", 80, "the curriculum actor died"),
-    "an environment process": Fault("ppo.envs.vector_worker", 80, "environment", repeats=False),
-    "an engine that hangs": Fault(
-        "ray::RolloutWorker", 80, "(--hang_timeout_s): rollout worker 0", action=signal.SIGSTOP
+    "an engine, during a rollout": Fault("ray::RolloutWorker", ROLLOUT, "rollout worker 0 is replaced"),
+    "the driver, during a rollout": Fault("", ROLLOUT, "ended with signal SIGKILL: going on from the last checkpoint"),
+    "an engine, during an update": Fault("ray::RolloutWorker", UPDATE, "rollout worker 0 is replaced"),
+    "a trainer, during an update": Fault(
+        "ray::PolicyTrainer", UPDATE, "ended with exit code 1: going on from the last"
     ),
-    "a trainer that hangs": Fault("ray::PolicyTrainer", 128, "does not answer", action=signal.SIGSTOP),
+    "the driver, during an update": Fault("", UPDATE, "ended with signal SIGKILL: going on from the last checkpoint"),
+    "the curriculum": Fault("ray::CurriculumManager", ROLLOUT, "the curriculum actor died"),
+    "an environment process": Fault("ppo.envs.vector_worker", ROLLOUT, "environment", repeats=False),
+    "an engine that hangs": Fault(
+        "ray::RolloutWorker", ROLLOUT, "(--hang_timeout_s): rollout worker 0", action=signal.SIGSTOP
+    ),
+    "a trainer that hangs": Fault("ray::PolicyTrainer", UPDATE, "does not answer", action=signal.SIGSTOP),
 }
-DEFAULT_ROWS = ("an engine, during a rollout", "the driver, during a rollout")
 
 
 def fault_args(model_dir: Path, folder: Path, name: str, **changes) -> driver.Args:
@@ -149,30 +152,39 @@ def straight(tiny_model_dir, tmp_path_factory) -> Path:
     return folder / "straight"
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in DEFAULT_ROWS else pytest.param(name, marks=pytest.mark.slow) for name in FAULTS]
-)
-def test_a_run_survives(name: str, straight: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
-    fault = FAULTS[name]
+def survive(faults: list[Fault], straight: Path, model_dir: Path, folder: Path) -> None:
+    """Run with `faults` and check that it ends well and leaves nothing behind."""
     shared_memory = set(os.listdir("/dev/shm"))
-    run = Supervised(fault_args(tiny_model_dir, tmp_path, "run"), tmp_path)
+    run = Supervised(fault_args(model_dir, folder, "run"), folder)
     try:
-        run.wait_for_env_steps(fault.at_env_steps)
-        if fault.at_env_steps == 128:
-            time.sleep(1.0)  # the update takes several seconds
-        victim = run.find(fault.process)
-        victim.send_signal(fault.action)
+        for fault in faults:
+            run.wait_for_env_steps(fault.at_env_steps)
+            if fault.at_env_steps == UPDATE:
+                time.sleep(1.0)  # it takes several seconds
+            run.find(fault.process).send_signal(fault.action)
         output = run.finish()
     finally:
         for process in run.descendants() if run.process.poll() is None else []:
             process.kill()
         run.process.kill()
-    assert fault.says in output, output[-6000:]
-    assert_complete(tmp_path / "run")
-    if fault.repeats:
-        assert_equal_runs(straight, tmp_path / "run")
+    for fault in faults:
+        assert fault.says in output, output[-6000:]
+    assert_complete(folder / "run")
+    if all(fault.repeats for fault in faults):
+        assert_equal_runs(straight, folder / "run")
     assert run.left_behind() == []
     assert set(os.listdir("/dev/shm")) <= shared_memory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_run_survives(name: str, straight: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    survive([FAULTS[name]], straight, tiny_model_dir, tmp_path)
+
+
+def test_a_run_survives_an_engine_and_then_the_driver(straight: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    rows = [FAULTS["an engine, during a rollout"], FAULTS["the driver, during an update"]]
+    survive(rows, straight, tiny_model_dir, tmp_path)
 
 
 NUM_KILLS, NUM_LONG_STEPS = 25, 60
