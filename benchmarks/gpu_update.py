@@ -226,7 +226,7 @@ def update_flags(case: Case, args: Args) -> SimpleNamespace:
         value_model_type="shared", value_init_steps=0, cliprange_value=0.2, vf_coef=1.0,
         freeze_vision_backbone=case.freeze_vision, compile=case.compile, async_depth=0, importance_weight_cap=2.0,
         sharding_strategy="full-shard" if case.zero == 3 else "shard-grad-op", offload=False,
-        enable_gradient_checkpointing=case.checkpointing, activation_memory_budget=1.0,
+        enable_gradient_checkpointing=case.checkpointing,
     )  # fmt: skip
 
 

@@ -56,6 +56,24 @@ def training_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     return load_prefixed(checkpoint / "training_state", "")
 
 
+def assert_equal_runs(
+    one: Path, two: Path, num_steps: int, not_compared: tuple[str, ...] = ("time/", "mem/")
+) -> dict[str, torch.Tensor]:
+    """Metrics and the training state after `num_steps` are the same to the last bit; returns that state."""
+    first, second = metrics_by_step(one), metrics_by_step(two)
+    for step in first:
+        differing = {
+            name: (first[step].get(name), second[step].get(name))
+            for name in first[step] | second[step]
+            if not name.startswith(not_compared) and first[step].get(name) != second[step].get(name)
+        }
+        assert differing == {}, step
+    expected, found = (training_tensors(run / f"step_{num_steps}") for run in (one, two))
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    return expected
+
+
 @pytest.fixture(scope="module")
 def runs(tiny_model_dir, tmp_path_factory) -> Path:
     """`straight` never stopped; `stopped` ended by SIGTERM within the update of step 2."""
@@ -81,17 +99,8 @@ def test_a_run_stopped_within_an_update_goes_on_to_the_last_bit(runs, tiny_model
     assert not within.exists(), "the checkpoint within the update is of no use once the next one is whole"
     assert [p.name for p in stopped.glob("step_*")] == ["step_3"], "--keep_last 1"
     assert [m["step"] for m in read_metrics(stopped)] == [1, 2, 3]
-    one, two = metrics_by_step(straight), metrics_by_step(stopped)
-    for step in one:
-        differing = {
-            name: (one[step].get(name), two[step].get(name))
-            for name in one[step] | two[step]
-            if not name.startswith(("time/", "mem/")) and one[step].get(name) != two[step].get(name)
-        }
-        assert differing == {}, step
-    expected, restored = (training_tensors(run / "step_3") for run in (straight, stopped))
-    assert expected.keys() == restored.keys() and any(".exp_avg." in name for name in expected)
-    assert [name for name in expected if not torch.equal(expected[name], restored[name])] == []
+    expected = assert_equal_runs(straight, stopped, NUM_STEPS)
+    assert any(".exp_avg." in name for name in expected)
     initial = training_tensors(straight / "step_1")
     assert any(not torch.equal(initial[name], expected[name]) for name in expected if name.startswith("policy.weight"))
 
