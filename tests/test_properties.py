@@ -68,7 +68,7 @@ def assert_consistent(args: driver.Args, plan: driver.Plan) -> None:
     assert plan.samples_per_step == args.num_steps * plan.num_envs > 0
     assert plan.num_envs == args.local_rollout_batch_size * args.vllm_num_engines
     assert args.local_rollout_batch_size % plan.num_trainers == 0
-    assert args.local_mini_batch_size % args.per_device_train_batch_size == 0
+    assert args.local_mini_batch_size % (args.per_device_train_batch_size or 1) == 0  # 0: chosen by memory
     assert plan.num_training_steps >= 1 and plan.policy_optimizer_steps >= 1 and plan.value_optimizer_steps >= 1
     assert plan.num_training_steps * plan.samples_per_step <= args.total_episodes
     assert 1 <= plan.demand.num_env_processes <= args.local_rollout_batch_size
