@@ -79,3 +79,16 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     statistics = {"tabletop": {"action": action, "num_transitions": 100, "num_trajectories": 10}}
     (output_dir / "dataset_statistics.json").write_text(json.dumps(statistics))
     return output_dir
+
+
+@pytest.fixture(scope="session")
+def straight_run(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a deterministic run that nothing disturbs, for disturbed ones to be equal to."""
+    from tests.test_driver import run_driver
+    from tests.test_resume_run import run_args
+
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PPO_VLA_TEST_STEPS", str(folder / "straight.steps"))
+        run_driver(run_args(tiny_model_dir, folder, "straight"))
+    return folder / "straight"

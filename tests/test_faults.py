@@ -5,7 +5,6 @@ The rows about numbers are in tests/ppo/test_trainer_state.py, those about files
 tests/utils/test_checkpoint_utils.py.
 """
 
-import dataclasses
 import os
 import random
 import signal
@@ -126,16 +125,6 @@ def assert_complete(exp_dir: Path, num_steps: int = NUM_STEPS) -> None:
     assert not list(exp_dir.glob(".*partial*"))
 
 
-@pytest.fixture(scope="module")
-def straight(tiny_model_dir, tmp_path_factory) -> Path:
-    """A run without faults."""
-    folder = tmp_path_factory.mktemp("faults")
-    run = Supervised(dataclasses.replace(fault_args(tiny_model_dir, folder, "straight"), max_restarts=0), folder)
-    run.finish()
-    assert_complete(folder / "straight")
-    return folder / "straight"
-
-
 def survive(faults: list[Fault], straight: Path, model_dir: Path, folder: Path) -> None:
     """Run with `faults` and check that it ends well and leaves nothing behind."""
     shared_memory = set(os.listdir("/dev/shm"))
@@ -162,13 +151,13 @@ def survive(faults: list[Fault], straight: Path, model_dir: Path, folder: Path) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_run_survives(name: str, straight: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
-    survive([FAULTS[name]], straight, tiny_model_dir, tmp_path)
+def test_a_run_survives(name: str, straight_run: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    survive([FAULTS[name]], straight_run, tiny_model_dir, tmp_path)
 
 
-def test_a_run_survives_an_engine_and_then_the_driver(straight: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_a_run_survives_an_engine_and_then_the_driver(straight_run: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
     rows = [FAULTS["an engine, during a rollout"], FAULTS["the driver, during an update"]]
-    survive(rows, straight, tiny_model_dir, tmp_path)
+    survive(rows, straight_run, tiny_model_dir, tmp_path)
 
 
 NUM_KILLS, NUM_LONG_STEPS = 25, 60

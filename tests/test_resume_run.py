@@ -75,13 +75,12 @@ def assert_equal_runs(
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_model_dir, tmp_path_factory) -> Path:
+def runs(straight_run, tiny_model_dir) -> Path:
     """`straight` never stopped; `stopped` ended by SIGTERM within the update of step 2."""
-    folder = tmp_path_factory.mktemp("runs")
-    counter = folder / "steps"
+    folder = straight_run.parent
+    counter = folder / "stopped.steps"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PPO_VLA_TEST_STEPS", str(counter))
-        run_driver(run_args(tiny_model_dir, folder, "straight"))
         assert stop_in_update(run_args(tiny_model_dir, folder, "stopped"), 2, counter) == 0
         yield folder
 
@@ -105,6 +104,7 @@ def test_a_run_stopped_within_an_update_goes_on_to_the_last_bit(runs, tiny_model
     assert any(not torch.equal(initial[name], expected[name]) for name in expected if name.startswith("policy.weight"))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_trainers(runs, tiny_model_dir):
     straight, other = runs / "straight", runs / "other"
     shutil.copytree(straight, other)
