@@ -166,6 +166,7 @@ KILLED = ("ray::RolloutWorker", "ray::PolicyTrainer", "ray::CurriculumManager", 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_kills_at_random_moments(tiny_model_dir: Path, tmp_path: Path) -> None:
     """25 kills of any process, Ray's own included: the run ends as one that nobody disturbed."""
     changes = {
