@@ -108,7 +108,7 @@ def test_the_other_suites_start_from_their_fixed_states_where_their_assets_are(s
     env.close()
 
 
-@pytest.mark.parametrize("suite", ["libero_spatial", "libero_goal"])
+@pytest.mark.parametrize("suite", ["libero_spatial", pytest.param("libero_goal", marks=pytest.mark.slow)])
 def test_every_task_starts_from_its_fixed_states_steps_and_draws_upright(suite, monkeypatch):
     """One environment plays all tasks in turn with room for two simulators and one canvas."""
     alive = Alive(monkeypatch)
