@@ -150,7 +150,7 @@ def read_header(file: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     return headers
 
 
-def write_whole(file: str | Path, text: str) -> None:
+def write_whole(file: str | Path, content: str | bytes) -> None:
     """Write a small file so that a reader never sees half of it.
 
     Raises OSError naming the file if the disk is full or cannot be written; an earlier file is unchanged then.
@@ -158,7 +158,7 @@ def write_whole(file: str | Path, text: str) -> None:
     target = Path(file)
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        partial.write_text(text)
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(partial, target)
     except OSError as error:
         with contextlib.suppress(OSError):

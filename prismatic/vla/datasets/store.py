@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from prismatic.model_files import read_json_object
+from prismatic.model_files import read_json_object, write_whole
 from prismatic.vla.datasets.writer import EncodedDemonstration
 
 _ARRAYS = ("actions_T7", "states_T8", "joint_states_T7", "rewards_T")
@@ -77,7 +77,7 @@ class EpisodeStore:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
             except BlockingIOError as error:
                 raise BlockingIOError(f"another process is recording into {self.folder}: wait for it") from error
-            _write_whole(self._identity_file, json.dumps(self.identity, indent=2).encode())
+            write_whole(self._identity_file, json.dumps(self.identity, indent=2))
             try:
                 yield
             finally:
@@ -132,9 +132,3 @@ def _packed(name: str, frames: Sequence[bytes]) -> dict[str, np.ndarray]:
 def _unpacked(name: str, arrays: Mapping[str, np.ndarray]) -> list[bytes]:
     data, ends = arrays[name].tobytes(), np.cumsum(arrays[f"{name}_lengths"]).tolist()
     return [data[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(data)
-    partial.replace(path)
