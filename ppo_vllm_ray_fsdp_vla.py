@@ -738,10 +738,13 @@ class Cluster:
         self, calls: Sequence[ray.ObjectRef], what: str, poll: Callable[[], None] | None = None
     ) -> list[Any]:
         """Results of a call to each trainer; one that hangs ends the attempt, and is named with what it is doing."""
-        return wait_all(
-            calls, what, poll=poll, timeout_s=self.args.hang_timeout_s,
-            explain=lambda rank: ask_where(self.trainers[rank], f"trainer rank {rank}"),
-        )  # fmt: skip
+        return wait_all(calls, what, poll=poll, timeout_s=self.args.hang_timeout_s, explain=self._explain)
+
+    def _explain(self, index: int) -> str:
+        """Who is late and where: trainers are counted first, then workers."""
+        if index < len(self.trainers):
+            return ask_where(self.trainers[index], f"trainer rank {index}")
+        return f"rollout worker {index - len(self.trainers)}"
 
     def _restore_workers(self, indices: list[int]) -> None:
         """Give new engines the present policy, and their environments the state before the rollout that was lost."""
@@ -766,11 +769,8 @@ class Cluster:
         self._wake_engines("weights")
         calls = [t.send_weights.remote(version) for t in self.trainers]
         calls += [w.receive_weights.remote(version) for w in self.workers]
-        results = wait_all(
-            calls, what, timeout_s=self.args.hang_timeout_s, replaceable=range(num_trainers, len(calls)),
-            explain=lambda i: ask_where(self.trainers[i], f"trainer rank {i}") if i < num_trainers
-            else f"rollout worker {i - num_trainers}",
-        )  # fmt: skip
+        workers = range(num_trainers, len(calls))
+        results = wait_all(calls, what, timeout_s=self.args.hang_timeout_s, replaceable=workers, explain=self._explain)
         num_sent, reports = results[0], results[num_trainers:]
         if any(isinstance(result, ActorFailure) for result in results):
             return self._push_again(version)
