@@ -2,7 +2,7 @@
 # openvla-7b's shape on a node with one or two GPUs, stage by stage: every stage is one of the gpu_*.py, its output and
 # results go to OUT, and one that fails does not keep the next from running.
 #
-#   OUT=runs/gpu_node bash benchmarks/gpu_node.sh model tests sync update layouts learn
+#   OUT=runs/gpu_node bash benchmarks/gpu_node.sh model tests sync update layouts learn faults
 #
 # PYTHON names the interpreter (default: .venv/bin/python), SMALL_POLICY the folder of the quick start's supervised policy.
 set -uo pipefail
@@ -25,6 +25,12 @@ model() {
 tests() {
     timeout 400 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/prismatic/test_vllm_gpu.py \
         tests/prismatic/test_vllm_tensor_parallel.py tests/utils/test_weight_channel.py tests/ppo/test_memory.py
+}
+
+# Some runs at a time: each takes little of a GPU. One log a row.
+faults() {
+    "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --collect-only tests/test_faults_gpu.py | grep :: >"$WORK/rows"
+    xargs -d '\n' -P "${LANES:-4}" -I ROW timeout 280 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider ROW <"$WORK/rows"
 }
 
 # Without CUDA graphs: what it measures does not depend on them, and the engine starts sooner.

@@ -42,6 +42,11 @@ def command_line(args: driver.Args) -> list[str]:
     return words
 
 
+def run_environment(args: driver.Args) -> dict[str, str]:
+    """Variables of a run's process: a run on CPUs sees no GPU."""
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else dict(os.environ)
+
+
 def run_driver(args: driver.Args) -> str:
     result = subprocess.run(
         command_line(args),
@@ -49,7 +54,7 @@ def run_driver(args: driver.Args) -> str:
         capture_output=True,
         text=True,
         timeout=500,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        env=run_environment(args),
     )
     output = result.stdout + result.stderr
     assert result.returncode == 0, output[-8000:]

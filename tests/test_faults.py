@@ -18,7 +18,7 @@ import pytest
 
 import ppo_vllm_ray_fsdp_vla as driver
 from ppo.resume import checkpoint_problems
-from tests.test_driver import ROOT, command_line
+from tests.test_driver import ROOT, command_line, run_environment
 from tests.test_resume_run import NUM_STEPS, assert_equal_runs, run_args
 from utils.logging_utils import read_metrics
 
@@ -75,7 +75,7 @@ class Supervised:
     def __init__(self, args: driver.Args, folder: Path) -> None:
         self.counter, self.log = folder / f"{args.exp_id}.steps", folder / f"{args.exp_id}.log"
         self.counter.write_bytes(b"")
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PPO_VLA_TEST_STEPS": str(self.counter)}
+        environment = {**run_environment(args), "PPO_VLA_TEST_STEPS": str(self.counter)}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 command_line(args), cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
@@ -125,10 +125,9 @@ def assert_complete(exp_dir: Path, num_steps: int = NUM_STEPS) -> None:
     assert not list(exp_dir.glob(".*partial*"))
 
 
-def survive(faults: list[Fault], straight: Path, model_dir: Path, folder: Path) -> None:
-    """Run with `faults` and check that it ends well and leaves nothing behind."""
-    shared_memory = set(os.listdir("/dev/shm"))
-    run = Supervised(fault_args(model_dir, folder, "run"), folder)
+def run_through(faults: list[Fault], args: driver.Args, folder: Path) -> None:
+    """Run with `faults` and check that it ends well and leaves no process behind."""
+    run = Supervised(args, folder)
     try:
         for fault in faults:
             run.wait_for_env_steps(fault.at_env_steps)
@@ -142,10 +141,16 @@ def survive(faults: list[Fault], straight: Path, model_dir: Path, folder: Path) 
         run.process.kill()
     for fault in faults:
         assert fault.says in output, output[-6000:]
-    assert_complete(folder / "run")
+    assert_complete(folder / args.exp_id)
+    assert run.left_behind() == []
+
+
+def survive(faults: list[Fault], straight: Path, model_dir: Path, folder: Path) -> None:
+    """The run must also equal an undisturbed one where it repeats what was lost, and leave no shared memory."""
+    shared_memory = set(os.listdir("/dev/shm"))
+    run_through(faults, fault_args(model_dir, folder, "run"), folder)
     if all(fault.repeats for fault in faults):
         assert_equal_runs(straight, folder / "run", NUM_STEPS, NOT_COMPARED)
-    assert run.left_behind() == []
     assert set(os.listdir("/dev/shm")) <= shared_memory
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 import ppo_vllm_ray_fsdp_vla as driver
-from tests.test_driver import ROOT, command_line, metrics_by_step, run_driver, small_args
+from tests.test_driver import ROOT, command_line, metrics_by_step, run_driver, run_environment, small_args
 from utils.logging_utils import read_metrics
 from utils.training_state import load_prefixed
 
@@ -34,9 +33,13 @@ def run_args(model_dir: Path, folder: Path, name: str, **changes) -> driver.Args
 def stop_in_update(args: driver.Args, step: int, counter: Path) -> int:
     """Run, send SIGTERM a moment after the last environment step of training step `step`; returns the exit status."""
     counter.write_bytes(b"")
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(
-        command_line(args), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command_line(args),
+        cwd=ROOT,
+        env=run_environment(args),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     try:
         deadline = time.monotonic() + 300
