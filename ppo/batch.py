@@ -14,12 +14,15 @@ from torch import Tensor
 
 from utils import fsdp_utils
 
+MAX_DEVICE_IMAGE_BYTES = 1 << 30
+"""Of a rank's rollout, uint8: 7,000 images at 224 pixels."""
+
 
 @dataclass
 class Batch:
     """One rank's rollout as N samples, with what the update needs; every tensor is indexed by sample.
 
-    Images and prompt lengths stay on the CPU, everything else is on the learner's device.
+    Prompt lengths, and images beyond MAX_DEVICE_IMAGE_BYTES, stay on the CPU; the rest is on the learner's device.
     """
 
     prompt_ids_NL: Tensor
@@ -52,8 +55,10 @@ class Batch:
         return {name: value for name, value in fields.items() if value is not None}
 
     def to(self, device: torch.device) -> "Batch":
-        """Everything but images and lengths on `device`; images follow micro-batch by micro-batch."""
-        kept = ("images_NHWC", "length_N")
+        """Everything but lengths on `device`; images that are too large follow micro-batch by micro-batch."""
+        kept = ["length_N"]
+        if self.images_NHWC is not None and self.images_NHWC.numel() > MAX_DEVICE_IMAGE_BYTES:
+            kept.append("images_NHWC")
         moved: dict[str, Any] = {n: v.to(device) for n, v in self.tensors().items() if n not in kept}
         return dataclasses.replace(self, **moved)
 

@@ -7,6 +7,7 @@ tokens, V action vocabulary, P patches, D hidden.
 """
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -231,13 +232,12 @@ class PPOLearner:
         dist.all_reduce(most, dist.ReduceOp.MAX)
         final_task_K = rollout.task_id_TB[rollout.final_t_K, rollout.final_b_K]
         task_N = torch.cat([rollout.task_id_TB.flatten(), rollout.last_task_id_B, final_task_K])
-        images_NHWC = torch.cat(
-            [rollout.images_TBHWC.flatten(0, 1), rollout.last_images_BHWC, rollout.final_images_KHWC]
-        )
+        images = [rollout.images_TBHWC.flatten(0, 1), rollout.last_images_BHWC, rollout.final_images_KHWC]
         num_rows = len(task_N) + int(most) - num_final
         if self.args.compile:  # every forward micro-batch of one size
             num_rows = math.ceil(num_rows / self.forward_batch_size) * self.forward_batch_size
         row_N = torch.arange(num_rows).clamp(max=len(task_N) - 1)
+        images += [torch.cat(images[-2:])[-1:]] * (num_rows - len(task_N))
         # what has no action of its own (observations after the rollout) borrows the first one and has weight 0
         action_N = torch.where(row_N < num_samples, row_N, 0)
         prompt_ids, prompt_mask = self.processor.collate_prompts(rollout.prompts)
@@ -245,7 +245,7 @@ class PPOLearner:
             prompt_ids_NL=prompt_ids[task_N[row_N]],
             prompt_mask_NL=prompt_mask[task_N[row_N]],
             length_N=prompt_mask.sum(1)[task_N[row_N]],
-            images_NHWC=images_NHWC[row_N],
+            images_NHWC=torch.cat(images),
             action_ids_NA=rollout.action_ids_TBA.flatten(0, 1)[action_N],
             old_logprob_NA=rollout.logprob_TBA.flatten(0, 1)[action_N],
             weight_N=rollout.valid_TB.flatten()[action_N].float() * (row_N < num_samples),
@@ -366,6 +366,8 @@ class PPOLearner:
     def update_value(self, batch: Batch, step: int, averages: Averages) -> None:
         """`num_value_epochs` passes of the critic's optimizer over the rollout."""
         args = self.args
+        if args.value_model_type == "shared":  # reads features only
+            batch = dataclasses.replace(batch, images_NHWC=None, features_NPD=None)
         for _, indices in self._minibatch_indices(len(batch), step, args.num_value_epochs or args.num_epochs, "value"):
             normalizer = self._normalizer(batch, indices)
             total = torch.zeros((), device=self.device)

@@ -144,6 +144,8 @@ class Rollout:
             raise ValueError(
                 f"rollouts differ in (steps, policy version, prompts), {described}: join those of one training step"
             )
+        if len(rollouts) == 1:
+            return rollouts[0]
         joined: dict[str, Tensor] = {}
         for field in dataclasses.fields(Rollout):
             values = [getattr(r, field.name) for r in rollouts]
