@@ -329,10 +329,12 @@ class _SimulatorPool:
 def training_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """Options for training where the caller has not said otherwise: quick physics, and quick drawing on a CPU.
 
-    On a GPU LIBERO's own drawing costs little, and the policy sees what it will be evaluated on.
+    On a GPU LIBERO's own drawing costs little, and the policy sees what it will be evaluated on; its memory is for
+    the running and the prepared episode of many environments, beside an engine and a trainer.
     """
     drawn_by_cpu = libero_install.choose_gl(given.get("env_gpu_id")) == "osmesa"
-    return {"exact_physics": False, "render_quality": "fast" if drawn_by_cpu else "eval", **given}
+    drawing = {"render_quality": "fast"} if drawn_by_cpu else {"render_quality": "eval", "max_canvases": 2}
+    return {"exact_physics": False, **drawing, **given}
 
 
 def _find_problems(env_gpu_id: int | None = None, images: bool = True, **_options: object) -> list[str]:

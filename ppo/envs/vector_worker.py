@@ -26,6 +26,9 @@ from ppo.envs.images import center_crop
 
 ACTIVITIES = ("starting", "idle", "stepping", "resetting", "preparing", "closing")
 
+NICENESS = 5
+"""Where cores are few, the one thread of the engine goes before the many environments that wait for it."""
+
 
 @dataclass(frozen=True)
 class WorkerConfig:
@@ -225,6 +228,7 @@ def main(connection_fd: int, memory_fd: int) -> None:
     trusted with another episode.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    os.nice(NICENESS)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)  # the parent asks where a process hangs
     connection = Connection(connection_fd)

@@ -345,9 +345,9 @@ def test_options_of_other_worlds_are_told_apart(monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "osmesa")
     assert spatial.training_options({}) == {"exact_physics": False, "render_quality": "fast"}
     assert spatial.training_options({"env_gpu_id": 0}) == {
-        "exact_physics": False, "render_quality": "eval", "env_gpu_id": 0,
+        "exact_physics": False, "render_quality": "eval", "max_canvases": 2, "env_gpu_id": 0,
     }  # fmt: skip
-    given = {"exact_physics": True, "render_quality": "eval"}
+    given = {"exact_physics": True, "render_quality": "fast"}
     assert spatial.training_options(given) == given
     assert get_suite("tabletop").training_options({"a": 1}) == {"a": 1}
 
