@@ -13,6 +13,7 @@ from utils.plots import CurvePoint, Rate
 from utils.report import Evaluation
 
 Results = Mapping[str, Any]
+Episode = tuple[int, int]  # task, initial state
 Metrics = Sequence[Mapping[str, float]]
 
 
@@ -186,10 +187,8 @@ def choose_episodes(before: Results, after: Results, count: int) -> list[dict[st
     return [episode for *_, episode in sorted(order, key=lambda item: item[:2])[:count]]
 
 
-def choose_columns(
-    before: Results, after: Results, recorded: set[tuple[int, int]], count: int
-) -> list[tuple[int, int]]:
-    """At most `count` recorded (task, state): one per task, such that turned to success first, then other tasks' first."""
+def choose_columns(before: Results, after: Results, recorded: set[Episode], count: int) -> list[Episode]:
+    """At most `count` recorded episodes: one per task, such that turned to success first, then other tasks' first."""
     old, new = outcomes(before), outcomes(after)
     turned = [key for key in sorted(recorded) if new[key] and not old[key]]
     first: dict[int, tuple[int, int]] = {}

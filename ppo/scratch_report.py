@@ -95,9 +95,8 @@ def grid_note(
     return (
         "Each column is one task and one of its fixed initial states, the same in both rows: what the policy sees, as "
         f"recorded in the two evaluations. Chosen, not typical: of the {num_recorded} states that both evaluations "
-        "recorded (each task's first ones, and some more where they happen to coincide), one per task, and of these such "
-        f"that turned from failure to success where there is one ({turned} of these {len(chosen)}). The table has the "
-        "rates."
+        "recorded (each task's first ones, and some more where they happen to coincide), one per task, and such that "
+        f"turned from failure to success where there is one ({turned} of these {len(chosen)}). The table has the rates."
     )
 
 
@@ -216,9 +215,8 @@ def _tiles(summary: Mapping[str, Any], variant: str | None) -> str:
         ppo = summary["ppo"][variant]
         parts.append(tile(format_duration(ppo["training_s"]), "PPO", f"{ppo['env_steps']:,} environment steps"))
     total_s = sum(stage["seconds"] for stage in summary["stages"].values())
-    parts.append(
-        tile(format_duration(total_s), "all stages", f"{len(summary['stages'])} of them, {summary_state(summary)}")
-    )
+    state = "complete" if summary["is_complete"] else "not complete yet"
+    parts.append(tile(format_duration(total_s), "all stages", f"{len(summary['stages'])} of them, {state}"))
     return "".join(parts)
 
 

@@ -32,7 +32,7 @@ class Column:
 def read_video(file: Path, num_frames: int) -> list[np.ndarray]:
     """The first frames of an mp4, (H, W, 3) uint8: it holds its last one for a while. Raises ValueError without any."""
     with imageio.get_reader(str(file)) as reader:
-        frames = [np.asarray(frame) for frame in itertools.islice(reader.iter_data(), num_frames)]
+        frames = [np.asarray(frame) for frame in itertools.islice(reader.iter_data(), num_frames)]  # type: ignore[attr-defined]
     if not frames:
         raise ValueError(f"{file} holds no frame")
     return frames

@@ -190,6 +190,8 @@ class StageMaker:
         self.num_envs = args.num_envs or (32 if self.gpu is not None else cores)
         self.drawing = {"env_gpu_id": self.gpu}
         self.tasks = {"task_ids": args.task_ids or None}
+        # What is made from a policy that came from elsewhere is not mixed with what is made from another.
+        self.origin = {"sft_dir": str(args.sft_dir.resolve())} if args.sft_dir is not None else {}
 
     def _stage(
         self, kind: str, name: str, title: str, settings: Mapping[str, Any], machine: Mapping[str, Any], **options: Any
