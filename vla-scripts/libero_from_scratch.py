@@ -205,7 +205,7 @@ class StageMaker:
             name,
             title,
             (sys.executable, str(ROOT / PROGRAMS[kind]), *flags({**settings, **machine})),
-            settings={flag: str(value) for flag, value in settings.items() if value is not None},
+            settings={flag: str(v) for flag, v in {**settings, **self.origin}.items() if v is not None},
             environment=environment,
             needs_s=self.estimates[kind],
             **options,
