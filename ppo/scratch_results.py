@@ -11,12 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from ppo.run_results import merge_results, piece_spans, summarize_policy, summarize_ppo
+from utils.collecting import collect
 from utils.gpu_sampling import read_samples, summarize_samples
 from utils.logging_utils import read_metrics
 from utils.stage_ledger import Ledger
 
 SUPERVISED = "supervised"
 MAIN = "main"  # the evaluation that the claim is about
+# What `collect` takes besides the report, relative to the run's folder.
+RECORDS = (
+    "stages/*.json", "logs/*", "held_out.json", "eval/*/*/*/*/results.json", "eval/*/*/*/*/eval.log",
+    "sft/metrics.jsonl", "sft/args.json", "sft/dataset_statistics.json",
+)  # fmt: skip
+PPO_RECORDS = ("metrics.jsonl", "args.json", "log.txt", "metadata.json", "curriculum.json", "cut/*/metrics.jsonl")
+ADAPTER_FILES = (
+    "adapter_config.json", "adapter_model.safetensors", "base_model.json", "metadata.json", "checksums.json",
+    "dataset_statistics.json",
+)  # fmt: skip
 
 
 def read_json(file: Path) -> Any:
@@ -67,6 +78,11 @@ class Paths:
     def evaluation(self, policy: str, kind: str) -> Path:
         """Folder of an evaluation's parts."""
         return self.run_dir / "eval" / policy / kind
+
+    @property
+    def held_out(self) -> Path:
+        """Result of the check of the initial states."""
+        return self.run_dir / "held_out.json"
 
     def gpu_samples(self, variant: str) -> Path:
         """Samples of the GPU during a PPO run."""
@@ -135,7 +151,7 @@ class ScratchRun:
         """Evaluations of other kinds than the main one, and the held-out check of the layouts."""
         kinds = sorted({kind for _, kind in self.evaluations} - {MAIN})
         found: dict[str, Any] = {kind: self.policies(kind) for kind in kinds}
-        held_out = self.paths.run_dir / "held_out.json"
+        held_out = self.paths.held_out
         return found | ({"held_out": read_json(held_out)} if held_out.exists() else {})
 
     def policies(self, kind: str = MAIN) -> dict[str, Any]:
@@ -163,6 +179,22 @@ class ScratchRun:
             }
             for name in names
         }
+
+    def collect(self, target: Path) -> None:
+        """Put what matters into a folder: summary, report, figure and grid as they are, all records in one archive."""
+        root = self.paths.run_dir
+        plain = [root / name for name in ("summary.json", "report.html", "figure.svg", "grid.mp4")]
+        found: list[Path] = []
+        for pattern in (*RECORDS, *(f"ppo/*/{name}" for name in PPO_RECORDS)):
+            found += [file for file in root.glob(pattern) if file.is_file()]
+        collect(target, plain, {"records.tar.gz": (root, found)})
+
+    def collect_models(self, target: Path) -> None:
+        """Put the supervised model and every finished run's adapter into a folder, as an archive in parts."""
+        models = [file for file in self.paths.sft.glob("*") if file.is_file() and "tfevents" not in file.name]
+        for variant in self.variants:
+            models += [file for name in ADAPTER_FILES if (file := self.paths.ppo(variant) / name).exists()]
+        collect(target, [], {"models.tar": (self.paths.run_dir, models)})
 
 
 def summarize_run(

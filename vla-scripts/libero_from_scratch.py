@@ -46,7 +46,7 @@ RECIPE: dict[str, dict[str, Any]] = {
     },
     "sft": {
         "max_steps": 3000, "per_device_train_batch_size": 256, "learning_rate": 6e-4, "lr_scheduler_type": "cosine",
-        "warmup_steps": 300, "weight_decay": 0.05, "save_freq": 0, "log_freq": 200, "seed": 0,
+        "warmup_steps": 300, "weight_decay": 0.05, "save_dtype": "bfloat16", "save_freq": 0, "log_freq": 200, "seed": 0,
     },
     "ppo": {
         "center_crop": True, "colocate": True, "gpu_memory_utilization": 0.3, "use_lora": True, "lora_rank": 32,
@@ -74,7 +74,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 # Seconds that must be left to begin a stage: what it took on an H100 with 16 cores and some more; a stage that goes on
 # next time (demos, ppo) needs only to get somewhere.
-ESTIMATES_S = {"demos": 60, "model": 30, "sft": 440, "eval": 290, "ppo": 90, "merge": 40}
+ESTIMATES_S = {"demos": 60, "model": 30, "sft": 440, "eval": 290, "ppo": 90, "merge": 40, "held_out": 150}
 
 PROGRAMS = {
     "demos": "vla-scripts/make_demos.py",
@@ -83,7 +83,9 @@ PROGRAMS = {
     "ppo": "ppo_vllm_ray_fsdp_vla.py",
     "merge": "vla-scripts/merge.py",
     "eval": "run_libero_eval_vllm.py",
+    "held_out": "vla-scripts/check_held_out.py",
 }
+OTHER_SEED = 8  # of the second evaluation with --checks; the first has ppo.evaluation.EVALUATION_SEED
 NUM_RECORDED_STATES = 3  # of each task, whose episodes the grid of videos is chosen from
 EXIT_OUT_OF_TIME = 75  # sysexits.h: EX_TEMPFAIL, try again
 
@@ -117,7 +119,12 @@ class Args:
     estimate: tuple[str, ...] = ()
     """Seconds that must be left to begin a stage, STAGE=SECONDS: sft=440 eval=290; see ESTIMATES_S."""
     checks: bool = False
-    """More evaluations of the same policies: fast drawing, and another evaluation seed."""
+    """Also evaluate the same policies with fast drawing and with another evaluation seed, and show that training's
+    initial states are none of evaluation's."""
+    collect: Path | None = None
+    """Folder to fill with what matters of the run at the end of each invocation: 5 files, none above 15 MiB."""
+    collect_models: Path | None = None
+    """Folder to fill with the supervised model and the adapters: models.tar in parts of at most 15 MiB."""
 
 
 # ---------------------------------------------------------------------------------------------- recipe
@@ -274,6 +281,15 @@ class StageMaker:
             ))  # fmt: skip
         return stages
 
+    def held_out(self) -> Stage:
+        """The check that training's initial states are none of evaluation's."""
+        data = {"data_root_dir": self.paths.data} if self.args.sft_dir is None else {}
+        return self._stage(
+            "held_out", "held_out", "check of the initial states",
+            {"task_suite_name": SUITE, **self.tasks, "num_envs": self.recipe["ppo"]["local_rollout_batch_size"]},
+            {**data, "output": self.paths.held_out}, after=("demos",),
+        )  # fmt: skip
+
     def all(self) -> list[Stage]:
         """All stages of this invocation, in order."""
         policies = [SUPERVISED, *self.args.variants]
@@ -281,9 +297,10 @@ class StageMaker:
         for variant in self.args.variants:
             stages += self.variant(variant) + self.evaluation(variant)
         if self.args.checks:
+            stages.append(self.held_out())
             for policy in policies:
                 stages += self.evaluation(policy, "fast", render_quality="fast")
-                stages += self.evaluation(policy, "seed", seed=8)
+                stages += self.evaluation(policy, "seed", seed=OTHER_SEED)
         return stages
 
 
@@ -387,6 +404,10 @@ def report(maker: StageMaker, stages: Sequence[Stage], ledger: Ledger) -> None:
         write_json(folder / "summary.json", summary)
         (folder / "report.html").write_text(render_page(run, summary, grid))
         (folder / "figure.svg").write_text(figure(run))
+        if maker.args.collect is not None:
+            run.collect(maker.args.collect)
+        if maker.args.collect_models is not None:
+            run.collect_models(maker.args.collect_models)
     for name, policy in summary["policies"].items():
         logger.info("%s: %d of %d", name, policy["successes"], policy["episodes"])
 
