@@ -18,7 +18,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -80,6 +80,8 @@ class Args:
     """Which episodes become mp4 files; they show what the policy sees."""
     max_videos_per_task: int = 5
     """At most this many successes and this many failures per task become mp4 files."""
+    video_episodes: tuple[str, ...] = ()
+    """Episodes that become mp4 files whatever --save_video says, as TASK:STATE (state: from 0): 0:3 1:7."""
     video_fps: float = 10.0
     """Environment steps shown per second."""
     local_log_dir: Path = Path("experiments/logs")
@@ -127,7 +129,26 @@ def _task_problems(args: Args, suite: TaskSuite) -> list[str]:
             f"--num_trials_per_task {args.num_trials_per_task}: {suite.name} has {suite.num_init_states} fixed initial "
             f"states per task, each is visited once: use 1 to {suite.num_init_states}"
         )
+    try:
+        named = parse_episodes(args.video_episodes)
+    except ValueError as error:
+        return [*problems, str(error)]
+    tasks = args.task_ids or range(suite.num_tasks)
+    if absent := [f"{t}:{s}" for t, s in sorted(named) if t not in tasks or not 0 <= s < args.num_trials_per_task]:
+        problems.append(
+            f"--video_episodes {' '.join(absent)}: not among this evaluation's tasks and its states "
+            f"0..{args.num_trials_per_task - 1}"
+        )
     return problems
+
+
+def parse_episodes(texts: Sequence[str]) -> set[tuple[int, int]]:
+    """("0:3", "1:7") -> {(0, 3), (1, 7)}: task and initial state. Raises ValueError naming what is not of this form."""
+    wrong = [text for text in texts if not re.fullmatch(r"\d+:\d+", text)]
+    if wrong:
+        raise ValueError(f"--video_episodes {' '.join(wrong)}: give TASK:STATE, two whole numbers each, such as 0:3")
+    pairs = (text.split(":") for text in texts)
+    return {(int(task), int(state)) for task, state in pairs}
 
 
 def _unnorm_problems(args: Args) -> list[str]:
@@ -278,10 +299,16 @@ def device_type() -> str:
 
 
 def recorder_for(args: Args, folder: Path, instructions: tuple[str, ...] = ()) -> EpisodeRecorder:
-    """The recorder that --save_video asks for; `instructions` label its contact sheet."""
+    """The recorder that --save_video and --video_episodes ask for; `instructions` label its contact sheet."""
     outcomes = {"none": (), "failures": ("failure",), "successes": ("success",), "all": ("success", "failure")}
-    wanted = outcomes[args.save_video]
-    return EpisodeRecorder(folder, wanted, args.max_videos_per_task, args.video_fps, instructions=instructions)
+    return EpisodeRecorder(
+        folder,
+        outcomes[args.save_video],
+        args.max_videos_per_task,
+        args.video_fps,
+        instructions=instructions,
+        named=parse_episodes(args.video_episodes),
+    )
 
 
 def evaluate(args: Args) -> dict[str, Any]:

@@ -33,6 +33,11 @@ Generate = Callable[[list[list[int]], np.ndarray], Generation]
 Decode = Callable[[np.ndarray], np.ndarray]
 
 
+def episode_seed(seed: tuple[int, ...], env_id: int, episode: int) -> int:
+    """What a training episode draws its layout from: seed of run and worker, its environment, its number there."""
+    return int(np.random.SeedSequence((*seed, env_id, episode)).generate_state(1)[0])
+
+
 class Collector:
     """Steps `vector` with a policy and cuts what happens into rollouts of T steps; episodes go on across rollouts.
 
@@ -69,7 +74,7 @@ class Collector:
         """The environment's next training episode: a random layout of the next task, with a seed of its own."""
         episode = int(self._num_episodes[env_id])
         self._num_episodes[env_id] += 1
-        seed = int(np.random.SeedSequence((*self.seed, env_id, episode)).generate_state(1)[0])
+        seed = episode_seed(self.seed, env_id, episode)
         return ResetRequest(task_id=next(tasks), init_state_id=None, seed=seed)
 
     def restart(self) -> None:

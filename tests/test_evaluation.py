@@ -296,6 +296,19 @@ def test_videos_show_the_wanted_episodes_and_say_how_they_ended(tmp_path):
     assert frames[0].shape == (240, 248, 3) and frames[0].mean() < 10 and abs(frames[-1].mean() - 200) < 10
 
 
+def test_named_episodes_become_videos_whatever_they_end_in_and_count_as_no_others(tmp_path):
+    options = {"video_episodes": ("3:1", "4:0"), "max_videos_per_task": 1}
+    recorder = script.recorder_for(args_for(tmp_path, save_video="failures", **options), tmp_path / "videos")
+    for task_id, state, success in [(3, 1, False), (3, 2, False), (3, 3, False), (4, 0, True), (4, 1, True)]:
+        recorder.start(0, ResetRequest(task_id, state, 0), np.zeros((30, 30, 3), np.uint8))
+        recorder.end(0, result(task_id, state, success, 1))
+    assert sorted(recorder.files) == [(3, 1), (3, 2), (4, 0)]  # the named ones, and the first other failure
+    only_named = script.recorder_for(args_for(tmp_path, **options), tmp_path / "videos")
+    for state in (0, 1):
+        only_named.start(state, ResetRequest(3, state, 0), np.zeros((8, 8, 3), np.uint8))
+    assert list(only_named.frames) == [1]
+
+
 def test_recording_keeps_no_frames_when_nothing_can_be_wanted(tmp_path):
     recorder = script.recorder_for(args_for(tmp_path), tmp_path / "videos")
     recorder.start(0, ResetRequest(0, 0, 0), np.zeros((8, 8, 3), np.uint8))
@@ -330,6 +343,19 @@ def test_all_problems_come_at_once(tiny_model_dir, tmp_path):
     for part in ("model is not a folder", "[12]", "twice", "1 to 50", "--temperature", "--num_envs", "max_num_bached"):
         assert part in text
     assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        (("3:1", "4"), "4: give TASK:STATE"),
+        (("3:-1",), "give TASK:STATE"),
+        (("3:5", "2:0", "3:4"), "2:0 3:5: not among"),
+    ],
+)
+def test_named_videos_must_be_of_the_evaluation(named, message, tiny_model_dir, tmp_path):
+    options = {"task_ids": (3,), "num_trials_per_task": 5, "video_episodes": named}
+    assert message in problems(args_for(tmp_path, **options))
 
 
 def test_unknown_suite_lists_the_known_ones(tiny_model_dir, tmp_path):

@@ -57,7 +57,8 @@ class EpisodeRecorder:
     Memory: one uint8 image per step of every running episode that may still be written.
 
     folder: made when the first video is written. outcomes: "success", "failure" or both. max_per_task: videos of each
-    task and outcome. files: what was written, by (task id, initial state id). instructions: by task id, for the rows
+    task and outcome. named: (task id, initial state id) of episodes that are written in any case and not counted
+    there. files: what was written, by (task id, initial state id). instructions: by task id, for the rows
     of the contact sheet, which are kept in strips under the same keys.
     """
 
@@ -70,14 +71,18 @@ class EpisodeRecorder:
     files: dict[tuple[int, int | None], str] = field(default_factory=dict)
     instructions: Sequence[str] = ()
     strips: dict[tuple[int, int | None], np.ndarray] = field(default_factory=dict)
+    named: Collection[tuple[int, int | None]] = ()
 
     def _wanted(self, task_id: int, outcome: str) -> bool:
         return outcome in self.outcomes and self.num_saved[task_id, outcome] < self.max_per_task
 
+    def _is_named(self, episode: Any) -> bool:
+        return (episode.task_id, episode.init_state_id) in self.named
+
     def start(self, env_id: int, request: Any, image: np.ndarray) -> None:
         """Begin an episode's frames."""
         self.frames.pop(env_id, None)
-        if any(self._wanted(request.task_id, outcome) for outcome in self.outcomes):
+        if self._is_named(request) or any(self._wanted(request.task_id, outcome) for outcome in self.outcomes):
             self.frames[env_id] = [image]
 
     def step(self, env_id: int, image: np.ndarray) -> None:
@@ -89,9 +94,10 @@ class EpisodeRecorder:
         """Write the episode if it is wanted: task_03-episode_007-success.mp4."""
         frames = self.frames.pop(env_id, None)
         outcome = "success" if result.success else "failure"
-        if frames is None or not self._wanted(result.task_id, outcome):
+        is_named = self._is_named(result)
+        if frames is None or not (is_named or self._wanted(result.task_id, outcome)):
             return
-        self.num_saved[result.task_id, outcome] += 1
+        self.num_saved[result.task_id, outcome] += not is_named
         file = self.folder / f"task_{result.task_id:02d}-episode_{result.init_state_id:03d}-{outcome}.mp4"
         self.folder.mkdir(parents=True, exist_ok=True)
         save_video(file, frames, self.fps)

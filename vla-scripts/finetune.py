@@ -116,9 +116,11 @@ class Args:
     lora_dropout: float = 0.0
     """Dropout on the adapter's input, in [0, 1)."""
     merge_lora: bool = False
-    """Write whole models with the adapter merged in (float32) instead of adapter folders."""
+    """Write whole models with the adapter merged in (in float32) instead of adapter folders."""
 
     # ---- machine ----
+    save_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of whole models that are written; bfloat16 halves the folder and rounds the weights to 8 bits."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute precision; master weights are always float32. auto: bfloat16 on GPUs, float32 on CPUs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -161,6 +163,10 @@ def _combination_problems(args: Args) -> list[str]:
     problems = []
     if args.merge_lora and not args.use_lora:
         problems.append("--merge_lora needs --use_lora: without an adapter the whole model is written anyway")
+    if args.save_dtype != "float32" and args.use_lora and not args.merge_lora:
+        problems.append(
+            f"--save_dtype {args.save_dtype} is of whole models: an adapter is float32 (or add --merge_lora)"
+        )
     if args.use_wandb and not args.wandb_project:
         problems.append("--use_wandb needs --wandb_project: there is no default project")
     if args.output_dir and args.run_id_note:
@@ -323,7 +329,10 @@ class Finetuner:
         whole = self.adapter is None or args.merge_lora
         if whole:
             merged = fsdp_utils.iterate_merged_parameters(self.model)
-            state = {name: tensor.cpu() for name, tensor in merged if self.info.rank == 0}
+            dtype = getattr(torch, args.save_dtype)
+            state = {name: tensor.to("cpu", dtype) for name, tensor in merged if self.info.rank == 0}
+            if args.save_dtype != "float32":
+                json_files["config.json"] = config_of_type(args)
         else:
             state = fsdp_utils.full_state_dict(self.model, trainable_only=True)
         if self.info.rank == 0 and whole:
@@ -333,6 +342,14 @@ class Finetuner:
                 peft_utils.save_adapter(self.adapter, state, partial)
                 checkpoint_utils.write_json_files(partial, json_files)
         dist.barrier()
+
+
+def config_of_type(args: Args) -> dict[str, Any]:
+    """The base model's config.json with the type that is written."""
+    config = json.loads((Path(args.vla_path) / "config.json").read_text())
+    for name in [n for n in ("dtype", "torch_dtype") if n in config] or ["torch_dtype"]:
+        config[name] = args.save_dtype
+    return config
 
 
 def compute_dtype(args: Args, device: torch.device) -> torch.dtype:

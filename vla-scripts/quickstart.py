@@ -7,16 +7,12 @@ RUN_DIR/logs. Ends with a table, `summary.json` and `report.html` in RUN_DIR. No
 without --overwrite.
 """
 
-import collections
 import json
-import os
-import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +24,11 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ppo.run_results import choose_episodes, ppo_phases, read_evaluation
 from utils.logging_utils import format_duration, get_logger, read_metrics
-from utils.report import Clip, CurvePoint, Evaluation, Rate, ReportData, percent, render_report
+from utils.pipeline import SHOWN, Stage, StageError, flags, run_command
+from utils.plots import CurvePoint, percent
+from utils.report import Clip, ReportData, render_report
 
 logger = get_logger(__name__)
 
@@ -37,8 +36,6 @@ ROOT = Path(__file__).resolve().parents[1]
 SUITE = "tabletop"
 BASE_MODEL = ROOT / "assets" / "tabletop-base"
 MARKER = "quickstart.json"  # in every run's folder: only a folder with this file is ever replaced
-NUM_TAIL_LINES = 25
-SHOWN = re.compile(r"step \d+/\d+ .*")  # lines of a stage's log that the console shows too
 NUM_CLIP_PAIRS = 4
 SHOWN_PPO_FLAGS = (
     "num_steps", "local_rollout_batch_size", "num_epochs", "local_mini_batch_size", "learning_rate",
@@ -104,27 +101,6 @@ class Paths:
         return json.loads(file.read_text())
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One command of the run."""
-
-    name: str
-    title: str
-    command: tuple[str, ...]
-
-
-class StageError(RuntimeError):
-    """A stage's command failed; the message holds the end of its log."""
-
-
-def flags(values: dict[str, Any]) -> list[str]:
-    """{"lr": 0.1, "use_lora": True, "image_aug": False} -> --lr 0.1 --use_lora --no_image_aug."""
-    texts = []
-    for name, value in values.items():
-        texts += [f"--{name}" if value else f"--no_{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
-    return texts
-
-
 def make_stages(args: Args) -> list[Stage]:
     """All stages in order, with their whole command lines."""
     paths = Paths(args.run_dir)
@@ -169,46 +145,6 @@ def validate(args: Args) -> None:
         raise ValueError("cannot start:\n" + "\n".join(f"- {problem}" for problem in problems))
 
 
-def child_environment() -> dict[str, str]:
-    """Variables of every stage: unbuffered, unwrapped logs; nothing reaches for the network; threads that sleep."""
-    quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "VLLM_NO_USAGE_STATS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-    offline = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    plain = {"PYTHONUNBUFFERED": "1", "COLUMNS": "180", "TOKENIZERS_PARALLELISM": "false"}
-    # Spinning threads lose whole time slices to each other on busy cores: fine-tuning on two threads fell from 360 to
-    # 13-40 samples/s beside another job, and to 220 with this, which costs a quarter of the speed on idle cores.
-    threads = {"OMP_WAIT_POLICY": "PASSIVE"}
-    return os.environ | quiet | offline | plain | threads
-
-
-def run_command(command: Sequence[str], log: Path, on_line: Callable[[str], None]) -> None:
-    """Run a command with its output in `log`, and each line given to `on_line`.
-
-    Raises:
-        StageError: it ended with another code than 0; the message holds the end of the log.
-    """
-    tail: collections.deque[str] = collections.deque(maxlen=NUM_TAIL_LINES)
-    with log.open("w") as file:
-        file.write(f"$ {' '.join(command)}\n")
-        process = subprocess.Popen(
-            command, env=child_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, errors="replace",
-        )  # fmt: skip
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                file.write(line)
-                file.flush()
-                tail.append(line)
-                on_line(line.rstrip())
-            code = process.wait()
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
-    if code != 0:
-        raise StageError(f"{''.join(tail)}\nended with code {code}; the whole log is {log}")
-
-
 def run_stages(stages: Sequence[Stage], run_dir: Path) -> dict[str, float]:
     """Run all stages one after the other; returns {title: seconds}. Raises StageError at the first that fails."""
     (run_dir / "logs").mkdir()
@@ -235,35 +171,6 @@ def run_stages(stages: Sequence[Stage], run_dir: Path) -> dict[str, float]:
     return seconds
 
 
-def read_evaluation(label: str, results: dict[str, Any]) -> Evaluation:
-    """Rates of a results.json (or eval_final.json)."""
-
-    def rate(name: str, part: dict[str, Any]) -> Rate:
-        return Rate(name, part["successes"], part["episodes"], *part["wilson_95"])
-
-    tasks = tuple(rate(part["instruction"], part) for part in results["per_task"])
-    return Evaluation(label, rate(label, results["overall"]), tasks)
-
-
-def ppo_phases(metrics: Sequence[dict[str, float]], stage_s: float) -> dict[str, float]:
-    """Split the seconds of the PPO stage, from the driver's time/ metrics; what remains is start-up and saving."""
-
-    def total(name: str) -> float:
-        return sum(line.get(f"time/{name}", 0.0) for line in metrics)
-
-    collecting = total("collect_s") - total("generate_s") - total("wait_env_s")
-    phases = {
-        "engine generating": total("generate_s"),
-        "waiting for environments": total("wait_env_s"),
-        "collecting, the rest": max(0.0, collecting),
-        "updates": total("update_s"),
-        "weight sync": total("sync_s"),
-        "greedy evaluation": total("eval_s"),
-    }
-    phases["start-up and saving"] = max(0.0, stage_s - sum(phases.values()))
-    return phases
-
-
 def summarize(args: Args, ppo_s: float, wall_s: float) -> dict[str, Any]:
     """Return what summary.json holds: rates in 0..1, times in seconds without the set-up of packages."""
     paths = Paths(args.run_dir)
@@ -279,18 +186,6 @@ def summarize(args: Args, ppo_s: float, wall_s: float) -> dict[str, Any]:
         "wall_s": round(wall_s, 1),
         "seed": args.seed,
     }
-
-
-def choose_episodes(before: dict[str, Any], after: dict[str, Any], count: int) -> list[dict[str, Any]]:
-    """At most `count` episodes that PPO turned from failure to success (then any), one per task while that lasts."""
-    solved = {(e["task_id"], e["init_state_id"]) for e in after["episodes"] if e["success"]}
-    turned = [e for e in before["episodes"] if not e["success"] and (e["task_id"], e["init_state_id"]) in solved]
-    seen: collections.Counter[int] = collections.Counter()
-    order: list[tuple[int, int, dict[str, Any]]] = []
-    for episode in turned or before["episodes"]:
-        order.append((seen[episode["task_id"]], len(order), episode))
-        seen[episode["task_id"]] += 1
-    return [episode for *_, episode in sorted(order, key=lambda item: item[:2])[:count]]
 
 
 def replay(model_dir: Path, label: str, episodes: Sequence[dict[str, Any]], work_dir: Path) -> list[Clip]:

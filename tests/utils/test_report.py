@@ -4,18 +4,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from utils.report import (
-    Clip,
-    CurvePlot,
-    CurvePoint,
-    Evaluation,
-    Rate,
-    ReportData,
-    axis_step,
-    percent,
-    render_report,
-    smooth,
-)
+from utils.plots import CurvePoint, Rate, axis_step, percent, smooth
+from utils.report import Clip, Evaluation, ReportData, curve_plot, render_report
 
 VOID = {"meta", "br", "path", "rect", "circle", "polyline"}
 
@@ -121,10 +111,11 @@ def test_smooth_weights_by_episodes_and_skips_steps_without_any():
 
 
 def test_curve_maps_rates_and_steps_to_pixels():
-    plot = CurvePlot(make_data(), 800, 320)
+    plot = curve_plot(make_data(), 800, 320)
+    plot.window = 1
     assert plot.y(0) == plot.bottom and plot.y(1) == plot.top
     assert plot.x(0) == plot.left and plot.x(2000) == plot.right
-    line = re.search(r'points="([^"]+)"', plot.svg(window=1))[1]
+    line = re.search(r'points="([^"]+)"', plot.svg())[1]
     assert line == f"{plot.x(1000):.1f},{plot.y(0.5):.1f} {plot.x(2000):.1f},{plot.y(0.9):.1f}"
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from prismatic.extern.hf.modeling_prismatic import load_model
 from prismatic.extern.hf.processing_prismatic import load_processor
@@ -24,6 +25,7 @@ from utils.logging_utils import read_metrics
 from utils.peft_utils import check_adapter_fits
 
 ROOT = Path(__file__).resolve().parents[2]
+SAVE_DTYPES = ("float32", "bfloat16")
 
 
 def load_script(name: str):
@@ -239,3 +241,13 @@ def test_default_folders_tell_runs_apart() -> None:
         vla_path="models/tiny/", run_root_dir="r", dataset_name="a:2,b", use_lora=True, run_id_note="x"
     )
     assert str(finetune.run_dir(args)) == "r/tiny+a-2+b+b16+lr-0.0005+lora-r32+dropout-0.0--image_aug--x"
+
+
+def test_a_model_is_written_in_bfloat16_on_request(tiny_model_dir: Path, data_root: Path, tmp_path: Path) -> None:
+    exact, rounded = (run(tiny_model_dir, data_root, tmp_path / t, max_steps=1, save_dtype=t) for t in SAVE_DTYPES)
+    for name, tensor in load_file(rounded / "model.safetensors").items():
+        assert torch.equal(tensor, load_file(exact / "model.safetensors")[name].to(torch.bfloat16)), name
+    assert json.loads((rounded / "config.json").read_text())["dtype"] == "bfloat16"
+    assert check_model_dir(rounded) == [] and weights(rounded)
+    args = make_args(tiny_model_dir, data_root, tmp_path, save_dtype="bfloat16", use_lora=True)
+    assert "an adapter is float32" in " ".join(finetune.validate(args))

@@ -1,0 +1,443 @@
+"""LIBERO from files of this repository alone: demonstrations, a random model, fine-tuning, PPO, evaluations, report.
+
+    bash scripts/libero_spatial_from_scratch.sh --run_dir runs/libero_spatial --time_limit_s 580
+    bash scripts/libero_spatial_from_scratch.sh --variants base seed1 no_curriculum --gpu 1 --set ppo.learning_rate=3e-4
+
+does the set-up and calls this. Every stage is a command that works by itself; its output goes to RUN_DIR/logs, its
+marker (command line, seconds over all pieces) to RUN_DIR/stages. The same line goes on after an interruption: what is
+done is not repeated, recording and PPO go on from where they were. Exit codes: 0 everything is done; 75 --time_limit_s
+ran out, give the same line again; 2 flags that cannot work; 1 a stage failed; 130, 143 interrupted.
+"""
+
+import contextlib
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ppo.scratch_report import figure, make_grid, render_page
+from ppo.scratch_results import MAIN, SUPERVISED, Paths, ScratchRun, read_json, summarize_run
+from utils.gpu_sampling import sampling
+from utils.logging_utils import format_duration, get_logger
+from utils.pipeline import Stage, StageError, TimeLimit, flags
+from utils.stage_ledger import Ledger, OutOfTimeError, StageBusyError, run_stage, write_json
+
+logger = get_logger(__name__)
+
+ROOT = Path(__file__).resolve().parents[1]
+SUITE = "libero_spatial"
+
+# Every setting that decides a result, by stage; --set STAGE.FLAG=VALUE changes one. The flags are the programs' own.
+RECIPE: dict[str, dict[str, Any]] = {
+    "demos": {"num_episodes": 600, "imperfection": 0.2, "seed": 0},
+    "model": {
+        "image_size": 140, "vision_dim": 256, "vision_depth": 7, "vision_heads": 4,
+        "llm_dim": 384, "llm_depth": 6, "llm_heads": 6, "llm_mlp_dim": 1024, "seed": 0,
+    },
+    "sft": {
+        "max_steps": 3000, "per_device_train_batch_size": 256, "learning_rate": 6e-4, "lr_scheduler_type": "cosine",
+        "warmup_steps": 300, "weight_decay": 0.05, "save_dtype": "bfloat16", "save_freq": 0, "log_freq": 200, "seed": 0,
+    },
+    "ppo": {
+        "center_crop": True, "colocate": True, "gpu_memory_utilization": 0.3, "use_lora": True, "lora_rank": 32,
+        "total_episodes": 204_800, "local_rollout_batch_size": 32, "num_steps": 64, "max_env_length": 160,
+        "num_epochs": 2, "local_mini_batch_size": 512, "per_device_train_batch_size": 256,
+        "learning_rate": 5e-4, "policy_lr_scheduler_type": "linear", "policy_lr_warmup_steps": 3,
+        "value_learning_rate": 1e-3, "value_init_steps": 2, "cliprange_high": 0.28, "gamma": 0.99,
+        "save_freq": 10, "keep_last": 2, "seed": 0,
+    },
+    "eval": {"num_trials_per_task": 50, "center_crop": True, "render_quality": "eval"},
+}  # fmt: skip
+
+# PPO runs from the same supervised policy: what differs from the recipe's `ppo`.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "base": {},
+    "seed1": {"seed": 1},
+    "seed2": {"seed": 2},
+    "no_critic_warmup": {"value_init_steps": 0},
+    "no_curriculum": {"use_curriculum": False},
+    "temperature_1.5": {"temperature": 1.5},
+    "symmetric_clip": {"cliprange_high": None},
+    "token_ratio": {"ratio_level": "token"},
+    "one_epoch": {"num_epochs": 1},
+}
+
+# Seconds that must be left to begin a stage: what it took on an H100 with 16 cores and some more; a stage that goes on
+# next time (demos, ppo) needs only to get somewhere.
+ESTIMATES_S = {"demos": 60, "model": 30, "sft": 440, "eval": 290, "ppo": 90, "merge": 40, "held_out": 150}
+
+PROGRAMS = {
+    "demos": "vla-scripts/make_demos.py",
+    "model": "vla-scripts/make_tiny_vla.py",
+    "sft": "vla-scripts/finetune.py",
+    "ppo": "ppo_vllm_ray_fsdp_vla.py",
+    "merge": "vla-scripts/merge.py",
+    "eval": "run_libero_eval_vllm.py",
+    "held_out": "vla-scripts/check_held_out.py",
+}
+OTHER_SEED = 8  # of the second evaluation with --checks; the first has ppo.evaluation.EVALUATION_SEED
+NUM_RECORDED_STATES = 3  # of each task, whose episodes the grid of videos is chosen from
+EXIT_OUT_OF_TIME = 75  # sysexits.h: EX_TEMPFAIL, try again
+
+
+@dataclass(frozen=True)
+class Args:
+    """Show that PPO improves a supervised policy on LIBERO, from nothing, in pieces if need be."""
+
+    run_dir: Path = Path("runs/libero_spatial_from_scratch")
+    """Folder of everything; what is done in it is not repeated."""
+    variants: tuple[str, ...] = ("base",)
+    """PPO runs to make from the same supervised policy, see VARIANTS. Invocations with different ones may run side by
+    side on different GPUs once the supervised policy is there."""
+    time_limit_s: float | None = None
+    """End after about so many seconds, with exit code 75 if anything is left to do. Default: no limit."""
+    reserve_s: float = 45.0
+    """Seconds before the limit at which recording and PPO are asked to save and end."""
+    gpu: int | None = None
+    """GPU for everything (nvidia-smi's number). Default: 0 where there is one, unless MUJOCO_GL=osmesa."""
+    sft_dir: Path | None = None
+    """Supervised policy to start from, made earlier: demonstrations, model and fine-tuning are left out."""
+    task_ids: tuple[int, ...] = ()
+    """Tasks of everything. Default: all of the suite."""
+    set: tuple[str, ...] = ()
+    """Changes of the recipe, STAGE.FLAG=VALUE with a stage of RECIPE: ppo.learning_rate=3e-4 sft.max_steps=100. true
+    and false switch a flag, none leaves it out."""
+    eval_parts: int = 2
+    """Pieces that an evaluation is made in, a share of the tasks each: one that is interrupted is repeated."""
+    num_envs: int | None = None
+    """Environments of evaluations, and processes that record. Default: 32 with a GPU, else one per core."""
+    estimate: tuple[str, ...] = ()
+    """Seconds that must be left to begin a stage, STAGE=SECONDS: sft=440 eval=290; see ESTIMATES_S."""
+    checks: bool = False
+    """Also evaluate the same policies with fast drawing and with another evaluation seed, and show that training's
+    initial states are none of evaluation's."""
+    collect: Path | None = None
+    """Folder to fill with what matters of the run at the end of each invocation: 5 files, none above 15 MiB."""
+    collect_models: Path | None = None
+    """Folder to fill with the supervised model and the adapters: models.tar in parts of at most 15 MiB."""
+
+
+# ---------------------------------------------------------------------------------------------- recipe
+
+
+def read_value(text: str) -> Any:
+    """`true`, `false` and `none` as such; everything else stays text, which the program itself reads."""
+    return {"true": True, "false": False, "none": None}.get(text.lower(), text)
+
+
+def changed_recipe(changes: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The recipe with STAGE.FLAG=VALUE applied. Raises ValueError with every change that cannot be read."""
+    recipe = {stage: dict(values) for stage, values in RECIPE.items()}
+    problems = []
+    for change in changes:
+        name, equals, value = change.partition("=")
+        stage, dot, flag = name.partition(".")
+        if not (equals and dot and flag and stage in RECIPE):
+            problems.append(f"--set {change}: give STAGE.FLAG=VALUE with a stage of {', '.join(RECIPE)}")
+        else:
+            recipe[stage][flag] = read_value(value)
+    if problems:
+        raise ValueError("\n".join(problems))
+    return recipe
+
+
+def read_estimates(texts: Sequence[str]) -> dict[str, float]:
+    """ESTIMATES_S with STAGE=SECONDS applied. Raises ValueError with every one that cannot be read."""
+    estimates: dict[str, float] = dict(ESTIMATES_S)
+    problems = []
+    for text in texts:
+        name, _, seconds = text.partition("=")
+        try:
+            if name not in ESTIMATES_S:
+                raise ValueError
+            estimates[name] = float(seconds)
+        except ValueError:
+            problems.append(f"--estimate {text}: give STAGE=SECONDS with a stage of {', '.join(ESTIMATES_S)}")
+    if problems:
+        raise ValueError("\n".join(problems))
+    return estimates
+
+
+def variant_flags(recipe: Mapping[str, Mapping[str, Any]], variant: str) -> dict[str, Any]:
+    """The driver's flags of a variant."""
+    return {**recipe["ppo"], **VARIANTS[variant]}
+
+
+def choose_gpu(args: Args) -> int | None:
+    """The GPU that everything uses; None: the CPU does it all."""
+    if args.gpu is not None:
+        return args.gpu
+    if os.environ.get("MUJOCO_GL", "egl") == "osmesa" or shutil.which("nvidia-smi") is None:
+        return None
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+    return 0 if listed.startswith("GPU") else None
+
+
+# ---------------------------------------------------------------------------------------------- stages
+
+
+class StageMaker:
+    """Makes the stages of a run, with their whole command lines."""
+
+    def __init__(self, args: Args) -> None:
+        self.args, self.paths = args, Paths(args.run_dir, args.sft_dir)
+        self.recipe, self.estimates = changed_recipe(args.set), read_estimates(args.estimate)
+        self.gpu = choose_gpu(args)
+        cores = os.cpu_count() or 1
+        self.num_envs = args.num_envs or (32 if self.gpu is not None else cores)
+        self.drawing = {"env_gpu_id": self.gpu}
+        self.tasks = {"task_ids": args.task_ids or None}
+        # What is made from a policy that came from elsewhere is not mixed with what is made from another.
+        self.origin = {"sft_dir": str(args.sft_dir.resolve())} if args.sft_dir is not None else {}
+
+    def _stage(
+        self, kind: str, name: str, title: str, settings: Mapping[str, Any], machine: Mapping[str, Any], **options: Any
+    ) -> Stage:
+        """`settings` decide the result, `machine` (paths, numbers of processes) does not."""
+        environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+        environment["OMP_NUM_THREADS"] = str(max(1, min(8, (os.cpu_count() or 1) // 2))) if kind == "sft" else "1"
+        if self.gpu is not None:
+            environment |= {"CUDA_VISIBLE_DEVICES": str(self.gpu), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        return Stage(
+            name,
+            title,
+            (sys.executable, str(ROOT / PROGRAMS[kind]), *flags({**settings, **machine})),
+            settings={flag: str(v) for flag, v in {**settings, **self.origin}.items() if v is not None},
+            environment=environment,
+            needs_s=self.estimates[kind],
+            **options,
+        )
+
+    def supervised(self) -> list[Stage]:
+        """Demonstrations, model, supervised fine-tuning; nothing with --sft_dir."""
+        if self.args.sft_dir is not None:
+            return []
+        paths, cores = self.paths, os.cpu_count() or 1
+        return [
+            self._stage(
+                "demos", "demos", "demonstrations", {"task_suite_name": SUITE, **self.recipe["demos"], **self.tasks},
+                {"output_dir": paths.data, "num_processes": self.num_envs, **self.drawing}, stop_signal=signal.SIGINT,
+                is_complete=(paths.data / f"{SUITE}_no_noops" / "1.0.0").exists,
+            ),
+            self._stage(
+                "model", "model", "random model", self.recipe["model"], {"output_dir": paths.model}, scrap=paths.model
+            ),
+            self._stage(
+                "sft", "sft", "supervised fine-tuning", {"dataset_name": f"{SUITE}_no_noops", **self.recipe["sft"]},
+                {"vla_path": paths.model, "data_root_dir": paths.data, "output_dir": paths.sft, "overwrite": True,
+                 "data_num_threads": max(1, min(12, cores - 4)), "cache_gib": 16}, after=("demos", "model"),
+            ),
+        ]  # fmt: skip
+
+    def variant(self, name: str) -> list[Stage]:
+        """A PPO run and its merged model."""
+        paths, values = self.paths, variant_flags(self.recipe, name)
+        exp_dir, base = paths.ppo(name), {"vla_path": paths.sft}
+        num_steps = int(values["total_episodes"]) // (
+            int(values["num_steps"]) * int(values["local_rollout_batch_size"])
+        )
+
+        def is_complete() -> bool:
+            metadata, adapter = exp_dir / "metadata.json", exp_dir / "adapter_model.safetensors"
+            return metadata.exists() and adapter.exists() and read_json(metadata)["training_step"] == num_steps
+
+        return [
+            self._stage(
+                "ppo", f"ppo.{name}", f"PPO {name}", {"task_suite_name": SUITE, **values, **self.tasks},
+                {**base, "run_root_dir": exp_dir.parent, "exp_id": name, "resume": "auto", **self.drawing},
+                stop_signal=signal.SIGTERM, after=("sft",), scrap=exp_dir, is_complete=is_complete,
+            ),
+            self._stage(
+                "merge", f"merge.{name}", f"merge {name}", {},
+                {**base, "adapter_dir": exp_dir, "output_dir": paths.policy(name), "overwrite": True},
+                after=("sft", f"ppo.{name}"),
+            ),
+        ]  # fmt: skip
+
+    def evaluation(self, policy: str, kind: str = MAIN, **changes: Any) -> list[Stage]:
+        """The parts of an evaluation; `changes` of its flags."""
+        count, after = self.args.eval_parts, "sft" if policy == SUPERVISED else f"merge.{policy}"
+        num_videos = min(NUM_RECORDED_STATES, int(self.recipe["eval"]["num_trials_per_task"]))
+        stages = []
+        for part, tasks in enumerate(share_out(self.args.task_ids or tuple(range(10)), count)):
+            folder = self.paths.evaluation(policy, kind) / str(part)
+            stages.append(self._stage(
+                "eval", f"eval.{policy}.{kind}.{part}", f"evaluation {policy}, {kind}, {part + 1} of {count}",
+                {"task_suite_name": SUITE, **self.recipe["eval"], **changes, "task_ids": tasks},
+                {"pretrained_checkpoint": self.paths.policy(policy), "num_envs": self.num_envs, "local_log_dir": folder,
+                 "gpu_memory_utilization": 0.3, "save_video": "all", "max_videos_per_task": 1, "video_fps": 20,
+                 "video_episodes": [f"{t}:{s}" for t in tasks for s in range(num_videos)] if kind == MAIN else None,
+                 **self.drawing}, after=(after,), scrap=folder,
+            ))  # fmt: skip
+        return stages
+
+    def held_out(self) -> Stage:
+        """The check that training's initial states are none of evaluation's."""
+        data = {"data_root_dir": self.paths.data} if self.args.sft_dir is None else {}
+        return self._stage(
+            "held_out", "held_out", "check of the initial states",
+            {"task_suite_name": SUITE, **self.tasks, "num_envs": self.recipe["ppo"]["local_rollout_batch_size"]},
+            {**data, "output": self.paths.held_out}, after=("demos",),
+        )  # fmt: skip
+
+    def all(self) -> list[Stage]:
+        """All stages of this invocation, in order."""
+        policies = [SUPERVISED, *self.args.variants]
+        stages = self.supervised() + self.evaluation(SUPERVISED)
+        for variant in self.args.variants:
+            stages += self.variant(variant) + self.evaluation(variant)
+        if self.args.checks:
+            stages.append(self.held_out())
+            for policy in policies:
+                stages += self.evaluation(policy, "fast", render_quality="fast")
+                stages += self.evaluation(policy, "seed", seed=OTHER_SEED)
+        return stages
+
+
+def share_out(items: Sequence[int], count: int) -> list[tuple[int, ...]]:
+    """At most `count` runs of about equal length, none empty: (0, 1, 2), 2 -> (0, 1), (2,)."""
+    count = min(count, len(items))
+    bounds = [round(i * len(items) / count) for i in range(count + 1)]
+    return [tuple(items[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+# ---------------------------------------------------------------------------------------------- running
+
+
+def validate(args: Args) -> None:
+    """Raise ValueError with everything about the flags that keeps the run from starting."""
+    problems = [f"--variants {v}: use some of {', '.join(VARIANTS)}" for v in args.variants if v not in VARIANTS]
+    if len(set(args.variants)) != len(args.variants):
+        problems.append(f"--variants {' '.join(args.variants)} names one twice")
+    if args.task_ids and not all(0 <= i < 10 for i in args.task_ids):
+        problems.append(f"--task_ids {args.task_ids}: {SUITE} has the tasks 0..9")
+    for name, value in {
+        "eval_parts": args.eval_parts,
+        "num_envs": args.num_envs,
+        "time_limit_s": args.time_limit_s,
+    }.items():
+        if value is not None and value <= 0:
+            problems.append(f"--{name} {value} must be positive")
+    if args.reserve_s < 0:
+        problems.append(f"--reserve_s {args.reserve_s} must not be negative")
+    for read, texts in ((changed_recipe, args.set), (read_estimates, args.estimate)):
+        try:
+            read(texts)
+        except ValueError as error:
+            problems.append(str(error))
+    raise_problems(problems)
+
+
+def raise_problems(problems: Sequence[str]) -> None:
+    """Raise ValueError with all of them, if there are any."""
+    if problems:
+        raise ValueError("cannot start:\n" + "\n".join(f"- {problem}" for problem in problems))
+
+
+def check_commands(stages: Sequence[Stage], file: Path) -> None:
+    """Let each program read its command line before the first stage begins, once: `file` remembers them.
+
+    What a program cannot read ends this one with code 2 and the program's own message. Raises ValueError if the driver
+    refuses its flags.
+    """
+    checked = read_json(file) if file.exists() else {}
+    for stage in stages:
+        if checked.get(stage.name) == list(stage.command):
+            continue
+        program = Path(stage.command[1])
+        module = runpy.run_path(str(program), run_name="not_main")
+        config = (tyro.conf.FlagConversionOff,) if program.name == "make_tiny_vla.py" else ()
+        arguments = tyro.cli(module["Args"], args=stage.command[2:], config=config, use_underscores=True)
+        if stage.name.startswith("ppo."):
+            module["validate"](arguments)
+        checked[stage.name] = list(stage.command)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, checked)
+
+
+def run_stages(stages: Sequence[Stage], maker: StageMaker, ledger: Ledger, limit: TimeLimit) -> None:
+    """Run what is not done. Raises OutOfTimeError, StageError or StageBusyError, see `run_stage`."""
+    for number, stage in enumerate(stages, 1):
+        head = f"[{number}/{len(stages)}] {stage.title}"
+        if ledger.is_done(stage):
+            logger.info("%s: done earlier, %s", head, format_duration(ledger.seconds(stage.name)))
+            continue
+        logger.info("%s%s", head, ": going on" if ledger.is_kept(stage) else "")
+        watched = contextlib.nullcontext()
+        if stage.name.startswith("ppo."):
+            watched = sampling(maker.gpu, maker.paths.gpu_samples(stage.name.removeprefix("ppo.")))  # type: ignore[assignment]
+        with watched:
+            run_stage(stage, ledger, maker.paths.logs, limit, maker.args.reserve_s)
+        logger.info("%s: done in %s", head, format_duration(ledger.seconds(stage.name)))
+
+
+def prepare(args: Args) -> tuple[StageMaker, list[Stage], Ledger]:
+    """Check everything and make the folders. Raises ValueError before anything is written."""
+    validate(args)
+    maker = StageMaker(args)
+    stages, ledger = maker.all(), Ledger(maker.paths.stages)
+    raise_problems([problem for stage in stages for problem in ledger.problems(stage)])
+    check_commands([stage for stage in stages if not ledger.pieces(stage.name)], args.run_dir / "checked_commands.json")
+    for folder in (maker.paths.stages, maker.paths.logs):
+        folder.mkdir(parents=True, exist_ok=True)
+    return maker, stages, ledger
+
+
+def report(maker: StageMaker, stages: Sequence[Stage], ledger: Ledger) -> None:
+    """Write summary.json, report.html, figure.svg and grid.mp4 from all that is in the run's folder."""
+    with ledger.lock("report", wait=True):
+        run = ScratchRun(maker.paths, len(maker.args.task_ids) or 10)
+        summary = summarize_run(run, maker.recipe, VARIANTS, [stage.name for stage in stages])
+        folder = maker.paths.run_dir
+        grid = make_grid(run, folder / "grid.mp4")
+        summary["grid"] = grid.note if grid else None
+        write_json(folder / "summary.json", summary)
+        (folder / "report.html").write_text(render_page(run, summary, grid))
+        (folder / "figure.svg").write_text(figure(run))
+        if maker.args.collect is not None:
+            run.collect(maker.args.collect)
+        if maker.args.collect_models is not None:
+            run.collect_models(maker.args.collect_models)
+    for name, policy in summary["policies"].items():
+        logger.info("%s: %d of %d", name, policy["successes"], policy["episodes"])
+
+
+def main(args: Args) -> int:
+    """Do what is left and report. Returns the exit code; raises ValueError before anything starts."""
+    limit = TimeLimit(args.time_limit_s)
+    maker, stages, ledger = prepare(args)
+    logger.info("%s, logs in %s", args.run_dir, args.run_dir / "logs")
+    code = 0
+    try:
+        run_stages(stages, maker, ledger, limit)
+    except OutOfTimeError as error:
+        logger.info("%s: give the same line again", error)
+        code = EXIT_OUT_OF_TIME
+    report(maker, stages, ledger)
+    return code
+
+
+if __name__ == "__main__":
+    command_line = tyro.cli(Args, description=__doc__, use_underscores=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the running stage is ended too
+    try:
+        sys.exit(main(command_line))
+    except ValueError as error:
+        logger.error("%s", error)
+        sys.exit(2)
+    except (StageError, StageBusyError) as error:
+        logger.error("%s", error)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        logger.error("interrupted: give the same line again")
+        sys.exit(130)
