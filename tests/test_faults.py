@@ -87,7 +87,7 @@ class Supervised:
         found = psutil.Process(self.process.pid).children(recursive=True)
         for process in found:
             try:
-                self.seen.setdefault(process.pid, " ".join(process.cmdline()))
+                self.seen[process.pid] = " ".join(process.cmdline()) or self.seen.get(process.pid, "")
             except psutil.Error:
                 continue
         return found

@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,12 +50,13 @@ RECIPE: dict[str, dict[str, Any]] = {
         "warmup_steps": 300, "weight_decay": 0.05, "save_dtype": "bfloat16", "save_freq": 0, "log_freq": 200, "seed": 0,
     },
     "ppo": {
-        "center_crop": True, "colocate": True, "gpu_memory_utilization": 0.3, "use_lora": True, "lora_rank": 32,
-        "total_episodes": 204_800, "local_rollout_batch_size": 32, "num_steps": 64, "max_env_length": 160,
-        "num_epochs": 2, "local_mini_batch_size": 512, "per_device_train_batch_size": 256,
+        "center_crop": True, "colocate": True, "gpu_memory_utilization": 0.15, "use_lora": True, "lora_rank": 32,
+        "total_episodes": 327_680, "local_rollout_batch_size": 64, "num_env_processes": 32, "num_steps": 64,
+        "max_env_length": 180, "async_depth": 1,
+        "num_epochs": 2, "local_mini_batch_size": 1024, "per_device_train_batch_size": 512,
         "learning_rate": 5e-4, "policy_lr_scheduler_type": "linear", "policy_lr_warmup_steps": 3,
-        "value_learning_rate": 1e-3, "value_init_steps": 2, "cliprange_high": 0.28, "gamma": 0.99,
-        "save_freq": 10, "keep_last": 2, "seed": 0,
+        "value_learning_rate": 1e-3, "value_init_steps": 3, "cliprange_high": 0.28, "gamma": 0.99,
+        "max_approx_kl": 0.1, "save_freq": 20, "keep_last": 1, "seed": 0,
     },
     "eval": {"num_trials_per_task": 50, "center_crop": True, "render_quality": "eval"},
 }  # fmt: skip
@@ -293,9 +295,11 @@ class StageMaker:
     def all(self) -> list[Stage]:
         """All stages of this invocation, in order."""
         policies = [SUPERVISED, *self.args.variants]
-        stages = self.supervised() + self.evaluation(SUPERVISED)
+        stages = self.supervised()
         for variant in self.args.variants:
-            stages += self.variant(variant) + self.evaluation(variant)
+            stages += self.variant(variant)
+        for policy in policies:
+            stages += self.evaluation(policy)
         if self.args.checks:
             stages.append(self.held_out())
             for policy in policies:
@@ -366,19 +370,35 @@ def check_commands(stages: Sequence[Stage], file: Path) -> None:
 
 
 def run_stages(stages: Sequence[Stage], maker: StageMaker, ledger: Ledger, limit: TimeLimit) -> None:
-    """Run what is not done. Raises OutOfTimeError, StageError or StageBusyError, see `run_stage`."""
-    for number, stage in enumerate(stages, 1):
-        head = f"[{number}/{len(stages)}] {stage.title}"
-        if ledger.is_done(stage):
-            logger.info("%s: done earlier, %s", head, format_duration(ledger.seconds(stage.name)))
-            continue
-        logger.info("%s%s", head, ": going on" if ledger.is_kept(stage) else "")
-        watched = contextlib.nullcontext()
-        if stage.name.startswith("ppo."):
-            watched = sampling(maker.gpu, maker.paths.gpu_samples(stage.name.removeprefix("ppo.")))  # type: ignore[assignment]
-        with watched:
-            run_stage(stage, ledger, maker.paths.logs, limit, maker.args.reserve_s)
-        logger.info("%s: done in %s", head, format_duration(ledger.seconds(stage.name)))
+    """Run what is not done, in order, what another invocation is at later. Raises OutOfTimeError or StageError."""
+    waiting = dict(enumerate(stages, 1))
+    names = {stage.name for stage in stages}
+    while waiting:
+        for number, stage in waiting.items():
+            if all(ledger.marker(name) for name in stage.after if name in names):
+                head = f"[{number}/{len(stages)}] {stage.title}"
+                with contextlib.suppress(StageBusyError):
+                    run_or_skip(stage, head, maker, ledger, limit)
+                    del waiting[number]
+                    break
+        else:
+            if limit.left_s < 0:
+                raise OutOfTimeError(f"another invocation is still at {next(iter(waiting.values())).title}")
+            time.sleep(1.0)
+
+
+def run_or_skip(stage: Stage, head: str, maker: StageMaker, ledger: Ledger, limit: TimeLimit) -> None:
+    """Run a stage that is not done. Raises OutOfTimeError, StageError or StageBusyError, see `run_stage`."""
+    if ledger.is_done(stage):
+        logger.info("%s: done earlier, %s", head, format_duration(ledger.seconds(stage.name)))
+        return
+    logger.info("%s%s", head, ": going on" if ledger.is_kept(stage) else "")
+    watched = contextlib.nullcontext()
+    if stage.name.startswith("ppo."):
+        watched = sampling(maker.gpu, maker.paths.gpu_samples(stage.name.removeprefix("ppo.")))  # type: ignore[assignment]
+    with watched:
+        run_stage(stage, ledger, maker.paths.logs, limit, maker.args.reserve_s)
+    logger.info("%s: done in %s", head, format_duration(ledger.seconds(stage.name)))
 
 
 def prepare(args: Args) -> tuple[StageMaker, list[Stage], Ledger]:
