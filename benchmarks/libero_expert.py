@@ -54,7 +54,7 @@ class Args:
     max_env_length: int | None = None
     """Step limit; none: the suite's."""
     exact: bool = False
-    """Simulate bit for bit as in evaluation, at two thirds of the speed."""
+    """Simulate bit for bit as in evaluation, at a quarter of the speed."""
     num_processes: int = max(1, (os.cpu_count() or 2) // 2)
     """Processes that play episodes."""
     min_rate: float | None = None

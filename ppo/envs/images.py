@@ -1,8 +1,9 @@
 """OpenVLA's image preprocessing at evaluation, without tensorflow: what the policy sees of a rendered frame.
 
 OpenVLA evaluates with tensorflow's image operations; these functions give the same bytes on x86-64 (compared in
-tests/ppo/test_images.py). They need only numpy, OpenCV and simplejpeg, so that an environment process stays small and
-starts quickly. Shapes: B images, H, W height and width in pixels, 3 channels in the order red, green, blue.
+tests/ppo/test_images.py). They need only numpy, OpenCV and simplejpeg, the resize numba too, so that an environment
+process stays small and starts quickly. Shapes: B images, H, W height and width in pixels, 3 channels in the order red,
+green, blue.
 """
 
 import ctypes
@@ -15,8 +16,6 @@ import simplejpeg
 JPEG_QUALITY = 95
 """Default of tf.io.encode_jpeg, which also halves the chroma's resolution (4:2:0)."""
 LANCZOS_RADIUS = 3.0
-BLOCK = 56
-"""Rows resampled at a time: what they need stays in the processor's cache, which makes it twice as fast."""
 
 
 def jpeg_round_trip(image_HW3: np.ndarray) -> np.ndarray:
@@ -131,16 +130,10 @@ def _crop_samples(size: int, area: float) -> tuple[np.ndarray, np.ndarray, np.nd
 
 def _resample_axis0(source: np.ndarray, size: int) -> np.ndarray:
     """Resample (n, k) float32 to (size, k) along the first axis."""
-    indices, weights = _lanczos_taps(len(source), size)
+    from ppo.envs.images_compiled import add_weighted_rows
+
     result = np.zeros((size, source.shape[1]), dtype=np.float32)
-    buffer = np.empty((min(size, BLOCK), source.shape[1]), dtype=np.float32)
-    for first in range(0, size, BLOCK):
-        rows = slice(first, min(first + BLOCK, size))
-        block, tap = result[rows], buffer[: rows.stop - first]
-        for index, weight in zip(indices[:, rows], weights[:, rows], strict=True):
-            np.take(source, index, axis=0, out=tap, mode="clip")  # without a mode, `out` is buffered
-            tap *= weight[:, None]
-            block += tap
+    add_weighted_rows(source, *_lanczos_taps(len(source), size), result)
     return result
 
 

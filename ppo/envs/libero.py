@@ -38,8 +38,8 @@ class LiberoEnv:
         num_steps_wait: settling steps after each reset, not counted in the limit.
         env_gpu_id: draw on this GPU with EGL; None: what MUJOCO_GL says, else osmesa.
         render_quality: `eval`: LIBERO's own drawing; `fast`: without multisampling and reflections.
-        exact_physics: repeat robosuite's redundant solver passes, so that states are LIBERO's bit for bit; without, a
-            step takes two thirds of the time or less. None: with `eval` only.
+        exact_physics: robosuite's own controller and redundant solver passes, so that states are LIBERO's bit for bit;
+            without, a step takes a quarter of the time (drawing apart). None: with `eval` only.
         images: without: images are black and nothing is drawn (experts, tests).
         max_simulators: simulators kept, 110 MB each; the one unused longest goes first.
         max_canvases: of these, how many are ready to be drawn, 300 MB each (on the GPU with EGL).
@@ -116,7 +116,7 @@ class LiberoEnv:
         return image
 
     def prepare(self, request: ResetRequest) -> bool:
-        """Do a bounded piece of work (a settling step, about 15 ms) towards `reset(request)`.
+        """Do a bounded piece of work (a settling step, about 5 ms) towards `reset(request)`.
 
         Returns whether more remains to be done. Another request gives up what was prepared. The running episode is
         not touched.

@@ -1,8 +1,9 @@
 """One LIBERO task in MuJoCo, stepped and drawn with little overhead; `ppo.envs.libero` makes an environment of it.
 
-The physics, the controller, the object placement and the goal are LIBERO's and robosuite's own. Around them less is
-done than `OffScreenRenderEnv` does at each step: no observables (which draw two cameras), no look-ups by name, one
-pair of Jacobians a physics step instead of two, and an image only when one is asked for.
+The physics, the object placement and the goal are LIBERO's and robosuite's own, and so is the arm's control law
+(`ppo.envs.libero_arm`). Around them less is done than `OffScreenRenderEnv` does at each step: no observables (which
+draw two cameras), no look-ups by name, one pair of Jacobians a physics step instead of two, and an image only when one
+is asked for.
 """
 
 import os
@@ -11,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ppo.envs import libero_install
+from ppo.envs.libero_arm import Arm, QuickArm
 
 with libero_install.osmesa_kept_apart(os.environ.get("MUJOCO_GL", "")):
     import mujoco
@@ -138,9 +140,9 @@ class Simulator:
     Args:
         suite: LIBERO's name of the suite.
         task_id: task in it.
-        is_exact: repeat robosuite's redundant passes of the solver, each of which begins from the last one's result, so
-            that states equal those of LIBERO's own environment bit for bit; without them a step takes two thirds of
-            the time and differs by rounding (1e-9, which contacts then enlarge).
+        is_exact: robosuite's own controller and redundant passes of the solver, so that states equal those of LIBERO's
+            own environment bit for bit; without them a step takes a quarter of the time and differs by rounding (1e-9,
+            which contacts then enlarge), and the wrist's force sensors read nothing.
 
     Attributes:
         domain: LIBERO's environment object.
@@ -168,6 +170,8 @@ class Simulator:
             raise RuntimeError(f"{self.name} cannot be made: {error}") from error
         self.domain._observables = {}
         self.model, self.data = self.domain.sim.model._model, self.domain.sim.data._data
+        if not is_exact:  # the wrist's force sensors, which nobody reads, cost a pass over all bodies
+            self.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_SENSOR
 
     @property
     def name(self) -> str:
@@ -198,7 +202,7 @@ class Simulator:
             domain.sim.forward()
         domain._check_success()
         domain._post_process()
-        self._arm = _Arm(domain, self.model, self.data)
+        self._arm = (Arm if self.is_exact else QuickArm)(domain, self.model, self.data)
 
     def step(self, action: np.ndarray) -> bool:
         """One control step (0.05 s, 25 physics steps) with LIBERO's raw action (7,); returns whether the goal holds."""
@@ -234,51 +238,3 @@ class Simulator:
         if self.canvas is not None:
             self.canvas.close()
             self.canvas = None
-
-
-class _Arm:
-    """robosuite's operational-space controller and gripper of one episode, with every index looked up once."""
-
-    def __init__(self, domain: object, model: mujoco.MjModel, data: mujoco.MjData) -> None:
-        sim, robot = domain.sim, domain.robots[0]  # type: ignore[attr-defined]
-        self.model, self.data, self.robot = model, data, robot
-        self.controller = robot.controller
-        self.num_substeps = int(domain.control_timestep / domain.model_timestep)  # type: ignore[attr-defined]
-        self.site_id = sim.model.site_name2id(self.controller.eef_name)
-        self.qpos_index, self.qvel_index = self.controller.qpos_index, self.controller.qvel_index
-        self.jacobian_p, self.jacobian_r = np.zeros((3, model.nv)), np.zeros((3, model.nv))
-        self.mass = np.zeros((model.nv, model.nv))
-        self.joint_actuators = robot._ref_joint_actuator_indexes
-        self.torque_low, self.torque_high = robot.torque_limits
-        self.gripper_actuators = [sim.model.actuator_name2id(name) for name in robot.gripper.actuators]
-        ctrl_range = model.actuator_ctrlrange[self.gripper_actuators]
-        self.gripper_bias = 0.5 * (ctrl_range[:, 1] + ctrl_range[:, 0])
-        self.gripper_weight = 0.5 * (ctrl_range[:, 1] - ctrl_range[:, 0])
-
-    def control(self, action: np.ndarray, is_first: bool) -> None:
-        """Set the actuators for the next physics step; positions and velocities must be evaluated (mj_step1)."""
-        if self.controller.new_update:  # not at an episode's first call: as in robosuite, it sees the reset's pose
-            self._observe()
-        if is_first:
-            self.controller.set_goal(action[:6])
-        torques = np.clip(self.controller.run_controller(), self.torque_low, self.torque_high)
-        fingers = self.robot.gripper.format_action(action[6:])
-        self.data.ctrl[self.gripper_actuators] = self.gripper_bias + self.gripper_weight * fingers
-        self.data.ctrl[self.joint_actuators] = torques
-
-    def _observe(self) -> None:
-        """What `Controller.update` reads, without its solver pass and with each Jacobian computed once."""
-        controller, data, model = self.controller, self.data, self.model
-        mujoco.mj_jacSite(model, data, self.jacobian_p, self.jacobian_r, self.site_id)
-        controller.ee_pos = data.site_xpos[self.site_id].copy()
-        controller.ee_ori_mat = data.site_xmat[self.site_id].reshape(3, 3).copy()
-        controller.ee_pos_vel = self.jacobian_p @ data.qvel
-        controller.ee_ori_vel = self.jacobian_r @ data.qvel
-        controller.joint_pos = data.qpos[self.qpos_index]
-        controller.joint_vel = data.qvel[self.qvel_index]
-        controller.J_pos = np.array(self.jacobian_p[:, self.qvel_index])
-        controller.J_ori = np.array(self.jacobian_r[:, self.qvel_index])
-        controller.J_full = np.vstack([controller.J_pos, controller.J_ori])
-        mujoco.mj_fullM(model, self.mass, data.qM)
-        controller.mass_matrix = self.mass[self.qvel_index, :][:, self.qvel_index]  # its memory order decides rounding
-        controller.new_update = False
