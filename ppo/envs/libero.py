@@ -10,7 +10,6 @@ while the process would wait for an action: a reset then costs nothing. H, W: im
 """
 
 import functools
-import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -19,7 +18,8 @@ import numpy as np
 from ppo.envs import libero_install
 from ppo.envs.base import ResetRequest, StepResult, TaskSuite, check_request, checked_action
 from ppo.envs.images import policy_image
-from ppo.envs.libero_simulator import RENDER_SIZE, SETTLING_ACTION, Canvas, Drawing, Simulator
+from ppo.envs.libero_pool import SimulatorPool
+from ppo.envs.libero_simulator import RENDER_SIZE, SETTLING_ACTION, Simulator
 
 NUM_STEPS_WAIT = 10
 AGENT_CAMERA, WRIST_CAMERA = "agentview", "robot0_eye_in_hand"
@@ -41,8 +41,9 @@ class LiberoEnv:
         exact_physics: robosuite's own controller and redundant solver passes, so that states are LIBERO's bit for bit;
             without, a step takes a quarter of the time (drawing apart). None: with `eval` only.
         images: without: images are black and nothing is drawn (experts, tests).
-        max_simulators: simulators kept, 110 MB each; the one unused longest goes first.
-        max_canvases: of these, how many are ready to be drawn, 300 MB each (on the GPU with EGL).
+        max_simulators: simulators kept, 110 MB each; the one unused longest goes first. Environments of a process with
+            the same options share theirs, each further one adds `libero_pool.SIMULATORS_OF_ANOTHER`.
+        max_canvases: tasks that are ready to be drawn, for each environment, 300 MB each (on the GPU with EGL).
 
     Raises:
         ValueError: numbers that cannot work.
@@ -78,9 +79,12 @@ class LiberoEnv:
         self.num_steps_wait = num_steps_wait
         self.num_tasks = len(libero_install.task_names(suite_name))
         libero_install.import_libero()
-        self._drawing = Drawing(env_gpu_id, render_quality == "fast") if images else None
+        self._has_images = images
         is_exact = render_quality == "eval" if exact_physics is None else exact_physics
-        self._pool = _SimulatorPool(suite_name, is_exact, self._drawing, max_simulators, max_canvases)
+        drawing = (env_gpu_id, render_quality == "fast") if images else None
+        self._pool: SimulatorPool | None = SimulatorPool.join(
+            suite_name, is_exact, drawing, max_simulators, max_canvases
+        )
         self._running: Simulator | None = None
         self._next: _Preparation | None = None
         self._num_steps = 0
@@ -90,6 +94,12 @@ class LiberoEnv:
         """The running episode's simulator."""
         assert self._running is not None, "reset the environment first"
         return self._running
+
+    @property
+    def pool(self) -> SimulatorPool:
+        """Where its simulators come from."""
+        assert self._pool is not None, "the environment is closed"
+        return self._pool
 
     @property
     def domain(self) -> object:
@@ -105,7 +115,7 @@ class LiberoEnv:
         """
         self._check(request)
         if self._running is not None:
-            self._pool.give_back(self._running)
+            self.pool.give_back(self._running)
             self._running = None
         if self._next is None or self._next.request != request:
             self._give_up_preparation()
@@ -140,19 +150,19 @@ class LiberoEnv:
 
     def observe(self, simulator: Simulator) -> np.ndarray:
         """What the policy sees, (image_size, image_size, 3) uint8."""
-        if self._drawing is None:
+        if not self._has_images:
             return np.zeros((self.image_size, self.image_size, 3), dtype=np.uint8)
         return policy_image(self._draw(simulator, RENDER_SIZE, AGENT_CAMERA), self.image_size)
 
     def render(self, size: int, camera: str = AGENT_CAMERA) -> np.ndarray:
         """The camera's view, upright, (size, size, 3) uint8: neither compressed nor resized."""
-        if self._drawing is None:
+        if not self._has_images:
             return np.zeros((size, size, 3), dtype=np.uint8)
         return self._draw(self.simulator, size, camera)
 
     def _draw(self, simulator: Simulator, size: int, camera: str) -> np.ndarray:
         # OpenGL gives the bottom row first. LIBERO keeps that and OpenVLA turns it by 180 degrees: upright, mirrored.
-        return np.ascontiguousarray(self._pool.canvas_of(simulator).draw(simulator.data, size, camera)[::-1, ::-1])
+        return np.ascontiguousarray(self.pool.draw(simulator, size, camera)[::-1, ::-1])
 
     def proprioception(self) -> tuple[np.ndarray, np.ndarray]:
         """State (8,) and joint angles (7,), float32, as `modified_libero_rlds` stores them."""
@@ -160,14 +170,14 @@ class LiberoEnv:
 
     def close(self) -> None:
         """Release simulators and drawing. A second call does nothing."""
+        if self._pool is None:
+            return
         self._give_up_preparation()
         if self._running is not None:
             self._pool.give_back(self._running)
             self._running = None
-        self._pool.close()
-        if self._drawing is not None:
-            self._drawing.close()
-            self._drawing = None
+        self._pool.leave()
+        self._pool = None
 
     def _check(self, request: ResetRequest) -> None:
         check_request(request, self.suite_name, self.num_tasks, libero_install.NUM_INIT_STATES)
@@ -189,7 +199,7 @@ class _Preparation:
         self._slices = self._run()
 
     def _run(self) -> Iterator[None]:
-        env, request, pool = self._env, self.request, self._env._pool
+        env, request, pool = self._env, self.request, self._env.pool
         while self._in_background and not pool.begin(request.task_id, wait_s=0.01):
             yield
         simulator = self._simulator = pool.take(request.task_id)
@@ -197,7 +207,7 @@ class _Preparation:
         for _ in range(env.num_steps_wait):
             yield
             simulator.step(SETTLING_ACTION)
-        if env._drawing is not None:
+        if env._has_images:
             yield
             pool.canvas_of(simulator)
             yield
@@ -221,109 +231,8 @@ class _Preparation:
         """Return the simulator to the pool."""
         self._slices.close()  # type: ignore[attr-defined]
         if self._simulator is not None:
-            self._env._pool.give_back(self._simulator)
+            self._env.pool.give_back(self._simulator)
             self._simulator = None
-
-
-class _SimulatorPool:
-    """Simulators by task: those in use belong to whoever took them, the others wait here.
-
-    A simulator that is not there is composed by a thread of this process (`begin`), so that the running episode goes
-    on meanwhile, or at once (`take`). LIBERO samples from numpy's global generator while it composes: nobody resets a
-    simulator meanwhile.
-    """
-
-    def __init__(
-        self, suite: str, is_exact: bool, drawing: Drawing | None, max_simulators: int, max_canvases: int
-    ) -> None:
-        self.suite, self.is_exact, self.drawing = suite, is_exact, drawing
-        self.max_simulators, self.max_canvases = max_simulators, max_canvases
-        self._waiting: list[Simulator] = []  # used longest ago first
-        self._drawn: list[Simulator] = []  # those with a canvas, drawn longest ago first
-        self._num_taken = 0
-        self._thread: threading.Thread | None = None
-        self._composed: Simulator | Exception | None = None
-
-    def begin(self, task_id: int, wait_s: float) -> bool:
-        """Whether a simulator of this task waits; if not, a thread composes one, and this is to be asked again."""
-        if self._thread is not None:
-            self._thread.join(wait_s)
-            if self._thread.is_alive():
-                return False
-            self._join()
-        if any(s.task_id == task_id for s in self._waiting):
-            return True
-        self._make_room()
-        self._thread = threading.Thread(target=self._compose, args=(task_id,), daemon=True)
-        self._thread.start()
-        return False
-
-    def _compose(self, task_id: int) -> None:
-        try:
-            self._composed = Simulator(self.suite, task_id, self.is_exact)
-        except Exception as error:  # raised where the result is asked for
-            self._composed = error
-
-    def _join(self) -> None:
-        if self._thread is None:
-            return
-        self._thread.join()
-        self._thread, composed = None, self._composed
-        self._composed = None
-        if isinstance(composed, Exception):
-            raise composed
-        assert composed is not None
-        self._waiting.append(composed)
-
-    def take(self, task_id: int) -> Simulator:
-        """A simulator of this task, for the caller alone."""
-        self._join()
-        found = next((s for s in reversed(self._waiting) if s.task_id == task_id), None)
-        if found is not None:
-            self._waiting.remove(found)
-        else:
-            self._make_room()
-            found = Simulator(self.suite, task_id, self.is_exact)
-        self._num_taken += 1
-        return found
-
-    def _make_room(self) -> None:
-        """For one more simulator, as long as any waits that may go."""
-        while self._waiting and len(self._waiting) + self._num_taken >= self.max_simulators:
-            self._free(self._waiting[0])
-
-    def give_back(self, simulator: Simulator) -> None:
-        """Let a simulator wait for its next episode."""
-        self._num_taken -= 1
-        self._waiting.append(simulator)
-        while len(self._waiting) + self._num_taken > self.max_simulators:
-            self._free(self._waiting[0])
-
-    def canvas_of(self, simulator: Simulator) -> Canvas:
-        """What draws this simulator, made if need be (0.1 to 0.4 s); the one drawn longest ago makes room for it."""
-        assert self.drawing is not None
-        if simulator in self._drawn:
-            self._drawn.remove(simulator)
-        elif len(self._drawn) >= self.max_canvases:
-            self._drawn.pop(0).close()
-        if simulator.canvas is None:
-            simulator.canvas = Canvas(self.drawing, simulator.model)
-        self._drawn.append(simulator)
-        return simulator.canvas
-
-    def _free(self, simulator: Simulator) -> None:
-        self._waiting.remove(simulator)
-        if simulator in self._drawn:
-            self._drawn.remove(simulator)
-        simulator.close()
-
-    def close(self) -> None:
-        """Free every simulator that waits."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        while self._waiting:
-            self._free(self._waiting[0])
 
 
 def training_options(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ _POSE_AND_VELOCITY = int(mujoco.mjtStage.mjSTAGE_VEL)
 
 
 class Drawing:
-    """What draws for one environment: a GL library and a context of it, shared by all its simulators.
+    """What draws for a pool of simulators: a GL library and a context of it.
 
     Args:
         env_gpu_id: GPU to draw on (EGL's number); None: see `libero_install.choose_gl`.
@@ -65,10 +65,13 @@ class Drawing:
 
 
 class Canvas:
-    """One model's geometry and textures in a `Drawing`, ready to be drawn; holds about 300 MB (the GPU's with EGL)."""
+    """A task's geometry and textures in a `Drawing`, ready to draw each of its simulators.
+
+    Holds about 300 MB (the GPU's with EGL).
+    """
 
     def __init__(self, drawing: Drawing, model: mujoco.MjModel) -> None:
-        self.model, self.drawing = model, drawing
+        self.drawing = drawing
         drawing.use()
         samples = model.vis.quality.offsamples
         if drawing.is_fast:
@@ -84,9 +87,9 @@ class Canvas:
         self.camera = mujoco.MjvCamera()
         self.camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
 
-    def draw(self, data: mujoco.MjData, size: int, camera: str) -> np.ndarray:
+    def draw(self, model: mujoco.MjModel, data: mujoco.MjData, size: int, camera: str) -> np.ndarray:
         """(size, size, 3) uint8 as OpenGL has it: bottom row first. Raises ValueError for an unknown camera."""
-        camera_id = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_CAMERA, camera)
+        camera_id = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, camera)
         largest = min(self.context.offWidth, self.context.offHeight)
         if camera_id < 0 or not 1 <= size <= largest:
             raise ValueError(f"camera {camera!r} at {size} pixels: use a camera of the model and 1 to {largest} pixels")
@@ -95,7 +98,7 @@ class Canvas:
         self.camera.fixedcamid = camera_id
         everything = mujoco.mjtCatBit.mjCAT_ALL
         mujoco.mjv_updateScene(
-            self.model, data, self.option, self.perturbation, self.camera, everything, self.scene
+            model, data, self.option, self.perturbation, self.camera, everything, self.scene
         )  # fmt: skip
         viewport = mujoco.MjrRect(0, 0, size, size)
         mujoco.mjr_render(viewport, self.scene, self.context)
@@ -146,7 +149,6 @@ class Simulator:
 
     Attributes:
         domain: LIBERO's environment object.
-        canvas: set by the owner when it is to be drawn.
 
     Raises:
         RuntimeError: the task cannot be made (an asset is missing, ...); names it.
@@ -154,7 +156,6 @@ class Simulator:
 
     def __init__(self, suite: str, task_id: int, is_exact: bool) -> None:
         self.suite, self.task_id, self.is_exact = suite, task_id, is_exact
-        self.canvas: Canvas | None = None
         libero = libero_install.import_libero()
         from robosuite import load_controller_config
 
@@ -232,9 +233,3 @@ class Simulator:
         fingers = data.qpos[robot._ref_gripper_joint_pos_indexes]
         state = np.concatenate([data.site_xpos[robot.eef_site_id], rotation, fingers])
         return state.astype(np.float32), data.qpos[robot._ref_joint_pos_indexes].astype(np.float32)
-
-    def close(self) -> None:
-        """Free the model and what draws it."""
-        if self.canvas is not None:
-            self.canvas.close()
-            self.canvas = None

@@ -53,13 +53,13 @@ class Alive:
     """The simulators and canvases of one environment that are in memory, and how many there were at most."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        from ppo.envs import libero
+        from ppo.envs import libero_pool
 
         self.objects: dict[str, weakref.WeakSet] = {}
         self.peak = {"Simulator": 0, "Canvas": 0}
         for name in self.peak:
             self.objects[name] = weakref.WeakSet()
-            patch.setattr(libero, name, self.noting(getattr(libero, name), name))
+            patch.setattr(libero_pool, name, self.noting(getattr(libero_pool, name), name))
 
     def noting(self, original: type, name: str):
         def make(*args):
@@ -129,7 +129,7 @@ def test_every_task_starts_from_its_fixed_states_steps_and_draws_upright(suite, 
             assert (result.reward, result.terminated, result.truncated, result.success) == (0.0, False, False, False)
             views += [view, env.render(256)]
             assert np.abs(views[-1].astype(int) - view).max() > 20, "the arm has moved"
-        raw = env._pool.canvas_of(env.simulator).draw(env.simulator.data, 256, "agentview")
+        raw = env.pool.draw(env.simulator, 256, "agentview")
         np.testing.assert_array_equal(raw[::-1, ::-1], views[-1])
         assert_object_is_where_it_belongs(env, views[-1], "plate_1")
         assert len({v.tobytes() for v in views}) == 10, "each state looks its own way"
@@ -348,6 +348,30 @@ def test_a_preparation_may_be_given_up(pair):
         first.prepare(DRAWER)
     assert_same(play(first, DRAWER, ACTIONS[:2]), expected[DRAWER])  # the rest is done by the reset
     assert_same(play(first, FIXED, ACTIONS[:2]), expected[FIXED])
+
+
+def test_environments_of_a_process_share_simulators_and_what_draws_them(pair, monkeypatch):
+    """Three play the same task at once and others in turn: each sees what it would see alone."""
+    from ppo.envs.libero_pool import SIMULATORS_OF_ANOTHER
+
+    expected = {request: play(pair[0], request, ACTIONS[:2]) for request in (FIXED, RANDOM, DRAWER)}
+    alive = Alive(monkeypatch)
+    envs = [make_env(max_simulators=3, max_canvases=1) for _ in range(3)]
+    assert len({id(env.pool) for env in envs}) == 1 and envs[0].pool is not pair[0].pool
+    for requests in ((FIXED, RANDOM, FIXED), (DRAWER, FIXED, RANDOM), (RANDOM, DRAWER, DRAWER)):
+        images = [[env.reset(request)] for env, request in zip(envs, requests, strict=True)]
+        for action in ACTIONS[:2]:
+            for env, seen in zip(envs, images, strict=True):
+                seen.append(env.step(action).image)
+        for request, seen in zip(requests, images, strict=True):
+            np.testing.assert_array_equal(seen, expected[request].images[: len(seen)])
+    assert alive.peak["Simulator"] <= 3 + 2 * SIMULATORS_OF_ANOTHER
+    assert alive.now()["Canvas"] == 2, "one for each of the two tasks"
+    for env in envs[:2]:
+        env.close()
+    np.testing.assert_array_equal(envs[2].reset(FIXED), expected[FIXED].images[0])
+    envs[2].close()
+    assert alive.now() == {"Simulator": 0, "Canvas": 0}
 
 
 def test_preparing_keeps_to_the_limits_and_drawings_are_apart(pair, monkeypatch):
