@@ -2,12 +2,15 @@
 
     python benchmarks/libero_envs.py --num_processes 1 2                    on a CPU, drawn by osmesa
     python benchmarks/libero_envs.py --num_processes 16 32 --env_gpu_id 0   on a GPU node, drawn by EGL
+    python benchmarks/libero_envs.py --parts                                where a training step's time goes instead
 
 Plain is what most scripts do: one process per environment, LIBERO's defaults (both cameras at 256 pixels every step,
 hard resets). Ours returns the policy's view (JPEG round trip and Lanczos-3 included). Everybody takes the same actions
 from the same fixed states. Two tables: steps/s between resets, their ratio to plain, and memory per process; then
 steps/s and the waits for a step when episodes end every `--episode_length` steps and the next one is always of a task
 that the process has not made yet, which is the worst case.
+
+With --parts one process steps one task, robosuite's controller and our compiled one taking turns on the same episode.
 """
 
 import multiprocessing
@@ -55,6 +58,8 @@ class Args:
     """Side of the policy's view in pixels."""
     env_gpu_id: int | None = None
     """GPU that draws (EGL); default: what MUJOCO_GL says, else osmesa."""
+    parts: bool = False
+    """Only time the parts of a training step, in this process."""
 
 
 def actions(num: int) -> np.ndarray:
@@ -192,6 +197,52 @@ def measure_resets(args: Args, num: int) -> tuple[float, float, float]:
     return num * num_steps / seconds, 1e3 * statistics.mean(waits), 1e3 * max(waits)
 
 
+class TimedArm:
+    """An arm of `ppo.envs.libero_arm`; adds up the seconds that it takes."""
+
+    def __init__(self, arm: Any) -> None:
+        self.arm, self.num_substeps, self.seconds = arm, arm.num_substeps, 0.0
+
+    def control(self, action: np.ndarray, is_first: bool) -> None:
+        """As the arm's."""
+        started = time.perf_counter()
+        self.arm.control(action, is_first)
+        self.seconds += time.perf_counter() - started
+
+
+def measure_parts(args: Args) -> list[list[str]]:
+    """A row for each part of a training step: median ms with robosuite's controller, with ours, and their ratio."""
+    from ppo.envs.images import policy_image
+    from ppo.envs.libero import LiberoEnv
+    from ppo.envs.libero_arm import Arm
+
+    env = LiberoEnv(args.task_suite_name, args.image_size, render_quality="fast", env_gpu_id=args.env_gpu_id)
+    env.reset(start_of(args, 0))
+    simulator = env.simulator
+    robosuites = Arm(simulator.domain, simulator.model, simulator.data)
+    arms = [TimedArm(robosuites), TimedArm(simulator._arm)]
+    parts = ["controller", "physics", "simulator's step", "drawing, fast", "JPEG and resize"]
+    times: list[list[tuple[float, ...]]] = [[], []]
+    for action in actions(args.num_steps + 5):
+        for kind, arm in enumerate(arms):
+            robosuites.controller.new_update, arm.seconds = True, 0.0
+            simulator._arm = arm  # type: ignore[assignment]
+            started = time.perf_counter()
+            simulator.step(action)
+            stepped = time.perf_counter()
+            image = env.render(RENDER_SIZE)
+            drawn = time.perf_counter()
+            policy_image(image, args.image_size)
+            step, seen = stepped - started, time.perf_counter() - drawn
+            times[kind].append((arm.seconds, step - arm.seconds, step, drawn - stepped, seen))
+    env.close()
+    rows = []
+    for part, name in enumerate(parts):
+        before, after = (1e3 * statistics.median(t[part] for t in kind[5:]) for kind in times)
+        rows.append([name, f"{before:.2f}", f"{after:.2f}", f"{before / after:.2f}"])
+    return rows
+
+
 def memory_gib(pid: int) -> float:
     """Resident memory of a process in GiB."""
     status = Path(f"/proc/{pid}/status").read_text()
@@ -228,6 +279,10 @@ def compare(args: Args) -> list[list[str]]:
 def main(args: Args) -> None:
     """Measure and print."""
     backend = libero_install.choose_gl(args.env_gpu_id)
+    if args.parts:
+        columns = ["ms", "robosuite's controller", "ours", "ratio"]
+        show(f"a training step of {args.task_suite_name}, {backend}", columns, measure_parts(args))
+        return
     columns = ["processes", "environment", "steps/s", "a process", "ratio to plain", "GiB a process"]
     show(f"{args.task_suite_name}, {backend}, {os.cpu_count()} cores", columns, compare(args))
     rows = []
