@@ -10,8 +10,8 @@ ran out, give the same line again; 2 flags that cannot work; 1 a stage failed; 1
 """
 
 import contextlib
+import importlib.util
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -330,6 +330,10 @@ def validate(args: Args) -> None:
             problems.append(f"--{name} {value} must be positive")
     if args.reserve_s < 0:
         problems.append(f"--reserve_s {args.reserve_s} must not be negative")
+    if args.sft_dir is not None:
+        from utils.checkpoint_utils import check_model_dir  # imports torch: seconds that --help need not take
+
+        problems += check_model_dir(args.sft_dir)
     for read, texts in ((changed_recipe, args.set), (read_estimates, args.estimate)):
         try:
             read(texts)
@@ -344,6 +348,17 @@ def raise_problems(problems: Sequence[str]) -> None:
         raise ValueError("cannot start:\n" + "\n".join(f"- {problem}" for problem in problems))
 
 
+def load_program(file: Path) -> Any:
+    """A program as a module, without running it."""
+    name = f"program_{file.stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
 def check_commands(stages: Sequence[Stage], file: Path) -> None:
     """Let each program read its command line before the first stage begins, once: `file` remembers them.
 
@@ -354,12 +369,11 @@ def check_commands(stages: Sequence[Stage], file: Path) -> None:
     for stage in stages:
         if checked.get(stage.name) == list(stage.command):
             continue
-        program = Path(stage.command[1])
-        module = runpy.run_path(str(program), run_name="not_main")
-        config = (tyro.conf.FlagConversionOff,) if program.name == "make_tiny_vla.py" else ()
-        arguments = tyro.cli(module["Args"], args=stage.command[2:], config=config, use_underscores=True)
+        program = load_program(Path(stage.command[1]))
+        config = (tyro.conf.FlagConversionOff,) if stage.name == "model" else ()
+        arguments = tyro.cli(program.Args, args=stage.command[2:], config=config, use_underscores=True)
         if stage.name.startswith("ppo."):
-            module["validate"](arguments)
+            program.validate(arguments)
         checked[stage.name] = list(stage.command)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, checked)
