@@ -140,12 +140,14 @@ def policy_rates(run: ScratchRun) -> tuple[list[Rate], list[str]]:
 def figure(run: ScratchRun) -> str:
     """An SVG file's text for a README: success before and after as bars, and the learning curves."""
     rates, colours = policy_rates(run)
-    split = max(320, 60 + 90 * len(rates))
-    left = bars(rates, colours, split - 20, FIGURE_HEIGHT)
-    right = shifted(curve(run, CURVE_WIDTH, FIGURE_HEIGHT).content(), split)
+    split, top = max(320, 60 + 115 * len(rates)), 28
     episodes = rates[0].episodes if rates else 0
+    titles = {0: f"greedy success on {episodes} fixed episodes", split: "success while training (sampled actions)"}
+    parts = [f'<text x="{x + 40}" y="20" class="strong">{text}</text>' for x, text in titles.items()]
+    parts.append(shifted(bars(rates, colours, split - 20, FIGURE_HEIGHT), 0, top))
+    parts.append(shifted(curve(run, CURVE_WIDTH, FIGURE_HEIGHT).content(), split, top))
     label = f"greedy success on {episodes} fixed episodes before and after PPO, and success while training"
-    return standalone(split + CURVE_WIDTH, FIGURE_HEIGHT, label, left + right)
+    return standalone(split + CURVE_WIDTH, FIGURE_HEIGHT + top, label, "".join(parts))
 
 
 # ---------------------------------------------------------------------------------------------- page

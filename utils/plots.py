@@ -1,19 +1,19 @@
 """Success rates as inline SVG of our own: learning curves with greedy evaluations, and bars with intervals.
 
-Colours are the report's CSS variables; `standalone` gives a drawing its own, light and dark, for use as a file.
+Colours are the report's CSS variables; `standalone` puts in their values, for use as a file.
 """
 
 import html
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 SMOOTHING_STEPS = 5
+# The report's light colours, for files of their own.
 PALETTE = {
-    "--grid": ("#e8e7e1", "#2c2c2a"), "--muted": ("#6f6e69", "#98968d"), "--card": ("#fcfcfb", "#1a1a19"),
-    "--ink": ("#0b0b0b", "#ffffff"), "--before": ("#8d8b84", "#8d8b84"), "--after": ("#2a78d6", "#3987e5"),
-    "--shade": ("#f2f2ef", "#262625"), "--c0": ("#2a78d6", "#3987e5"), "--c1": ("#eb6834", "#d95926"),
-    "--c2": ("#1baf7a", "#199e70"), "--c3": ("#eda100", "#c98500"), "--c4": ("#e87ba4", "#d55181"),
-    "--c5": ("#008300", "#008300"), "--c6": ("#4a3aa7", "#9085e9"), "--c7": ("#e34948", "#e66767"),
+    "--grid": "#e8e7e1", "--muted": "#6f6e69", "--card": "#fcfcfb", "--ink": "#0b0b0b", "--before": "#8d8b84",
+    "--after": "#2a78d6", "--shade": "#f2f2ef", "--c0": "#2a78d6", "--c1": "#eb6834", "--c2": "#1baf7a",
+    "--c3": "#eda100", "--c4": "#e87ba4", "--c5": "#008300", "--c6": "#4a3aa7", "--c7": "#e34948",
 }  # fmt: skip
 NUM_COLOURS = 8  # --c0 .. --c7; what is beyond is grey
 
@@ -235,14 +235,15 @@ def bars(rates: Sequence[Rate], colours: Sequence[str], width: int, height: int)
 
 
 def standalone(width: float, height: float, label: str, content: str) -> str:
-    """An SVG file's text: a drawing with its own colours (light and dark) and font."""
-    light, dark = ("".join(f"{name}:{pair[i]};" for name, pair in PALETTE.items()) for i in (0, 1))
+    """An SVG file's text: a drawing with colours and font of its own, and a background; no CSS variables are left."""
     style = (
-        f"<style>svg{{{light}background:var(--card)}}@media (prefers-color-scheme:dark){{svg{{{dark}}}}}"
-        "text{fill:var(--muted);font:12px system-ui,sans-serif}.strong{fill:var(--ink);font-weight:600}</style>"
+        f"<style>text{{fill:{PALETTE['--muted']};font:12px system-ui,sans-serif}}"
+        f".strong{{fill:{PALETTE['--ink']};font-weight:600}}</style>"
     )
+    background = f'<rect width="{width:g}" height="{height:g}" fill="{PALETTE["--card"]}"/>'
+    content = re.sub(r"var\((--\w+)\)", lambda match: PALETTE[match[1]], content)
     size = f' xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}"'
-    return svg(width, height, label, style + content, size) + "\n"
+    return svg(width, height, label, style + background + content, size) + "\n"
 
 
 def shifted(content: str, x: float, y: float = 0.0) -> str:
