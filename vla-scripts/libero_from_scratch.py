@@ -30,7 +30,7 @@ from ppo.scratch_results import MAIN, SUPERVISED, Paths, ScratchRun, read_json, 
 from utils.gpu_sampling import sampling
 from utils.logging_utils import format_duration, get_logger
 from utils.pipeline import Stage, StageError, TimeLimit, flags
-from utils.stage_ledger import Ledger, OutOfTimeError, StageBusyError, run_stage, write_json
+from utils.stage_ledger import Ledger, OutOfTimeError, run_when_free, write_json
 
 logger = get_logger(__name__)
 
@@ -74,7 +74,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 # Seconds that must be left to begin a stage: what it took on an H100 with 16 cores and some more; a stage that goes on
 # next time (demos, ppo) needs only to get somewhere.
-ESTIMATES_S = {"demos": 60, "model": 30, "sft": 440, "eval": 290, "ppo": 90, "merge": 40, "held_out": 150}
+ESTIMATES_S = {"demos": 60, "model": 30, "sft": 440, "eval": 330, "ppo": 90, "merge": 40, "held_out": 150}
 
 PROGRAMS = {
     "demos": "vla-scripts/make_demos.py",
@@ -380,7 +380,7 @@ def check_commands(stages: Sequence[Stage], file: Path) -> None:
 
 
 def run_stages(stages: Sequence[Stage], maker: StageMaker, ledger: Ledger, limit: TimeLimit) -> None:
-    """Run what is not done. Raises OutOfTimeError, StageError or StageBusyError, see `run_stage`."""
+    """Run what is not done. Raises OutOfTimeError or StageError, see `run_when_free`."""
     for number, stage in enumerate(stages, 1):
         head = f"[{number}/{len(stages)}] {stage.title}"
         if ledger.is_done(stage):
@@ -391,7 +391,7 @@ def run_stages(stages: Sequence[Stage], maker: StageMaker, ledger: Ledger, limit
         if stage.name.startswith("ppo."):
             watched = sampling(maker.gpu, maker.paths.gpu_samples(stage.name.removeprefix("ppo.")))  # type: ignore[assignment]
         with watched:
-            run_stage(stage, ledger, maker.paths.logs, limit, maker.args.reserve_s)
+            run_when_free(stage, ledger, maker.paths.logs, limit, maker.args.reserve_s)
         logger.info("%s: done in %s", head, format_duration(ledger.seconds(stage.name)))
 
 
@@ -449,7 +449,7 @@ if __name__ == "__main__":
     except ValueError as error:
         logger.error("%s", error)
         sys.exit(2)
-    except (StageError, StageBusyError) as error:
+    except StageError as error:
         logger.error("%s", error)
         sys.exit(1)
     except KeyboardInterrupt:
