@@ -9,13 +9,13 @@ from ppo.run_results import choose_columns, curve_points, outcomes, ppo_phases, 
 from ppo.scratch_results import MAIN, SUPERVISED, ScratchRun
 from utils.logging_utils import format_duration
 from utils.plots import (
+    ENV_STEPS,
+    MINUTES,
+    Axis,
     CurvePlot,
-    CurvePoint,
     Rate,
     Series,
     bars,
-    env_steps,
-    minutes,
     percent,
     series_colour,
     shifted,
@@ -103,13 +103,13 @@ def grid_note(
 # ---------------------------------------------------------------------------------------------- plots
 
 
-def make_series(run: ScratchRun, *, by_time: bool) -> list[Series]:
+def make_series(run: ScratchRun, axis: Axis) -> list[Series]:
     """Every variant's learning curve with its greedy evaluations before and after."""
     made = []
     for i, name in enumerate(run.variants):
         points = curve_points(run.metrics(name))
-        greedy = []
-        for policy, at in ((SUPERVISED, 0.0), (name, _end(points, by_time))):
+        end, greedy = axis.value(points[-1]) if points else 0.0, []
+        for policy, at in ((SUPERVISED, 0.0), (name, end)):
             if (policy, MAIN) in run.evaluations:
                 rate = read_evaluation(policy, run.evaluations[policy, MAIN]).overall
                 greedy.append((at, rate, "var(--before)" if policy == SUPERVISED else series_colour(i)))
@@ -117,16 +117,9 @@ def make_series(run: ScratchRun, *, by_time: bool) -> list[Series]:
     return made
 
 
-def _end(points: Sequence[CurvePoint], by_time: bool) -> float:
-    if not points:
-        return 0.0
-    return minutes(points[-1]) if by_time else env_steps(points[-1])
-
-
-def curve(run: ScratchRun, width: int, height: int, *, by_time: bool = False) -> CurvePlot:
-    """The learning curves over environment steps, or over minutes of training."""
-    x, title = (minutes, "minutes of training, start-ups left out") if by_time else (env_steps, "environment steps")
-    return CurvePlot(make_series(run, by_time=by_time), width, height, x=x, x_title=title, window=WINDOW)
+def curve(run: ScratchRun, width: int, height: int, axis: Axis = ENV_STEPS) -> CurvePlot:
+    """The learning curves."""
+    return CurvePlot(make_series(run, axis), width, height, axis=axis, window=WINDOW)
 
 
 def policy_rates(run: ScratchRun) -> tuple[list[Rate], list[str]]:
@@ -238,8 +231,8 @@ def _curves(run: ScratchRun) -> str:
     keys = [("", series_colour(i), name) for i, name in enumerate(run.variants)]
     keys.append(("dot", "var(--before)", f"greedy, {SUPERVISED}"))
     parts = [
-        curve_block(legend(keys), curve(run, 800, 320, by_time=t).svg(), curve(run, 360, 270, by_time=t).svg())
-        for t in (False, True)
+        curve_block(legend(keys), curve(run, 800, 320, axis).svg(), curve(run, 360, 270, axis).svg())
+        for axis in (ENV_STEPS, MINUTES)
     ]
     note = (
         f"Lines: success of the sampled training episodes, a mean of {WINDOW} training steps, on the tasks that the "

@@ -59,19 +59,19 @@ def percent(rate: float) -> str:
     return f"{100 * rate:.1f} %"
 
 
-def env_steps(point: CurvePoint) -> float:
-    """The usual x axis."""
-    return float(point.env_steps)
+@dataclass(frozen=True)
+class Axis:
+    """What a curve's points are plotted over."""
+
+    title: str
+    value: Callable[[CurvePoint], float]
 
 
-def minutes(point: CurvePoint) -> float:
-    """Minutes of training."""
-    return point.seconds / 60
+ENV_STEPS = Axis("environment steps", lambda point: float(point.env_steps))
+MINUTES = Axis("minutes of training, start-ups left out", lambda point: point.seconds / 60)
 
 
-def smooth(
-    points: Sequence[CurvePoint], window: int, x: Callable[[CurvePoint], float] = env_steps
-) -> list[tuple[float, float]]:
+def smooth(points: Sequence[CurvePoint], window: int, axis: Axis = ENV_STEPS) -> list[tuple[float, float]]:
     """Return (x, rate) averaged over each point and the `window - 1` before it, weighted by episodes."""
     smoothed = []
     for i, point in enumerate(points):
@@ -79,7 +79,7 @@ def smooth(
         episodes = sum(p.num_episodes for p in recent)
         if episodes:
             rate = sum(p.success_rate * p.num_episodes for p in recent) / episodes
-            smoothed.append((x(point), rate))
+            smoothed.append((axis.value(point), rate))
     return smoothed
 
 
@@ -109,18 +109,18 @@ class CurvePlot:
         width, height: pixels.
         max_x: where the x axis ends; at least all points and evaluations are on it.
         warmup_x: up to here only the critic learns (shaded); 0: nowhere.
-        x: of a point. x_title: below the axis.
+        axis: the x axis.
         window: training steps that the line is a mean of.
     """
 
     def __init__(
         self, series: Sequence[Series], width: int, height: int, *, max_x: float = 1.0, warmup_x: float = 0.0,
-        x: Callable[[CurvePoint], float] = env_steps, x_title: str = "environment steps", window: int = SMOOTHING_STEPS,
+        axis: Axis = ENV_STEPS, window: int = SMOOTHING_STEPS,
     ) -> None:  # fmt: skip
-        self.series, self.width, self.height, self.point_x = series, width, height, x
-        self.warmup_x, self.x_title, self.window = warmup_x, x_title, window
+        self.series, self.width, self.height, self.axis = series, width, height, axis
+        self.warmup_x, self.window = warmup_x, window
         self.left, self.right, self.top, self.bottom = 40, width - 14, 12, height - 40
-        shown = [x(p) for s in series for p in s.points] + [at for s in series for at, _, _ in s.greedy]
+        shown = [axis.value(p) for s in series for p in s.points] + [at for s in series for at, _, _ in s.greedy]
         self.max_x = max([max_x, 1, *shown])
 
     def x(self, value: float) -> float:
@@ -141,7 +141,7 @@ class CurvePlot:
             )
             tick += step
         middle = (self.left + self.right) / 2
-        parts.append(f'<text x="{middle:.1f}" y="{self.height - 6}" text-anchor="middle">{self.x_title}</text>')
+        parts.append(f'<text x="{middle:.1f}" y="{self.height - 6}" text-anchor="middle">{self.axis.title}</text>')
         return "".join(parts)
 
     def warmup(self) -> str:
@@ -157,7 +157,7 @@ class CurvePlot:
     def dots(self, series: Series) -> str:
         """Draw each step's rate as a faint dot."""
         return "".join(
-            f'<circle cx="{self.x(self.point_x(p)):.1f}" cy="{self.y(p.success_rate):.1f}" r="2" '
+            f'<circle cx="{self.x(self.axis.value(p)):.1f}" cy="{self.y(p.success_rate):.1f}" r="2" '
             f'fill="{series.colour}" opacity=".45"><title>{p.env_steps} steps: {percent(p.success_rate)} of '
             f"{p.num_episodes} episodes</title></circle>"
             for p in series.points
@@ -166,7 +166,7 @@ class CurvePlot:
 
     def line(self, series: Series) -> str:
         """Draw the running mean."""
-        smoothed = smooth(series.points, self.window, self.point_x)
+        smoothed = smooth(series.points, self.window, self.axis)
         points = " ".join(f"{self.x(x):.1f},{self.y(rate):.1f}" for x, rate in smoothed)
         return (
             f'<polyline points="{points}" fill="none" stroke="{series.colour}" stroke-width="2">'
@@ -193,7 +193,7 @@ class CurvePlot:
 
     def svg(self) -> str:
         """Return the whole plot."""
-        return svg(self.width, self.height, f"success rate by {self.x_title}", self.content())
+        return svg(self.width, self.height, f"success rate by {self.axis.title}", self.content())
 
 
 def rate_axis(left: float, right: float, y: Callable[[float], float]) -> list[str]:
