@@ -97,8 +97,8 @@ class Args:
     run_dir: Path = Path("runs/libero_spatial_from_scratch")
     """Folder of everything; what is done in it is not repeated."""
     variants: tuple[str, ...] = ("base",)
-    """PPO runs to make from the same supervised policy, see VARIANTS. Invocations with different ones may run side by
-    side on different GPUs once the supervised policy is there."""
+    """PPO runs to make from the same supervised policy, see VARIANTS; what they name wins over --set. Invocations with
+    different ones may run side by side on different GPUs: each stage is run by one, the others wait for it."""
     time_limit_s: float | None = None
     """End after about so many seconds, with exit code 75 if anything is left to do. Default: no limit."""
     reserve_s: float = 45.0
@@ -117,7 +117,7 @@ class Args:
     num_envs: int | None = None
     """Environments of evaluations, and processes that record. Default: 32 with a GPU, else one per core."""
     estimate: tuple[str, ...] = ()
-    """Seconds that must be left to begin a stage, STAGE=SECONDS: sft=440 eval=290; see ESTIMATES_S."""
+    """Seconds that must be left to begin a stage, STAGE=SECONDS: sft=440 eval=330; see ESTIMATES_S."""
     checks: bool = False
     """Also evaluate the same policies with fast drawing and with another evaluation seed, and show that training's
     initial states are none of evaluation's."""
@@ -339,6 +339,8 @@ def validate(args: Args) -> None:
             read(texts)
         except ValueError as error:
             problems.append(str(error))
+    if not problems and changed_recipe(args.set)["ppo"].get("use_lora") is not True:
+        problems.append("--set ppo.use_lora: the run merges an adapter, PPO must have one")
     raise_problems(problems)
 
 

@@ -162,6 +162,11 @@ def test_wrong_flags_are_all_named_before_anything_is_written(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_without_an_adapter_to_merge_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="ppo.use_lora"):
+        script.validate(script.Args(run_dir=tmp_path, set=("ppo.use_lora=false",)))
+
+
 def tiny_stage(name: str, code: str, **options) -> "script.Stage":
     return script.Stage(name, name, (sys.executable, "-c", code), settings={"code": code}, **options)
 
