@@ -184,7 +184,7 @@ def checks_section(checks: Mapping[str, Any]) -> str:
     if not checks:
         return ""
     titles = {
-        "fast": "Drawn fast (without multisampling and reflections), else the same.",
+        "fast": "Drawn fast (no multisampling, no reflections, no redundant physics passes), else the same.",
         "seed": "Another evaluation seed: it moves the fixtures, which the fixed states do not hold; else the same.",
     }
     parts = [f"<p>{titles.get(k, k)}</p>{policy_table(v)}" for k, v in checks.items() if k != "held_out"]
