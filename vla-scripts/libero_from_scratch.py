@@ -439,7 +439,8 @@ def main(args: Args) -> int:
     except OutOfTimeError as error:
         logger.info("%s: give the same line again", error)
         code = EXIT_OUT_OF_TIME
-    report(maker, stages, ledger)
+    finally:  # also of what failed: its log is among what is collected
+        report(maker, stages, ledger)
     return code
 
 

@@ -264,6 +264,18 @@ def test_whole_run_in_pieces_with_ppo_interrupted(tmp_path):
     assert markers == {p: p.read_text() for p in (tmp_path / "run/stages").glob("*.json")}
 
 
+def test_what_was_done_before_a_failure_is_reported_and_collected_with_the_log(two_stages, tmp_path):
+    codes, _ = two_stages
+    codes["two"] = "print('why'); raise SystemExit(3)"
+    with pytest.raises(script.StageError, match="code 3"):
+        script.main(script.Args(run_dir=tmp_path / "run", collect=tmp_path / "out"))
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["stages"]["one"]["is_done"] and not summary["stages"]["two"]["is_done"]
+    show = ["tar", "xzOf", "records.tar.gz", "logs/two.log"]
+    log = subprocess.run(show, cwd=tmp_path / "out", capture_output=True, text=True, check=True).stdout
+    assert "why" in log
+
+
 def test_the_script_sets_up_only_without_an_interpreter_of_ones_own(tmp_path):
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "$@"\n')
