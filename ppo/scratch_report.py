@@ -9,13 +9,13 @@ from ppo.run_results import choose_columns, curve_points, outcomes, ppo_phases, 
 from ppo.scratch_results import MAIN, SUPERVISED, ScratchRun
 from utils.logging_utils import format_duration
 from utils.plots import (
+    ENV_STEPS,
+    MINUTES,
+    Axis,
     CurvePlot,
-    CurvePoint,
     Rate,
     Series,
     bars,
-    env_steps,
-    minutes,
     percent,
     series_colour,
     shifted,
@@ -103,13 +103,13 @@ def grid_note(
 # ---------------------------------------------------------------------------------------------- plots
 
 
-def make_series(run: ScratchRun, *, by_time: bool) -> list[Series]:
+def make_series(run: ScratchRun, axis: Axis) -> list[Series]:
     """Every variant's learning curve with its greedy evaluations before and after."""
     made = []
     for i, name in enumerate(run.variants):
         points = curve_points(run.metrics(name))
-        greedy = []
-        for policy, at in ((SUPERVISED, 0.0), (name, _end(points, by_time))):
+        end, greedy = axis.value(points[-1]) if points else 0.0, []
+        for policy, at in ((SUPERVISED, 0.0), (name, end)):
             if (policy, MAIN) in run.evaluations:
                 rate = read_evaluation(policy, run.evaluations[policy, MAIN]).overall
                 greedy.append((at, rate, "var(--before)" if policy == SUPERVISED else series_colour(i)))
@@ -117,16 +117,9 @@ def make_series(run: ScratchRun, *, by_time: bool) -> list[Series]:
     return made
 
 
-def _end(points: Sequence[CurvePoint], by_time: bool) -> float:
-    if not points:
-        return 0.0
-    return minutes(points[-1]) if by_time else env_steps(points[-1])
-
-
-def curve(run: ScratchRun, width: int, height: int, *, by_time: bool = False) -> CurvePlot:
-    """The learning curves over environment steps, or over minutes of training."""
-    x, title = (minutes, "minutes of training, start-ups left out") if by_time else (env_steps, "environment steps")
-    return CurvePlot(make_series(run, by_time=by_time), width, height, x=x, x_title=title, window=WINDOW)
+def curve(run: ScratchRun, width: int, height: int, axis: Axis = ENV_STEPS) -> CurvePlot:
+    """The learning curves."""
+    return CurvePlot(make_series(run, axis), width, height, axis=axis, window=WINDOW)
 
 
 def policy_rates(run: ScratchRun) -> tuple[list[Rate], list[str]]:
@@ -140,12 +133,14 @@ def policy_rates(run: ScratchRun) -> tuple[list[Rate], list[str]]:
 def figure(run: ScratchRun) -> str:
     """An SVG file's text for a README: success before and after as bars, and the learning curves."""
     rates, colours = policy_rates(run)
-    split = max(320, 60 + 90 * len(rates))
-    left = bars(rates, colours, split - 20, FIGURE_HEIGHT)
-    right = shifted(curve(run, CURVE_WIDTH, FIGURE_HEIGHT).content(), split)
+    split, top = max(320, 60 + 115 * len(rates)), 28
     episodes = rates[0].episodes if rates else 0
+    titles = {0: f"greedy success on {episodes} fixed episodes", split: "success while training (sampled actions)"}
+    parts = [f'<text x="{x + 40}" y="20" class="strong">{text}</text>' for x, text in titles.items()]
+    parts.append(shifted(bars(rates, colours, split - 20, FIGURE_HEIGHT), 0, top))
+    parts.append(shifted(curve(run, CURVE_WIDTH, FIGURE_HEIGHT).content(), split, top))
     label = f"greedy success on {episodes} fixed episodes before and after PPO, and success while training"
-    return standalone(split + CURVE_WIDTH, FIGURE_HEIGHT, label, left + right)
+    return standalone(split + CURVE_WIDTH, FIGURE_HEIGHT + top, label, "".join(parts))
 
 
 # ---------------------------------------------------------------------------------------------- page
@@ -189,7 +184,7 @@ def checks_section(checks: Mapping[str, Any]) -> str:
     if not checks:
         return ""
     titles = {
-        "fast": "Drawn fast (without multisampling and reflections), else the same.",
+        "fast": "Drawn fast (no multisampling, no reflections, no redundant physics passes), else the same.",
         "seed": "Another evaluation seed: it moves the fixtures, which the fixed states do not hold; else the same.",
     }
     parts = [f"<p>{titles.get(k, k)}</p>{policy_table(v)}" for k, v in checks.items() if k != "held_out"]
@@ -236,8 +231,8 @@ def _curves(run: ScratchRun) -> str:
     keys = [("", series_colour(i), name) for i, name in enumerate(run.variants)]
     keys.append(("dot", "var(--before)", f"greedy, {SUPERVISED}"))
     parts = [
-        curve_block(legend(keys), curve(run, 800, 320, by_time=t).svg(), curve(run, 360, 270, by_time=t).svg())
-        for t in (False, True)
+        curve_block(legend(keys), curve(run, 800, 320, axis).svg(), curve(run, 360, 270, axis).svg())
+        for axis in (ENV_STEPS, MINUTES)
     ]
     note = (
         f"Lines: success of the sampled training episodes, a mean of {WINDOW} training steps, on the tasks that the "

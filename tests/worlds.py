@@ -55,6 +55,21 @@ SUITE = TaskSuite("push_right", ("push the red block", "pick up the plate"), LEN
 MORTAL_SUITE = TaskSuite("mortal", SUITE.instructions, LENGTH, 5, Mortal)
 
 
+class Unseen(PushRight):
+    """Which action is rewarded is decided by the seed, and nothing of it shows: every image is the same."""
+
+    def reset(self, request: ResetRequest) -> np.ndarray:
+        super().reset(request)
+        self.sign = 1.0 if request.seed % 2 else -1.0
+        return self._image()
+
+    def _image(self) -> np.ndarray:
+        return np.full((self.image_size, self.image_size, 3), 77, dtype=np.uint8)
+
+
+UNSEEN_SUITE = TaskSuite("unseen", SUITE.instructions, LENGTH, 5, Unseen)
+
+
 class Counted(PushRight):
     """Adds a byte to the file PPO_VLA_TEST_STEPS with every step, so that a test sees how far a run is."""
 

@@ -113,7 +113,11 @@ def _stopping(process: subprocess.Popen[str], stop_after_s: float | None, stop_s
     except BaseException:
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(stop_signal)
-        process.wait()
+        try:
+            process.communicate(timeout=KILL_AFTER_S)  # reads on: a full pipe would keep it from ending
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
         raise
     finally:
         timer.cancel()

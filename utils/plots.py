@@ -1,19 +1,19 @@
 """Success rates as inline SVG of our own: learning curves with greedy evaluations, and bars with intervals.
 
-Colours are the report's CSS variables; `standalone` gives a drawing its own, light and dark, for use as a file.
+Colours are the report's CSS variables; `standalone` puts in their values, for use as a file.
 """
 
 import html
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 SMOOTHING_STEPS = 5
+# The report's light colours, for files of their own.
 PALETTE = {
-    "--grid": ("#e8e7e1", "#2c2c2a"), "--muted": ("#6f6e69", "#98968d"), "--card": ("#fcfcfb", "#1a1a19"),
-    "--ink": ("#0b0b0b", "#ffffff"), "--before": ("#8d8b84", "#8d8b84"), "--after": ("#2a78d6", "#3987e5"),
-    "--shade": ("#f2f2ef", "#262625"), "--c0": ("#2a78d6", "#3987e5"), "--c1": ("#eb6834", "#d95926"),
-    "--c2": ("#1baf7a", "#199e70"), "--c3": ("#eda100", "#c98500"), "--c4": ("#e87ba4", "#d55181"),
-    "--c5": ("#008300", "#008300"), "--c6": ("#4a3aa7", "#9085e9"), "--c7": ("#e34948", "#e66767"),
+    "--grid": "#e8e7e1", "--muted": "#6f6e69", "--card": "#fcfcfb", "--ink": "#0b0b0b", "--before": "#8d8b84",
+    "--after": "#2a78d6", "--shade": "#f2f2ef", "--c0": "#2a78d6", "--c1": "#eb6834", "--c2": "#1baf7a",
+    "--c3": "#eda100", "--c4": "#e87ba4", "--c5": "#008300", "--c6": "#4a3aa7", "--c7": "#e34948",
 }  # fmt: skip
 NUM_COLOURS = 8  # --c0 .. --c7; what is beyond is grey
 
@@ -59,19 +59,19 @@ def percent(rate: float) -> str:
     return f"{100 * rate:.1f} %"
 
 
-def env_steps(point: CurvePoint) -> float:
-    """The usual x axis."""
-    return float(point.env_steps)
+@dataclass(frozen=True)
+class Axis:
+    """What a curve's points are plotted over."""
+
+    title: str
+    value: Callable[[CurvePoint], float]
 
 
-def minutes(point: CurvePoint) -> float:
-    """Minutes of training."""
-    return point.seconds / 60
+ENV_STEPS = Axis("environment steps", lambda point: float(point.env_steps))
+MINUTES = Axis("minutes of training, start-ups left out", lambda point: point.seconds / 60)
 
 
-def smooth(
-    points: Sequence[CurvePoint], window: int, x: Callable[[CurvePoint], float] = env_steps
-) -> list[tuple[float, float]]:
+def smooth(points: Sequence[CurvePoint], window: int, axis: Axis = ENV_STEPS) -> list[tuple[float, float]]:
     """Return (x, rate) averaged over each point and the `window - 1` before it, weighted by episodes."""
     smoothed = []
     for i, point in enumerate(points):
@@ -79,7 +79,7 @@ def smooth(
         episodes = sum(p.num_episodes for p in recent)
         if episodes:
             rate = sum(p.success_rate * p.num_episodes for p in recent) / episodes
-            smoothed.append((x(point), rate))
+            smoothed.append((axis.value(point), rate))
     return smoothed
 
 
@@ -109,18 +109,18 @@ class CurvePlot:
         width, height: pixels.
         max_x: where the x axis ends; at least all points and evaluations are on it.
         warmup_x: up to here only the critic learns (shaded); 0: nowhere.
-        x: of a point. x_title: below the axis.
+        axis: the x axis.
         window: training steps that the line is a mean of.
     """
 
     def __init__(
         self, series: Sequence[Series], width: int, height: int, *, max_x: float = 1.0, warmup_x: float = 0.0,
-        x: Callable[[CurvePoint], float] = env_steps, x_title: str = "environment steps", window: int = SMOOTHING_STEPS,
+        axis: Axis = ENV_STEPS, window: int = SMOOTHING_STEPS,
     ) -> None:  # fmt: skip
-        self.series, self.width, self.height, self.point_x = series, width, height, x
-        self.warmup_x, self.x_title, self.window = warmup_x, x_title, window
+        self.series, self.width, self.height, self.axis = series, width, height, axis
+        self.warmup_x, self.window = warmup_x, window
         self.left, self.right, self.top, self.bottom = 40, width - 14, 12, height - 40
-        shown = [x(p) for s in series for p in s.points] + [at for s in series for at, _, _ in s.greedy]
+        shown = [axis.value(p) for s in series for p in s.points] + [at for s in series for at, _, _ in s.greedy]
         self.max_x = max([max_x, 1, *shown])
 
     def x(self, value: float) -> float:
@@ -141,7 +141,7 @@ class CurvePlot:
             )
             tick += step
         middle = (self.left + self.right) / 2
-        parts.append(f'<text x="{middle:.1f}" y="{self.height - 6}" text-anchor="middle">{self.x_title}</text>')
+        parts.append(f'<text x="{middle:.1f}" y="{self.height - 6}" text-anchor="middle">{self.axis.title}</text>')
         return "".join(parts)
 
     def warmup(self) -> str:
@@ -157,7 +157,7 @@ class CurvePlot:
     def dots(self, series: Series) -> str:
         """Draw each step's rate as a faint dot."""
         return "".join(
-            f'<circle cx="{self.x(self.point_x(p)):.1f}" cy="{self.y(p.success_rate):.1f}" r="2" '
+            f'<circle cx="{self.x(self.axis.value(p)):.1f}" cy="{self.y(p.success_rate):.1f}" r="2" '
             f'fill="{series.colour}" opacity=".45"><title>{p.env_steps} steps: {percent(p.success_rate)} of '
             f"{p.num_episodes} episodes</title></circle>"
             for p in series.points
@@ -166,7 +166,7 @@ class CurvePlot:
 
     def line(self, series: Series) -> str:
         """Draw the running mean."""
-        smoothed = smooth(series.points, self.window, self.point_x)
+        smoothed = smooth(series.points, self.window, self.axis)
         points = " ".join(f"{self.x(x):.1f},{self.y(rate):.1f}" for x, rate in smoothed)
         return (
             f'<polyline points="{points}" fill="none" stroke="{series.colour}" stroke-width="2">'
@@ -193,7 +193,7 @@ class CurvePlot:
 
     def svg(self) -> str:
         """Return the whole plot."""
-        return svg(self.width, self.height, f"success rate by {self.x_title}", self.content())
+        return svg(self.width, self.height, f"success rate by {self.axis.title}", self.content())
 
 
 def rate_axis(left: float, right: float, y: Callable[[float], float]) -> list[str]:
@@ -235,14 +235,15 @@ def bars(rates: Sequence[Rate], colours: Sequence[str], width: int, height: int)
 
 
 def standalone(width: float, height: float, label: str, content: str) -> str:
-    """An SVG file's text: a drawing with its own colours (light and dark) and font."""
-    light, dark = ("".join(f"{name}:{pair[i]};" for name, pair in PALETTE.items()) for i in (0, 1))
+    """An SVG file's text: a drawing with colours and font of its own, and a background; no CSS variables are left."""
     style = (
-        f"<style>svg{{{light}background:var(--card)}}@media (prefers-color-scheme:dark){{svg{{{dark}}}}}"
-        "text{fill:var(--muted);font:12px system-ui,sans-serif}.strong{fill:var(--ink);font-weight:600}</style>"
+        f"<style>text{{fill:{PALETTE['--muted']};font:12px system-ui,sans-serif}}"
+        f".strong{{fill:{PALETTE['--ink']};font-weight:600}}</style>"
     )
+    background = f'<rect width="{width:g}" height="{height:g}" fill="{PALETTE["--card"]}"/>'
+    content = re.sub(r"var\((--\w+)\)", lambda match: PALETTE[match[1]], content)
     size = f' xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}"'
-    return svg(width, height, label, style + content, size) + "\n"
+    return svg(width, height, label, style + background + content, size) + "\n"
 
 
 def shifted(content: str, x: float, y: float = 0.0) -> str:

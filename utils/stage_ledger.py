@@ -22,6 +22,7 @@ from utils.pipeline import SHOWN, Stage, StageError, TimeLimit, run_command
 logger = get_logger(__name__)
 
 HEARTBEAT_S = 5.0
+POLL_S = 1.0
 
 
 class StageBusyError(RuntimeError):
@@ -147,9 +148,7 @@ class Ledger:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
-                raise StageBusyError(
-                    f"stage {name} is being run by another invocation: begin with other variants when it is done"
-                ) from None
+                raise StageBusyError(f"stage {name} is being run by another invocation") from None
             yield
 
     @staticmethod
@@ -179,6 +178,9 @@ def run_stage(stage: Stage, ledger: Ledger, log_dir: Path, limit: TimeLimit, res
     with ledger.lock(stage.name):
         if ledger.is_done(stage):  # another invocation was quicker
             return
+        if ledger.is_kept(stage) and stage.is_complete():  # the last piece was cut off before its marker
+            ledger.finish(stage)
+            return
         needs_s = stage.needs_s + (reserve_s if stage.stop_signal is not None else 0.0)
         if limit.left_s < needs_s:
             left = f"{limit.left_s:.0f} s are left of {limit.limit_s:.0f}"
@@ -191,6 +193,21 @@ def run_stage(stage: Stage, ledger: Ledger, log_dir: Path, limit: TimeLimit, res
         if not done:
             raise OutOfTimeError(f"{stage.title} was stopped and goes on next time")
         ledger.finish(stage)
+
+
+def run_when_free(stage: Stage, ledger: Ledger, log_dir: Path, limit: TimeLimit, reserve_s: float) -> None:
+    """`run_stage`, after another invocation that is at this stage. Raises OutOfTimeError if that takes too long."""
+    has_told = False
+    while True:
+        try:
+            return run_stage(stage, ledger, log_dir, limit, reserve_s)
+        except StageBusyError as error:
+            if not has_told:
+                logger.info("%s: waiting for it", error)
+            has_told = True
+            if limit.left_s <= reserve_s:
+                raise OutOfTimeError(str(error)) from None
+            time.sleep(POLL_S)
 
 
 def _run_piece(stage: Stage, piece: Piece, log_dir: Path, limit: TimeLimit, reserve_s: float) -> bool:

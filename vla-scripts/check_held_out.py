@@ -3,7 +3,7 @@
     python vla-scripts/check_held_out.py --task_suite_name libero_spatial --data_root_dir data --output held_out.json
 
 Layouts: those that the recorded demonstrations began from, and those that PPO draws (the seeds of its first episodes,
-in every task). No image is made, a CPU suffices: about 0.1 s a layout. Exits with status 1 if a layout equals a state.
+in every task). No image is made, a CPU suffices: about 0.05 s a layout. Exits with status 1 if a layout equals a state.
 """
 
 import json
@@ -35,7 +35,7 @@ class Args:
     """Tasks to check. Default: all."""
     data_root_dir: Path | None = None
     """Where the demonstrations <suite>_no_noops lie; default: only PPO's layouts are checked."""
-    num_layouts: int = 32
+    num_layouts: int = 64
     """PPO's layouts per task, and at most this many of the demonstrations' per task; >= 1."""
     num_envs: int = 32
     """Environments of the PPO run (--local_rollout_batch_size), which its seeds depend on; >= 1."""

@@ -10,8 +10,8 @@ ran out, give the same line again; 2 flags that cannot work; 1 a stage failed; 1
 """
 
 import contextlib
+import importlib.util
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -31,7 +31,7 @@ from ppo.scratch_results import MAIN, SUPERVISED, Paths, ScratchRun, read_json, 
 from utils.gpu_sampling import sampling
 from utils.logging_utils import format_duration, get_logger
 from utils.pipeline import Stage, StageError, TimeLimit, flags
-from utils.stage_ledger import Ledger, OutOfTimeError, StageBusyError, run_stage, write_json
+from utils.stage_ledger import Ledger, OutOfTimeError, run_when_free, write_json
 
 logger = get_logger(__name__)
 
@@ -76,7 +76,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 # Seconds that must be left to begin a stage: what it took on an H100 with 16 cores and some more; a stage that goes on
 # next time (demos, ppo) needs only to get somewhere.
-ESTIMATES_S = {"demos": 60, "model": 30, "sft": 440, "eval": 290, "ppo": 90, "merge": 40, "held_out": 150}
+ESTIMATES_S = {"demos": 60, "model": 30, "sft": 440, "eval": 330, "ppo": 90, "merge": 40, "held_out": 150}
 
 PROGRAMS = {
     "demos": "vla-scripts/make_demos.py",
@@ -99,8 +99,8 @@ class Args:
     run_dir: Path = Path("runs/libero_spatial_from_scratch")
     """Folder of everything; what is done in it is not repeated."""
     variants: tuple[str, ...] = ("base",)
-    """PPO runs to make from the same supervised policy, see VARIANTS. Invocations with different ones may run side by
-    side on different GPUs once the supervised policy is there."""
+    """PPO runs to make from the same supervised policy, see VARIANTS; what they name wins over --set. Invocations with
+    different ones may run side by side on different GPUs: each stage is run by one, the others wait for it."""
     time_limit_s: float | None = None
     """End after about so many seconds, with exit code 75 if anything is left to do. Default: no limit."""
     reserve_s: float = 45.0
@@ -119,7 +119,7 @@ class Args:
     num_envs: int | None = None
     """Environments of evaluations, and processes that record. Default: 32 with a GPU, else one per core."""
     estimate: tuple[str, ...] = ()
-    """Seconds that must be left to begin a stage, STAGE=SECONDS: sft=440 eval=290; see ESTIMATES_S."""
+    """Seconds that must be left to begin a stage, STAGE=SECONDS: sft=440 eval=330; see ESTIMATES_S."""
     checks: bool = False
     """Also evaluate the same policies with fast drawing and with another evaluation seed, and show that training's
     initial states are none of evaluation's."""
@@ -334,11 +334,17 @@ def validate(args: Args) -> None:
             problems.append(f"--{name} {value} must be positive")
     if args.reserve_s < 0:
         problems.append(f"--reserve_s {args.reserve_s} must not be negative")
+    if args.sft_dir is not None:
+        from utils.checkpoint_utils import check_model_dir  # imports torch: seconds that --help need not take
+
+        problems += check_model_dir(args.sft_dir)
     for read, texts in ((changed_recipe, args.set), (read_estimates, args.estimate)):
         try:
             read(texts)
         except ValueError as error:
             problems.append(str(error))
+    if not problems and changed_recipe(args.set)["ppo"].get("use_lora") is not True:
+        problems.append("--set ppo.use_lora: the run merges an adapter, PPO must have one")
     raise_problems(problems)
 
 
@@ -346,6 +352,17 @@ def raise_problems(problems: Sequence[str]) -> None:
     """Raise ValueError with all of them, if there are any."""
     if problems:
         raise ValueError("cannot start:\n" + "\n".join(f"- {problem}" for problem in problems))
+
+
+def load_program(file: Path) -> Any:
+    """A program as a module, without running it."""
+    name = f"program_{file.stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 def check_commands(stages: Sequence[Stage], file: Path) -> None:
@@ -358,12 +375,11 @@ def check_commands(stages: Sequence[Stage], file: Path) -> None:
     for stage in stages:
         if checked.get(stage.name) == list(stage.command):
             continue
-        program = Path(stage.command[1])
-        module = runpy.run_path(str(program), run_name="not_main")
-        config = (tyro.conf.FlagConversionOff,) if program.name == "make_tiny_vla.py" else ()
-        arguments = tyro.cli(module["Args"], args=stage.command[2:], config=config, use_underscores=True)
+        program = load_program(Path(stage.command[1]))
+        config = (tyro.conf.FlagConversionOff,) if stage.name == "model" else ()
+        arguments = tyro.cli(program.Args, args=stage.command[2:], config=config, use_underscores=True)
         if stage.name.startswith("ppo."):
-            module["validate"](arguments)
+            program.validate(arguments)
         checked[stage.name] = list(stage.command)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, checked)
@@ -443,7 +459,8 @@ def main(args: Args) -> int:
     except OutOfTimeError as error:
         logger.info("%s: give the same line again", error)
         code = EXIT_OUT_OF_TIME
-    report(maker, stages, ledger)
+    finally:  # also of what failed: its log is among what is collected
+        report(maker, stages, ledger)
     return code
 
 
@@ -455,7 +472,7 @@ if __name__ == "__main__":
     except ValueError as error:
         logger.error("%s", error)
         sys.exit(2)
-    except (StageError, StageBusyError) as error:
+    except StageError as error:
         logger.error("%s", error)
         sys.exit(1)
     except KeyboardInterrupt:

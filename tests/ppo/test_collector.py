@@ -14,7 +14,9 @@ import torch
 from ppo.collector import Collector
 from ppo.envs.base import ResetRequest
 from ppo.envs.vector import VectorEnv
-from tests.worlds import PushRight
+from prismatic.extern.hf.modeling_prismatic import load_model
+from prismatic.extern.hf.processing_prismatic import load_processor
+from tests.worlds import UNSEEN_SUITE, PushRight
 
 SIZE, T, B = 8, 7, 5
 PROMPTS = [[1, 2], [1, 3, 4]]
@@ -92,6 +94,37 @@ def test_two_rollouts_hold_what_serial_environments_do_and_each_episode_its_task
     first, second = collected[0][0], collected[1][0]
     np.testing.assert_array_equal(first.last_images_BHWC.numpy(), second.images_TBHWC[0].numpy())
     np.testing.assert_array_equal(first.last_task_id_B.numpy(), second.task_id_TB[0].numpy())
+
+
+def test_the_policy_is_given_image_and_instruction_and_nothing_of_the_simulators_state(tiny_model_dir):
+    model, processor = load_model(tiny_model_dir), load_processor(tiny_model_dir)
+    prompts = [processor.prompt_ids(text) for text in UNSEEN_SUITE.instructions]
+
+    @torch.inference_mode()
+    def act(prompt_ids, images):
+        ids, mask = processor.collate_prompts(prompt_ids)
+        pixels = processor.image_processor.normalize(torch.from_numpy(images), torch.float32)
+        logits = model(input_ids=ids, attention_mask=mask, pixel_values=pixels).logits[:, -1].numpy()
+        distributions.append((prompt_ids, logits))
+        tokens = np.zeros((len(images), 7), dtype=np.int64)
+        tokens[:, 0] = np.arange(len(images)) % 2
+        return SimpleNamespace(token_ids=tokens, logprobs=np.zeros((len(images), 7), np.float32))
+
+    def play(seed):
+        with VectorEnv("tests.worlds:UNSEEN_SUITE", 4, num_processes=1, image_size=28) as vector:
+            collector = Collector(vector, prompts, act, decode, num_groups=2, seed=(seed, 0))
+            return collector.collect(T, itertools.cycle([0, 1]))[0]
+
+    seen, rewards = [], []
+    for seed in (1, 2):
+        distributions: list = []
+        rewards.append(play(seed).reward_TB.numpy())
+        seen.append(distributions)
+    assert (rewards[0] != rewards[1]).any(), "the hidden states do not differ"
+    assert len(seen[0]) == len(seen[1]) == 2 * T
+    for (prompts_one, logits_one), (prompts_two, logits_two) in zip(*seen, strict=True):
+        assert prompts_one == prompts_two
+        np.testing.assert_array_equal(logits_one, logits_two)
 
 
 def test_a_dropped_episode_is_invalid_from_its_start_and_reported_nowhere():

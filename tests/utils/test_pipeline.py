@@ -45,6 +45,21 @@ def test_a_command_that_does_not_stop_is_killed(tmp_path, monkeypatch):
     assert time.monotonic() - started < 30
 
 
+def test_an_interruption_lets_the_command_save_however_much_it_says(tmp_path):
+    code = (
+        "import signal, sys, time\n"
+        "def save(*_):\n    print('x' * 300_000)\n    open(sys.argv[1], 'w').write('saved')\n    sys.exit()\n"
+        "signal.signal(signal.SIGTERM, save)\nprint('begun', flush=True); time.sleep(60)"
+    )
+
+    def interrupt(line):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_command((*python(code), str(tmp_path / "file")), tmp_path / "log", interrupt)
+    assert (tmp_path / "file").read_text() == "saved"
+
+
 def test_a_command_that_ends_before_the_limit_is_judged_by_its_code(tmp_path):
     assert run_command(python("print(1)"), tmp_path / "log", lambda line: None, stop_after_s=60.0)
     with pytest.raises(StageError, match="code 3"):
