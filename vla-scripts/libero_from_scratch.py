@@ -31,7 +31,7 @@ from ppo.scratch_results import MAIN, SUPERVISED, Paths, ScratchRun, read_json, 
 from utils.gpu_sampling import sampling
 from utils.logging_utils import format_duration, get_logger
 from utils.pipeline import Stage, StageError, TimeLimit, flags
-from utils.stage_ledger import Ledger, OutOfTimeError, run_when_free, write_json
+from utils.stage_ledger import Ledger, OutOfTimeError, StageBusyError, run_stage, write_json
 
 logger = get_logger(__name__)
 
