@@ -30,7 +30,7 @@ tests() {
 # Some runs at a time: each takes little of a GPU. One log a row.
 faults() {
     "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --collect-only tests/test_faults_gpu.py | grep :: >"$WORK/rows"
-    xargs -d '\n' -P "${LANES:-4}" -I ROW timeout 280 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider ROW <"$WORK/rows"
+    xargs -d '\n' -P "${LANES:-4}" -I ROW timeout 280 "$PYTHON" -m pytest -q -rA -m gpu -p no:cacheprovider ROW <"$WORK/rows"
 }
 
 # Without CUDA graphs: what it measures does not depend on them, and the engine starts sooner.

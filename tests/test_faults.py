@@ -66,7 +66,7 @@ FAULTS = {
 
 
 def fault_args(model_dir: Path, folder: Path, name: str, **changes) -> driver.Args:
-    return run_args(model_dir, folder, name, max_restarts=2, hang_timeout_s=25.0, **changes)
+    return run_args(model_dir, folder, name, **({"max_restarts": 2, "hang_timeout_s": 25.0} | changes))
 
 
 class Supervised:

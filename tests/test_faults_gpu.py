@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.test_driver import metrics_by_step, run_driver
-from tests.test_faults import FAULTS, Fault, fault_args, run_through
+from tests.test_faults import FAULTS, fault_args, run_through
 from tests.test_resume_run import stop_in_update
 from utils.logging_utils import read_metrics
 
@@ -26,7 +26,8 @@ GOES_ON = "going on from the last checkpoint"
 CASES = {
     "separate": ("an engine, during a rollout", "an engine, during an update", "a trainer, during an update",
                  "the driver, during an update", "an engine that hangs", "a trainer that hangs"),
-    "colocated": ("an engine, during a rollout", "a trainer, during an update", "the driver, during a rollout"),
+    "colocated": ("an engine, during a rollout", "an engine, during an update", "a trainer, during an update",
+                  "the driver, during a rollout"),
 }  # fmt: skip
 
 
@@ -35,7 +36,7 @@ def gpu_args(layout: str, model_dir: Path, folder: Path, **changes):
     values = {
         "device": "cuda", "actor_num_gpus_per_node": "[1]", "local_mini_batch_size": 16,
         "per_device_train_batch_size": 8, "vllm_enforce_eager": True, "deterministic": False, "hang_timeout_s": 60.0,
-        "num_epochs": 30, "learning_rate": 1e-3, "gpu_memory_utilization": 0.05,
+        "num_epochs": 10, "learning_rate": 1e-3, "gpu_memory_utilization": 0.05,
         "engine_args": json.dumps({"kv_cache_memory_bytes": 256 << 20}),  # several runs may share a GPU
     }  # fmt: skip
     return fault_args(model_dir, folder, "run", **(values | LAYOUTS[layout] | changes))
@@ -58,8 +59,11 @@ def assert_engines_agree(exp_dir: Path) -> None:
 )
 def test_a_run_survives(layout: str, name: str, tiny_model_dir: Path, tmp_path: Path) -> None:
     fault = FAULTS[name]
-    if layout == "colocated" and fault.process == "ray::RolloutWorker":  # a sleeping engine takes the trainer with it
-        fault = Fault(fault.process, fault.at_env_steps, GOES_ON, action=fault.action)
+    if (layout, name) == (
+        "colocated",
+        "an engine, during an update",
+    ):  # which sleeps
+        fault = dataclasses.replace(fault, says=GOES_ON)
     run_through([fault], gpu_args(layout, tiny_model_dir, tmp_path), tmp_path)
     assert_engines_agree(tmp_path / "run")
 
