@@ -115,16 +115,23 @@ def curve_points(metrics: Metrics) -> tuple[CurvePoint, ...]:
 
 
 def ppo_phases(metrics: Metrics, stage_s: float, rest: str = "start-up and saving") -> dict[str, float]:
-    """Split `stage_s` seconds of PPO by the driver's time/ metrics; what remains is called `rest`."""
+    """Split `stage_s` seconds of PPO by the driver's time/ metrics; what remains is called `rest`.
+
+    With `--async_depth 1` the engine and the environments work beside the updates: only waiting for them is time spent.
+    """
 
     def total(name: str) -> float:
         return sum(line.get(f"time/{name}", 0.0) for line in metrics)
 
-    collecting = total("collect_s") - total("generate_s") - total("wait_env_s")
+    working, collecting = total("generate_s") + total("wait_env_s"), total("collect_s")
     phases = {
         "engine generating": total("generate_s"),
         "waiting for environments": total("wait_env_s"),
-        "collecting, the rest": max(0.0, collecting),
+        "collecting, the rest": max(0.0, collecting - working),
+    }
+    if working > collecting:
+        phases = {"waiting for rollouts, beside the updates": collecting}
+    phases |= {
         "updates": total("update_s"),
         "weight sync": total("sync_s"),
         "greedy evaluation": total("eval_s"),

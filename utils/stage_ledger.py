@@ -22,7 +22,6 @@ from utils.pipeline import SHOWN, Stage, StageError, TimeLimit, run_command
 logger = get_logger(__name__)
 
 HEARTBEAT_S = 5.0
-POLL_S = 1.0
 
 
 class StageBusyError(RuntimeError):
@@ -151,6 +150,14 @@ class Ledger:
                 raise StageBusyError(f"stage {name} is being run by another invocation") from None
             yield
 
+    def is_busy(self, name: str) -> bool:
+        """Whether another invocation is at a stage."""
+        try:
+            with self.lock(name):
+                return False
+        except StageBusyError:
+            return True
+
     @staticmethod
     def _read(file: Path) -> dict[str, Any] | None:
         return json.loads(file.read_text()) if file.exists() else None
@@ -193,21 +200,6 @@ def run_stage(stage: Stage, ledger: Ledger, log_dir: Path, limit: TimeLimit, res
         if not done:
             raise OutOfTimeError(f"{stage.title} was stopped and goes on next time")
         ledger.finish(stage)
-
-
-def run_when_free(stage: Stage, ledger: Ledger, log_dir: Path, limit: TimeLimit, reserve_s: float) -> None:
-    """`run_stage`, after another invocation that is at this stage. Raises OutOfTimeError if that takes too long."""
-    has_told = False
-    while True:
-        try:
-            return run_stage(stage, ledger, log_dir, limit, reserve_s)
-        except StageBusyError as error:
-            if not has_told:
-                logger.info("%s: waiting for it", error)
-            has_told = True
-            if limit.left_s <= reserve_s:
-                raise OutOfTimeError(str(error)) from None
-            time.sleep(POLL_S)
 
 
 def _run_piece(stage: Stage, piece: Piece, log_dir: Path, limit: TimeLimit, reserve_s: float) -> bool:

@@ -100,7 +100,7 @@ class Args:
     """Folder of everything; what is done in it is not repeated."""
     variants: tuple[str, ...] = ("base",)
     """PPO runs to make from the same supervised policy, see VARIANTS; what they name wins over --set. Invocations with
-    different ones may run side by side on different GPUs: each stage is run by one, the others wait for it."""
+    different ones may run side by side on different GPUs: each stage is run by one of them."""
     time_limit_s: float | None = None
     """End after about so many seconds, with exit code 75 if anything is left to do. Default: no limit."""
     reserve_s: float = 45.0
@@ -391,7 +391,8 @@ def run_stages(stages: Sequence[Stage], maker: StageMaker, ledger: Ledger, limit
     names = {stage.name for stage in stages}
     while waiting:
         for number, stage in waiting.items():
-            if all(ledger.marker(name) for name in stage.after if name in names):
+            is_ready = all(ledger.marker(name) for name in stage.after if name in names)
+            if is_ready and not ledger.is_busy(stage.name):
                 head = f"[{number}/{len(stages)}] {stage.title}"
                 with contextlib.suppress(StageBusyError):
                     run_or_skip(stage, head, maker, ledger, limit)

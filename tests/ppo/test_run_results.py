@@ -8,6 +8,7 @@ from ppo.run_results import (
     difference_interval,
     merge_results,
     piece_spans,
+    ppo_phases,
     summarize_policy,
     summarize_ppo,
 )
@@ -110,6 +111,13 @@ def test_start_ups_of_all_pieces_are_told_from_training():
     assert sum(split.values()) == pytest.approx(35.0)
     assert split["engine generating"] == 10.0 and split["updates"] == 7.5
     assert split["saving and stopping"] == pytest.approx(35 - 16 - 7.5)
+
+
+def test_what_is_collected_beside_the_updates_is_not_counted_twice():
+    line = {"time/collect_s": 1.0, "time/generate_s": 5.0, "time/wait_env_s": 2.0, "time/update_s": 8.0}
+    phases = ppo_phases([line, line], 20.0, "rest")
+    assert sum(phases.values()) == 20.0 and "engine generating" not in phases
+    assert phases["waiting for rollouts, beside the updates"] == 2.0 and phases["updates"] == 16.0
 
 
 def test_a_run_that_has_not_begun_has_no_rates():

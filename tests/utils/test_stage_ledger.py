@@ -3,14 +3,13 @@ import json
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from utils.pipeline import Stage, StageError, TimeLimit
-from utils.stage_ledger import Ledger, OutOfTimeError, StageBusyError, run_stage, run_when_free
+from utils.stage_ledger import Ledger, OutOfTimeError, StageBusyError, run_stage
 
 # Counts to 3 in a file, one number a call, or until it is stopped; prints training steps as the driver does.
 COUNTING = """
@@ -125,32 +124,12 @@ def test_two_invocations_do_not_run_the_same_stage(ledger):
         assert other.stdout.readline() == "held\n"
         with pytest.raises(StageBusyError, match="stage one is being run by another"):
             run(stage(), ledger)
+        assert ledger.is_busy("one") and not ledger.is_busy("two")
     finally:
         other.kill()
         other.wait()
+    assert not ledger.is_busy("one")
     run(stage(), ledger)  # the lock goes with its process
-
-
-def test_an_invocation_waits_for_a_stage_that_another_is_at(ledger, monkeypatch):
-    monkeypatch.setattr("utils.stage_ledger.POLL_S", 0.05)
-    logs = ledger.folder.parent / "logs"
-    with ledger.lock("one"), pytest.raises(OutOfTimeError, match="another invocation"):
-        run_when_free(stage(), ledger, logs, TimeLimit(0.3), 0.0)
-    free = threading.Event()
-
-    def hold():
-        with ledger.lock("one"):
-            held.set()
-            free.wait(30)
-
-    held = threading.Event()
-    other = threading.Thread(target=hold)
-    other.start()
-    held.wait(30)
-    threading.Timer(0.3, free.set).start()
-    run_when_free(stage(), ledger, logs, TimeLimit(30.0), 0.0)
-    other.join()
-    assert ledger.marker("one")
 
 
 def test_a_piece_that_was_cut_off_before_its_marker_is_not_repeated(ledger, tmp_path):

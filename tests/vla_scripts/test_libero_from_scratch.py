@@ -38,9 +38,9 @@ def values(stage, flag: str) -> list[str]:
 def test_stages_come_in_order_and_hand_folders_on(tmp_path):
     stages = stages_of(tmp_path, variants=("base", "seed1"))
     assert list(stages) == [
-        "demos", "model", "sft", "eval.supervised.main.0", "eval.supervised.main.1",
-        "ppo.base", "merge.base", "eval.base.main.0", "eval.base.main.1",
-        "ppo.seed1", "merge.seed1", "eval.seed1.main.0", "eval.seed1.main.1",
+        "demos", "model", "sft", "ppo.base", "merge.base", "ppo.seed1", "merge.seed1",
+        "eval.supervised.main.0", "eval.supervised.main.1", "eval.base.main.0", "eval.base.main.1",
+        "eval.seed1.main.0", "eval.seed1.main.1",
     ]  # fmt: skip
     sft = value(stages["sft"], "--output_dir")
     assert value(stages["sft"], "--data_root_dir") == value(stages["demos"], "--output_dir")
@@ -111,7 +111,7 @@ def test_changes_of_the_recipe_reach_their_stage_as_flags(tmp_path):
 
 def test_a_policy_made_earlier_takes_the_place_of_the_first_stages(tmp_path):
     stages = stages_of(tmp_path, sft_dir=tmp_path / "sft", checks=True)
-    assert next(iter(stages)) == "eval.supervised.main.0"
+    assert next(iter(stages)) == "ppo.base"
     assert value(stages["ppo.base"], "--vla_path") == str(tmp_path / "sft")
     assert stages["ppo.base"].settings["sft_dir"] == str(tmp_path / "sft")
     assert "--data_root_dir" not in stages["held_out"].command
@@ -124,7 +124,7 @@ def test_checks_evaluate_every_policy_otherwise(tmp_path):
         seed = stages[f"eval.{policy}.seed.1"]
         assert value(seed, "--seed") == "8" and "seed" not in stages[f"eval.{policy}.main.1"].settings
         assert "--video_episodes" not in seed.command
-    assert value(stages["held_out"], "--num_envs") == "32"
+    assert value(stages["held_out"], "--num_envs") == value(stages["ppo.base"], "--local_rollout_batch_size")
 
 
 def test_a_gpu_is_given_to_children_and_to_the_renderer(tmp_path):
@@ -138,7 +138,7 @@ def test_a_gpu_is_given_to_children_and_to_the_renderer(tmp_path):
 
 
 def test_a_ppo_run_is_complete_when_its_last_step_is_published(tmp_path):
-    stage = stages_of(tmp_path, set=("ppo.total_episodes=4096",))["ppo.base"]
+    stage = stages_of(tmp_path, set=("ppo.total_episodes=4096", "ppo.local_rollout_batch_size=32"))["ppo.base"]
     folder = tmp_path / "ppo/base"
     folder.mkdir(parents=True)
     assert not stage.is_complete()
@@ -204,7 +204,8 @@ TINY = {
     "llm_mlp_dim=128",
     "sft": "max_steps=20 warmup_steps=2 per_device_train_batch_size=16 log_freq=10",
     "ppo": "total_episodes=2880 local_rollout_batch_size=2 num_steps=12 max_env_length=5 local_mini_batch_size=12 "
-    "per_device_train_batch_size=12 lora_rank=4 value_init_steps=1 gpu_memory_utilization=0.5 num_steps_wait=2",
+    "per_device_train_batch_size=12 lora_rank=4 value_init_steps=1 gpu_memory_utilization=0.5 num_steps_wait=2 "
+    "num_env_processes=2",
     "eval": "num_trials_per_task=2 max_env_length=8",
 }  # fmt: skip
 
@@ -229,10 +230,10 @@ def run_piece(tmp_path, limit_s: float, *argv: str) -> int:
 @pytest.mark.libero
 @pytest.mark.timeout(3600)
 def test_whole_run_in_pieces_with_ppo_interrupted(tmp_path):
-    """About ten minutes on two cores: 240 s before PPO, then PPO in two or more pieces."""
+    """A quarter of an hour on two idle cores: PPO in two or more pieces, eight evaluations."""
     assert run_piece(tmp_path, 2000.0, "--estimate", "ppo=3000") == script.EXIT_OUT_OF_TIME  # everything before PPO
     ledger = script.Ledger(tmp_path / "run/stages")
-    assert ledger.marker("eval.supervised.main.1") and not ledger.pieces("ppo.base")
+    assert ledger.marker("sft") and not ledger.pieces("ppo.base")
     limits_s = iter([100.0, 200.0, 400.0, 800.0, 1600.0])  # longer each time: a slow machine must get somewhere too
     while (code := run_piece(tmp_path, next(limits_s))) == script.EXIT_OUT_OF_TIME:
         pass
@@ -262,6 +263,17 @@ def test_whole_run_in_pieces_with_ppo_interrupted(tmp_path):
     markers = {p: p.read_text() for p in (tmp_path / "run/stages").glob("*.json")}
     assert run_piece(tmp_path, 1000.0, "--checks") == 0  # nothing is left to do
     assert markers == {p: p.read_text() for p in (tmp_path / "run/stages").glob("*.json")}
+
+
+def test_a_stage_that_another_invocation_is_at_comes_later(two_stages, tmp_path, caplog):
+    args = script.Args(run_dir=tmp_path / "run", time_limit_s=1.0)
+    for name in ("stages", "logs"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    ledger = script.Ledger(tmp_path / "run/stages")
+    with ledger.lock("one"):
+        assert script.main(args) == script.EXIT_OUT_OF_TIME  # it waited for the other as long as it could
+        assert ledger.marker("two") and not ledger.marker("one") and not ledger.pieces("one")
+    assert script.main(args) == 0 and ledger.marker("one")
 
 
 def test_what_was_done_before_a_failure_is_reported_and_collected_with_the_log(two_stages, tmp_path):
