@@ -168,14 +168,15 @@ def ppo_table(ppo: Mapping[str, Mapping[str, Any]]) -> str:
     """All PPO runs: what they took."""
     rows = []
     for name, run in ppo.items():
-        gpu = run.get("gpu")
+        gpu = run.get("gpu", {})
         changes = ", ".join(f"{k}={v}" for k, v in run["changes"].items()) or "the recipe"
         rows.append([
             f"{name}: {changes}", f"{run['env_steps']:,}", format_duration(run["training_s"]),
             f"{format_duration(run['startup_s'])} in {run['num_pieces']}", f"{run.get('env_steps_per_s', 0):.0f}",
-            f"{gpu['mean_utilization_percent']:.0f} %, {gpu['peak_memory_gib']:.0f} GiB" if gpu else "not sampled",
+            "; ".join(f"{g['mean_utilization_percent']:.0f} %, {g['peak_memory_gib']:.0f} GiB" for g in gpu.values())
+            or "not sampled",
         ])  # fmt: skip
-    head = ("PPO run", "env steps", "training", "start-ups", "env steps/s", "GPU: mean, peak")
+    head = ("PPO run", "env steps", "training", "start-ups", "env steps/s", "each GPU: mean, peak")
     return table(rows, head)
 
 

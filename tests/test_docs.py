@@ -123,7 +123,7 @@ def run_script(script: str, argv: list[str], checkout: Path) -> list[list[str]]:
 
 LAUNCHES = {
     "scripts/quickstart.sh": ["--seed", "3"],
-    "scripts/libero_spatial_from_scratch.sh": ["--variants", "base", "seed1", "--time_limit_s", "580", "--gpu", "1"],
+    "scripts/libero_spatial_from_scratch.sh": ["--variants", "base", "seed1", "--time_limit_s", "580", "--gpus", "1"],
     "scripts/train_tabletop_cpu.sh": ["--vla_path", "runs/quickstart/sft", "--seed", "1"],
     "scripts/train_libero.sh": ["object", "0,1", "0"],
     "scripts/train_libero_spatial.sh": ["0,1,2,3", "0 1 2"],

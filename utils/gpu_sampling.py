@@ -1,4 +1,4 @@
-"""A GPU's utilisation and memory, sampled once a second by nvidia-smi beside a run; nothing on machines without it."""
+"""GPUs' utilisation and memory, sampled once a second by nvidia-smi beside a run; nothing on machines without it."""
 
 import contextlib
 import datetime
@@ -11,25 +11,26 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class GpuSample:
-    """One line: seconds since 1970, utilisation in percent, memory in MiB."""
+    """One line: the GPU's number, seconds since 1970, utilisation in percent, memory in MiB."""
 
+    gpu: int
     time_s: float
     utilization: float
     memory_mib: float
 
 
 @contextlib.contextmanager
-def sampling(gpu: int | None, file: Path) -> Iterator[None]:
-    """Append a sample of GPU number `gpu` (nvidia-smi's) to `file` every second while the block runs."""
+def sampling(gpus: Sequence[int], file: Path) -> Iterator[None]:
+    """Append a sample of each of `gpus` (nvidia-smi's numbers) to `file` every second while the block runs."""
     program = shutil.which("nvidia-smi")
-    if gpu is None or program is None:
+    if not gpus or program is None:
         yield
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    query = "--query-gpu=timestamp,utilization.gpu,memory.used"
+    query = "--query-gpu=index,timestamp,utilization.gpu,memory.used"
     with file.open("a") as output:
         process = subprocess.Popen(
-            [program, f"--id={gpu}", query, "--format=csv,noheader,nounits", "-l", "1"],
+            [program, f"--id={','.join(map(str, gpus))}", query, "--format=csv,noheader,nounits", "-l", "1"],
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         try:
@@ -44,19 +45,23 @@ def read_samples(file: Path) -> list[GpuSample]:
     samples = []
     for line in file.read_text().splitlines() if file.exists() else []:
         with contextlib.suppress(ValueError):
-            when, utilization, memory = line.split(",")
+            gpu, when, utilization, memory = line.split(",")
             moment = datetime.datetime.strptime(when.strip(), "%Y/%m/%d %H:%M:%S.%f")
-            samples.append(GpuSample(moment.timestamp(), float(utilization), float(memory)))
+            samples.append(GpuSample(int(gpu), moment.timestamp(), float(utilization), float(memory)))
     return samples
 
 
-def summarize_samples(samples: Sequence[GpuSample], spans: Sequence[tuple[float, float]]) -> dict[str, float] | None:
-    """Mean utilisation (percent) and largest memory (GiB) within the spans of time; None without a sample there."""
+def summarize_samples(
+    samples: Sequence[GpuSample], spans: Sequence[tuple[float, float]]
+) -> dict[str, dict[str, float]] | None:
+    """By GPU number: mean utilisation (percent) and largest memory (GiB) in the spans of time; None without samples."""
     within = [s for s in samples if any(start <= s.time_s <= end for start, end in spans)]
-    if not within:
-        return None
-    return {
-        "mean_utilization_percent": round(sum(s.utilization for s in within) / len(within), 1),
-        "peak_memory_gib": round(max(s.memory_mib for s in within) / 1024, 2),
-        "num_samples": len(within),
-    }
+    summary: dict[str, dict[str, float]] = {}
+    for gpu in sorted({s.gpu for s in within}):
+        mine = [s for s in within if s.gpu == gpu]
+        summary[str(gpu)] = {
+            "mean_utilization_percent": round(sum(s.utilization for s in mine) / len(mine), 1),
+            "peak_memory_gib": round(max(s.memory_mib for s in mine) / 1024, 2),
+            "num_samples": len(mine),
+        }
+    return summary or None

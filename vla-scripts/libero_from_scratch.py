@@ -1,7 +1,7 @@
 """LIBERO from files of this repository alone: demonstrations, a random model, fine-tuning, PPO, evaluations, report.
 
     bash scripts/libero_spatial_from_scratch.sh --run_dir runs/libero_spatial --time_limit_s 580
-    bash scripts/libero_spatial_from_scratch.sh --variants base seed1 no_curriculum --gpu 1 --set ppo.learning_rate=3e-4
+    bash scripts/libero_spatial_from_scratch.sh --variants base seed1 --gpus 1 --set ppo.learning_rate=3e-4
 
 does the set-up and calls this. Every stage is a command that works by itself; its output goes to RUN_DIR/logs, its
 marker (command line, seconds over all pieces) to RUN_DIR/stages. The same line goes on after an interruption: what is
@@ -50,16 +50,23 @@ RECIPE: dict[str, dict[str, Any]] = {
         "warmup_steps": 300, "weight_decay": 0.05, "save_dtype": "bfloat16", "save_freq": 0, "log_freq": 200, "seed": 0,
     },
     "ppo": {
-        "center_crop": True, "colocate": True, "gpu_memory_utilization": 0.15, "use_lora": True, "lora_rank": 32,
-        "total_episodes": 327_680, "local_rollout_batch_size": 64, "num_env_processes": 32, "num_steps": 64,
-        "max_env_length": 180, "async_depth": 1,
-        "num_epochs": 2, "local_mini_batch_size": 1024, "per_device_train_batch_size": 512,
-        "learning_rate": 5e-4, "policy_lr_scheduler_type": "linear", "policy_lr_warmup_steps": 3,
+        "center_crop": True, "use_lora": True, "lora_rank": 32,
+        "total_episodes": 1_048_576, "local_rollout_batch_size": 128, "num_steps": 64, "max_env_length": 140,
+        "num_epochs": 2, "local_mini_batch_size": 2048, "per_device_train_batch_size": 512,
+        "learning_rate": 1e-3, "policy_lr_scheduler_type": "linear", "policy_lr_warmup_steps": 3,
         "value_learning_rate": 1e-3, "value_init_steps": 3, "cliprange_high": 0.28, "gamma": 0.99,
         "max_approx_kl": 0.1, "save_freq": 20, "keep_last": 1, "seed": 0,
     },
     "eval": {"num_trials_per_task": 50, "center_crop": True, "render_quality": "eval"},
 }  # fmt: skip
+
+# PPO's placement by the number of GPUs. An engine and a trainer that work on one GPU at the same time take turns there,
+# and the engine's calls last twice as long; of two the simulators draw on the trainer's.
+LAYOUTS: dict[int, dict[str, Any]] = {
+    0: {},
+    1: {"colocate": True, "vllm_enable_sleep": False, "gpu_memory_utilization": 0.1},
+    2: {"async_depth": 1, "gpu_memory_utilization": 0.5},
+}
 
 # PPO runs from the same supervised policy: what differs from the recipe's `ppo`.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -105,8 +112,9 @@ class Args:
     """End after about so many seconds, with exit code 75 if anything is left to do. Default: no limit."""
     reserve_s: float = 45.0
     """Seconds before the limit at which recording and PPO are asked to save and end."""
-    gpu: int | None = None
-    """GPU for everything (nvidia-smi's number). Default: 0 where there is one, unless MUJOCO_GL=osmesa."""
+    gpus: tuple[int, ...] = ()
+    """GPUs (nvidia-smi's numbers): one for everything; or two, of which the engine has the second to itself, and PPO
+    collects during the updates. Default: 0 where there is one, unless MUJOCO_GL=osmesa."""
     sft_dir: Path | None = None
     """Supervised policy to start from, made earlier: demonstrations, model and fine-tuning are left out."""
     task_ids: tuple[int, ...] = ()
@@ -117,7 +125,7 @@ class Args:
     eval_parts: int = 2
     """Pieces that an evaluation is made in, a share of the tasks each: one that is interrupted is repeated."""
     num_envs: int | None = None
-    """Environments of evaluations, and processes that record. Default: 32 with a GPU, else one per core."""
+    """Environments of evaluations, and processes that record. Default: two per core with a GPU, else one."""
     estimate: tuple[str, ...] = ()
     """Seconds that must be left to begin a stage, STAGE=SECONDS: sft=440 eval=330; see ESTIMATES_S."""
     checks: bool = False
@@ -175,14 +183,12 @@ def variant_flags(recipe: Mapping[str, Mapping[str, Any]], variant: str) -> dict
     return {**recipe["ppo"], **VARIANTS[variant]}
 
 
-def choose_gpu(args: Args) -> int | None:
-    """The GPU that everything uses; None: the CPU does it all."""
-    if args.gpu is not None:
-        return args.gpu
-    if os.environ.get("MUJOCO_GL", "egl") == "osmesa" or shutil.which("nvidia-smi") is None:
-        return None
+def choose_gpus(args: Args) -> tuple[int, ...]:
+    """The GPUs to use; none: the CPU does it all."""
+    if args.gpus or os.environ.get("MUJOCO_GL", "egl") == "osmesa" or shutil.which("nvidia-smi") is None:
+        return args.gpus
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
-    return 0 if listed.startswith("GPU") else None
+    return (0,) if listed.startswith("GPU") else ()
 
 
 # ---------------------------------------------------------------------------------------------- stages
@@ -194,10 +200,10 @@ class StageMaker:
     def __init__(self, args: Args) -> None:
         self.args, self.paths = args, Paths(args.run_dir, args.sft_dir)
         self.recipe, self.estimates = changed_recipe(args.set), read_estimates(args.estimate)
-        self.gpu = choose_gpu(args)
-        cores = os.cpu_count() or 1
-        self.num_envs = args.num_envs or (32 if self.gpu is not None else cores)
-        self.drawing = {"env_gpu_id": self.gpu}
+        self.gpus = choose_gpus(args)
+        self.cores = len(os.sched_getaffinity(0))
+        self.num_envs = args.num_envs or (2 * self.cores if self.gpus else self.cores)
+        self.drawing = {"env_gpu_id": self.gpus[0] if self.gpus else None}
         self.tasks = {"task_ids": args.task_ids or None}
         # What is made from a policy that came from elsewhere is not mixed with what is made from another.
         self.origin = {"sft_dir": str(args.sft_dir.resolve())} if args.sft_dir is not None else {}
@@ -207,9 +213,10 @@ class StageMaker:
     ) -> Stage:
         """`settings` decide the result, `machine` (paths, numbers of processes) does not."""
         environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
-        environment["OMP_NUM_THREADS"] = str(max(1, min(8, (os.cpu_count() or 1) // 2))) if kind == "sft" else "1"
-        if self.gpu is not None:
-            environment |= {"CUDA_VISIBLE_DEVICES": str(self.gpu), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        environment["OMP_NUM_THREADS"] = str(max(1, min(8, self.cores // 2))) if kind == "sft" else "1"
+        if self.gpus:
+            visible = self.gpus if kind == "ppo" else self.gpus[-1:]
+            environment |= {"CUDA_VISIBLE_DEVICES": ",".join(map(str, visible)), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
         return Stage(
             name,
             title,
@@ -224,7 +231,7 @@ class StageMaker:
         """Demonstrations, model, supervised fine-tuning; nothing with --sft_dir."""
         if self.args.sft_dir is not None:
             return []
-        paths, cores = self.paths, os.cpu_count() or 1
+        paths = self.paths
         return [
             self._stage(
                 "demos", "demos", "demonstrations", {"task_suite_name": SUITE, **self.recipe["demos"], **self.tasks},
@@ -237,14 +244,16 @@ class StageMaker:
             self._stage(
                 "sft", "sft", "supervised fine-tuning", {"dataset_name": f"{SUITE}_no_noops", **self.recipe["sft"]},
                 {"vla_path": paths.model, "data_root_dir": paths.data, "output_dir": paths.sft, "overwrite": True,
-                 "data_num_threads": max(1, min(12, cores - 4)), "cache_gib": 16}, after=("demos", "model"),
+                 "data_num_threads": max(1, min(12, self.cores - 4)), "cache_gib": 16}, after=("demos", "model"),
             ),
         ]  # fmt: skip
 
     def variant(self, name: str) -> list[Stage]:
         """A PPO run and its merged model."""
-        paths, values = self.paths, variant_flags(self.recipe, name)
+        paths, values = self.paths, {**LAYOUTS[len(self.gpus)], **variant_flags(self.recipe, name)}
         exp_dir, base = paths.ppo(name), {"vla_path": paths.sft}
+        # A process steps several environments in turn, which share simulators: more would only take memory.
+        processes = {"num_env_processes": min(self.cores, int(values["local_rollout_batch_size"]))}
         num_steps = int(values["total_episodes"]) // (
             int(values["num_steps"]) * int(values["local_rollout_batch_size"])
         )
@@ -256,7 +265,7 @@ class StageMaker:
         return [
             self._stage(
                 "ppo", f"ppo.{name}", f"PPO {name}", {"task_suite_name": SUITE, **values, **self.tasks},
-                {**base, "run_root_dir": exp_dir.parent, "exp_id": name, "resume": "auto", **self.drawing},
+                {**base, **processes, "run_root_dir": exp_dir.parent, "exp_id": name, "resume": "auto", **self.drawing},
                 stop_signal=signal.SIGTERM, after=("sft",), scrap=exp_dir, is_complete=is_complete,
             ),
             self._stage(
@@ -332,6 +341,8 @@ def validate(args: Args) -> None:
     }.items():
         if value is not None and value <= 0:
             problems.append(f"--{name} {value} must be positive")
+    if len(args.gpus) not in LAYOUTS or len(set(args.gpus)) != len(args.gpus) or min(args.gpus, default=0) < 0:
+        problems.append(f"--gpus {args.gpus}: give one or two numbers of nvidia-smi")
     if args.reserve_s < 0:
         problems.append(f"--reserve_s {args.reserve_s} must not be negative")
     if args.sft_dir is not None:
@@ -412,7 +423,7 @@ def run_or_skip(stage: Stage, head: str, maker: StageMaker, ledger: Ledger, limi
     logger.info("%s%s", head, ": going on" if ledger.is_kept(stage) else "")
     watched = contextlib.nullcontext()
     if stage.name.startswith("ppo."):
-        watched = sampling(maker.gpu, maker.paths.gpu_samples(stage.name.removeprefix("ppo.")))  # type: ignore[assignment]
+        watched = sampling(maker.gpus, maker.paths.gpu_samples(stage.name.removeprefix("ppo.")))  # type: ignore[assignment]
     with watched:
         run_stage(stage, ledger, maker.paths.logs, limit, maker.args.reserve_s)
     logger.info("%s: done in %s", head, format_duration(ledger.seconds(stage.name)))

@@ -43,7 +43,8 @@ class LiberoEnv:
         images: without: images are black and nothing is drawn (experts, tests).
         max_simulators: simulators kept, 110 MB each; the one unused longest goes first. Environments of a process with
             the same options share theirs, each further one adds `libero_pool.SIMULATORS_OF_ANOTHER`.
-        max_canvases: tasks that are ready to be drawn, for each environment, 300 MB each (on the GPU with EGL).
+        max_canvases: tasks that are ready to be drawn, 300 MB each (on the GPU with EGL); each further environment of a
+            process adds one.
 
     Raises:
         ValueError: numbers that cannot work.

@@ -55,7 +55,7 @@ class SimulatorPool:
             is_exact: see `Simulator`.
             drawing: arguments of `Drawing`; None: nothing is drawn.
             max_simulators: kept for the first environment; see SIMULATORS_OF_ANOTHER.
-            max_canvases: tasks ready to be drawn, for each environment.
+            max_canvases: tasks ready to be drawn for the first environment, each further one adds one.
         """
         key = (suite, is_exact, drawing, max_simulators, max_canvases)
         pool = cls._shared.get(key) or cls(key)
@@ -139,7 +139,7 @@ class SimulatorPool:
         assert self._drawing is not None
         canvas = self._canvases.pop(simulator.task_id, None)
         if canvas is None:
-            while len(self._canvases) >= self._max_canvases * self._num_members:
+            while len(self._canvases) >= self._max_canvases + self._num_members - 1:
                 self._free_canvas()
             canvas = Canvas(self._drawing, simulator.model)
         self._canvases[simulator.task_id] = canvas

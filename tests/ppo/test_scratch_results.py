@@ -66,9 +66,10 @@ def run(tmp_path) -> ScratchRun:
         (folder / "adapter_model.safetensors").write_bytes(b"weights")
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs/ppo.base.gpu.csv").write_text(
-        "2026/11/25 12:00:05.000, 1, 1024\n"  # while starting up
-        "2026/11/25 12:00:25.000, 40, 20480\n2026/11/25 12:00:26.500, 60, 30720\n2026/11/25 12:02:05.000, 80, 10240\n"
-        "2026/11/25 12:00:27.000, [N/A], 3\n2026/11/25 12:00"  # not available; cut
+        "0, 2026/11/25 12:00:05.000, 1, 1024\n"  # while starting up
+        "0, 2026/11/25 12:00:25.000, 40, 20480\n0, 2026/11/25 12:00:26.500, 60, 30720\n"
+        "0, 2026/11/25 12:02:05.000, 80, 10240\n"
+        "0, 2026/11/25 12:00:27.000, [N/A], 3\n2026/11/25 12:00"  # not available; cut
     )
     (tmp_path / "held_out.json").write_text(
         json.dumps({"num_layouts": 640, "smallest_distance_mm": 4.2, "num_equal": 0, "num_demonstrations": 600})
@@ -94,7 +95,7 @@ def test_summary_has_hand_worked_numbers(run):
     assert [t["successes"] for t in base["per_task"]] == [1, 2]
     ppo = summary["ppo"]["base"]
     assert (ppo["wall_s"], ppo["startup_s"], ppo["training_s"], ppo["num_pieces"]) == (85.0, 50.0, 35.0, 2)
-    assert ppo["gpu"] == {"mean_utilization_percent": 60.0, "peak_memory_gib": 30.0, "num_samples": 3}
+    assert ppo["gpu"] == {"0": {"mean_utilization_percent": 60.0, "peak_memory_gib": 30.0, "num_samples": 3}}
     assert ppo["is_done"] and ppo["changes"] == {} and "gpu" not in summary["ppo"]["seed1"]
     assert summary["ppo"]["seed1"]["changes"] == {"seed": 1} and not summary["ppo"]["seed1"]["is_done"]
     assert list(summary["checks"]["fast"]) == ["supervised"]  # base's is not whole

@@ -6,7 +6,7 @@ from utils.gpu_sampling import GpuSample, read_samples, sampling, summarize_samp
 
 FAKE = """#!/bin/sh
 echo "$@" >{asked}
-while :; do echo "2026/11/25 12:00:00.250, 35, 2048"; sleep 0.05; done
+while :; do echo "3, 2026/11/25 12:00:00.250, 35, 2048"; sleep 0.05; done
 """
 
 
@@ -25,30 +25,31 @@ def test_samples_are_taken_while_the_block_runs_and_added_to_those_of_earlier_pi
     file = tmp_path / "logs/gpu.csv"
     counts = []
     for _ in range(2):
-        with sampling(3, file):
+        with sampling([3, 5], file):
             time.sleep(0.5)
         counts.append(len(read_samples(file)))
     assert 0 < counts[0] < counts[1]
     time.sleep(0.3)
     assert len(read_samples(file)) == counts[1], "it goes on sampling"
-    assert "--id=3" in nvidia_smi.read_text() and "-l 1" in nvidia_smi.read_text()
+    assert "--id=3,5" in nvidia_smi.read_text() and "-l 1" in nvidia_smi.read_text()
     sample = read_samples(file)[0]
-    assert (sample.utilization, sample.memory_mib) == (35.0, 2048.0)
+    assert (sample.gpu, sample.utilization, sample.memory_mib) == (3, 35.0, 2048.0)
     assert time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(sample.time_s)) == "2026-11-25 12:00:00"
 
 
 def test_nothing_is_sampled_without_a_gpu_or_nvidia_smi(nvidia_smi, tmp_path, monkeypatch):
-    with sampling(None, tmp_path / "gpu.csv"):
+    with sampling([], tmp_path / "gpu.csv"):
         pass
     monkeypatch.setenv("PATH", str(tmp_path))
-    with sampling(0, tmp_path / "gpu.csv"):
+    with sampling([0], tmp_path / "gpu.csv"):
         pass
     assert not (tmp_path / "gpu.csv").exists() and read_samples(tmp_path / "gpu.csv") == []
 
 
 def test_only_samples_within_the_spans_count():
-    samples = [GpuSample(t, 10.0 * t, 1024.0 * t) for t in range(1, 6)]
+    samples = [GpuSample(0, t, 10.0 * t, 1024.0 * t) for t in range(1, 6)] + [GpuSample(1, 5.0, 7.0, 512.0)]
     assert summarize_samples(samples, [(1.5, 2.5), (4.0, 9.0)]) == {
-        "mean_utilization_percent": 36.7, "peak_memory_gib": 5.0, "num_samples": 3
+        "0": {"mean_utilization_percent": 36.7, "peak_memory_gib": 5.0, "num_samples": 3},
+        "1": {"mean_utilization_percent": 7.0, "peak_memory_gib": 0.5, "num_samples": 1},
     }  # fmt: skip
     assert summarize_samples(samples, [(7.0, 9.0)]) is None and summarize_samples([], [(0.0, 9.0)]) is None

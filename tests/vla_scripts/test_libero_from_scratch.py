@@ -128,13 +128,23 @@ def test_checks_evaluate_every_policy_otherwise(tmp_path):
 
 
 def test_a_gpu_is_given_to_children_and_to_the_renderer(tmp_path):
-    stages = stages_of(tmp_path, gpu=2)
+    stages = stages_of(tmp_path, gpus=(2,))
     for name in ("demos", "eval.base.main.0", "ppo.base"):
         assert value(stages[name], "--env_gpu_id") == "2"  # EGL does not know CUDA_VISIBLE_DEVICES
     assert all(stage.environment["CUDA_VISIBLE_DEVICES"] == "2" for stage in stages.values())
-    assert value(stages["demos"], "--num_processes") == "32"
-    assert stages["ppo.base"].settings == stages_of(tmp_path)["ppo.base"].settings  # another GPU may go on
+    assert "--colocate" in stages["ppo.base"].command
+    assert stages["ppo.base"].settings == stages_of(tmp_path, gpus=(0,))["ppo.base"].settings  # another may go on
     assert "CUDA_VISIBLE_DEVICES" not in stages_of(tmp_path)["ppo.base"].environment
+
+
+def test_of_two_gpus_the_engine_has_the_second_to_itself(tmp_path):
+    stages = stages_of(tmp_path, gpus=(1, 3))
+    ppo = stages["ppo.base"]
+    assert ppo.environment["CUDA_VISIBLE_DEVICES"] == "1,3" and "--colocate" not in ppo.command
+    assert value(ppo, "--async_depth") == "1" == value(ppo, "--env_gpu_id")
+    evaluation = stages["eval.base.main.0"]
+    assert evaluation.environment["CUDA_VISIBLE_DEVICES"] == "3" and value(evaluation, "--env_gpu_id") == "1"
+    assert ppo.settings != stages_of(tmp_path, gpus=(1,))["ppo.base"].settings, "a step behind is another run"
 
 
 def test_a_ppo_run_is_complete_when_its_last_step_is_published(tmp_path):
@@ -293,7 +303,7 @@ def test_the_script_sets_up_only_without_an_interpreter_of_ones_own(tmp_path):
     python.write_text('#!/bin/sh\necho "$@"\n')
     python.chmod(0o755)
     done = subprocess.run(
-        ["bash", "scripts/libero_spatial_from_scratch.sh", "--gpu", "1"],
+        ["bash", "scripts/libero_spatial_from_scratch.sh", "--gpus", "1"],
         cwd=ROOT, env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert done.stdout == "vla-scripts/libero_from_scratch.py --gpu 1\n"
+    assert done.stdout == "vla-scripts/libero_from_scratch.py --gpus 1\n"
