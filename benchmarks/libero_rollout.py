@@ -1,8 +1,8 @@
 """What limits a rollout on LIBERO: the simulators alone, the engine alone, and both together as PPO collects.
 
     python benchmarks/libero_rollout.py --env_gpu_id 0 --num_processes 16 32 --qualities none fast eval
-    python benchmarks/libero_rollout.py --vla_path SFT --env_gpu_id 0                             with the engine on that GPU
-    CUDA_VISIBLE_DEVICES=1 python benchmarks/libero_rollout.py --vla_path SFT --env_gpu_id 0      and on another one
+    python benchmarks/libero_rollout.py --vla_path SFT --env_gpu_id 0       with the engine on that GPU
+    CUDA_VISIBLE_DEVICES=1 python benchmarks/libero_rollout.py --vla_path SFT --env_gpu_id 0       and on another one
 
 The simulators alone are given random actions at once, so they are never waited for; they step as in training (quick
 physics, episodes of random tasks with their resets, two groups that take turns). The engine alone acts on the images of
