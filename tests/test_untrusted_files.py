@@ -168,7 +168,13 @@ def test_an_index_stays_in_its_folder(model_dir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"name": "../../elsewhere"}, {"fileFormat": "array_record"}, {"splits": [{"name": "../train"}]}]
+    "changes",
+    [
+        {"name": "../../elsewhere"},
+        {"fileFormat": "array_record"},
+        {"splits": [{"name": "../train"}]},
+        {"splits": [{"name": "train", "shardLengths": ["2"], "filepathTemplate": [[]]}]},
+    ],
 )
 def test_a_dataset_stays_in_its_folder(tmp_path, changes):
     folder = rlds(tmp_path)

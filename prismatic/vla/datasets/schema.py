@@ -150,7 +150,8 @@ def read_shard_lengths(dataset_dir: str | Path) -> dict[str, int]:
         raise ValueError(f"{file} is not a tfds dataset_info file ({error!r}): damaged or half-written") from error
     if not all(isinstance(name, str) and _NAME.fullmatch(name) for name in names):
         raise ValueError(f"{file}: the names {names} may only have letters, digits, - and _: they become file names")
-    if {*templates} - {*FILE_TEMPLATES} or fields.get("fileFormat", "tfrecord") != "tfrecord":
+    known_templates = tuple(FILE_TEMPLATES)  # of a tuple anything may be asked, of a dict only what can be hashed
+    if any(t not in known_templates for t in templates) or fields.get("fileFormat", "tfrecord") != "tfrecord":
         known, found = " or ".join(FILE_TEMPLATES), sorted(map(str, templates))
         raise ValueError(f"{file}: only tfrecord files named {known} are read, not {found}")
     if SPLIT not in splits:
