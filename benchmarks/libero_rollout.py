@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import psutil
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +33,7 @@ from ppo.envs.vector import VectorEnv  # noqa: E402
 
 Quality = Literal["none", "fast", "eval"]
 NUM_ACTION_TOKENS = 7
+ALL_CORES = os.sched_getaffinity(0)
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Args:
     """GPU that draws (EGL's number). Default: what MUJOCO_GL says, else osmesa."""
     gpu_memory_utilization: float = 0.1
     """The engine's share of its GPU."""
+    num_reserved_cores: int = 0
+    """So many of the cores are for this process, the engine's, alone; two threads of a core are two."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,7 @@ class EnginePolicy:
 
 def collecting(args: Args, policy: Any, prompts: list[list[int]], processes: int, quality: Quality) -> list[float]:
     """Env steps/s, and of a step of all groups the ms in the policy and waiting for simulators."""
+    os.sched_setaffinity(0, ALL_CORES)  # what the simulators' processes begin with
     suite = get_suite(args.task_suite_name)
     options: dict[str, Any] = {"env_gpu_id": args.env_gpu_id} if quality != "none" else {"images": False}
     if quality != "none":
@@ -133,6 +138,7 @@ def collecting(args: Args, policy: Any, prompts: list[list[int]], processes: int
         args.task_suite_name, args.num_envs, num_processes=processes, image_size=args.image_size, max_steps=140,
         startup_timeout_s=300, step_timeout_s=300, env_kwargs=suite.training_options(options),
     ) as vector:  # fmt: skip
+        keep_apart(args.num_reserved_cores)
         collector = Collector(vector, prompts, policy.generate, policy.decode, num_groups=args.num_groups, seed=(0,))
         tasks = cycle(range(suite.num_tasks))
         collector.collect(args.num_warmup, tasks)
@@ -141,6 +147,16 @@ def collecting(args: Args, policy: Any, prompts: list[list[int]], processes: int
         seconds = time.perf_counter() - started
     parts = [1000 * s / args.num_steps for s in (collector.generate_s, collector.wait_env_s)]
     return [args.num_envs * args.num_steps / seconds, *parts]
+
+
+def keep_apart(num_reserved: int) -> None:
+    """Put this process on the first `num_reserved` cores and its children on the others."""
+    cores = sorted(os.sched_getaffinity(0))
+    if not num_reserved:
+        return
+    for child in psutil.Process().children(recursive=True):
+        child.cpu_affinity(cores[num_reserved:])
+    os.sched_setaffinity(0, cores[:num_reserved])
 
 
 def acting(args: Args, policy: EnginePolicy, prompts: list[list[int]]) -> float:
