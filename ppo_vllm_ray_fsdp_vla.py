@@ -148,11 +148,10 @@ class Args:
     """Fixed initial states per task in evaluations by this driver (--eval_freq, --eval_final). Default: all."""
     max_env_length: int | None = None
     """Time limit of an episode in steps. Default: the suite's own."""
-    env_gpu_id: int | None = None
-    """GPU that draws the simulators (EGL's number). Default: what MUJOCO_GL says, else osmesa on the CPU."""
+    env_gpu_id: tuple[int, ...] = ()
+    """GPUs (EGL's numbers) whose turns it is to draw the simulators. Default: what MUJOCO_GL says, else osmesa."""
     render_quality: Literal["fast", "eval"] | None = None
-    """LIBERO: eval is its own drawing, the default where a GPU draws; fast, without multisampling and reflections,
-    with osmesa."""
+    """LIBERO: eval, its own drawing, is the default where a GPU draws; fast lacks multisampling and reflections."""
     center_crop: bool = False
     """Show the policy the central 0.9 of the image's area: for policies fine-tuned with random resized crops."""
     num_env_processes: int | None = None
@@ -575,6 +574,7 @@ class RolloutWorker:
             step_timeout_s=args.env_timeout_s,
             center_crop=args.center_crop,
             env_kwargs=self.suite.training_options(options),
+            first_gpu=self.index,
         )
         prompts = [self.processor.prompt_ids(text) for text in self.suite.instructions]
         return Collector(

@@ -29,7 +29,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from ppo.arguments import world_flags
+from ppo.arguments import gpu_problems, world_flags
 from ppo.envs.base import TaskSuite, get_suite, split_options
 from ppo.evaluation import EVALUATION_SEED, evaluation_requests, run_episodes, summarize_run
 from utils.logging_utils import get_logger
@@ -64,8 +64,8 @@ class Args:
     """Time limit in environment steps; default: the suite's."""
     num_steps_wait: int | None = None
     """Settling steps after each reset, not counted in the limit; default: the suite's (LIBERO: 10)."""
-    env_gpu_id: int | None = None
-    """GPU that draws the simulators (EGL's number); default: what MUJOCO_GL says, else osmesa on the CPU."""
+    env_gpu_id: tuple[int, ...] = ()
+    """GPUs (EGL's numbers) whose turns it is to draw the simulators; default: what MUJOCO_GL says, else osmesa."""
     render_quality: Literal["eval", "fast"] | None = None
     """LIBERO: eval (the default) is its own drawing, fast leaves out multisampling and reflections."""
     num_envs: int | None = None
@@ -166,9 +166,9 @@ def _range_problems(args: Args) -> list[str]:
     positive += ["max_videos_per_task", "vllm_tensor_parallel_size"]
     values = {name: getattr(args, name) for name in positive}
     problems = [f"--{n} {v} must be positive" for n, v in values.items() if v is not None and v <= 0]
-    for name in ("num_steps_wait", "env_gpu_id"):
-        if (getattr(args, name) or 0) < 0:
-            problems.append(f"--{name} {getattr(args, name)} must be 0 or more")
+    if (args.num_steps_wait or 0) < 0:
+        problems.append(f"--num_steps_wait {args.num_steps_wait} must be 0 or more")
+    problems += gpu_problems(args.env_gpu_id)
     if args.seed < 0:
         problems.append(f"--seed {args.seed} must be 0 or more")
     if args.temperature != 0 and not 0.01 <= args.temperature <= 2:

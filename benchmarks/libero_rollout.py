@@ -178,7 +178,8 @@ def main(args: Args) -> None:
     suite = get_suite(args.task_suite_name)
     prompts = [[0]] * suite.num_tasks
     table = Table(
-        title=f"{args.num_envs} environments in {args.num_groups} groups, {len(os.sched_getaffinity(0))} cores"
+        title=f"{args.num_envs} environments in {args.num_groups} groups, {len(ALL_CORES)} cores, "
+        f"{args.num_reserved_cores} for the engine alone"
     )
     for column in ("what", "processes", "drawing", "env steps/s", "ratio", "policy ms", "waiting ms"):
         table.add_column(column, justify="left" if column == "what" else "right")

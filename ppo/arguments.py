@@ -49,7 +49,7 @@ def range_problems(args: Any) -> list[str]:
     positive += " importance_weight_cap lora_alpha hang_timeout_s"
     not_negative = "save_freq eval_freq value_init_steps policy_lr_warmup_steps max_grad_norm cliprange_value vf_coef"
     not_negative += " entropy_coef beta best_min_delta best_patience curriculum_min_prob num_steps_wait cliprange_high"
-    not_negative += " env_gpu_id seed per_device_train_batch_size keep_last max_restarts"
+    not_negative += " seed per_device_train_batch_size keep_last max_restarts"
     unit, unit_not_zero = "gamma lam activation_memory_budget", "curriculum_ema_alpha gpu_memory_utilization"
     unit_not_one = "lora_dropout"
     problems = []
@@ -65,6 +65,7 @@ def range_problems(args: Any) -> list[str]:
             if value is not None and not (abs(value) <= LARGEST_NUMBER and holds(value)):
                 limit = "" if abs(value) <= LARGEST_NUMBER else f" and at most {LARGEST_NUMBER:g}"
                 problems.append(f"--{name} {value} must be {rule}{limit}")
+    problems += gpu_problems(args.env_gpu_id)
     if not 0.01 <= args.temperature <= 2:
         problems.append(f"--temperature {args.temperature} must be in [0.01, 2], vLLM's limits")
     if args.cliprange >= 1:
@@ -123,11 +124,17 @@ def nearest_divisors(number: int, wanted: int) -> list[int]:
     return [d for d in divisors if d < wanted][-1:] + [d for d in divisors if d > wanted][:1]
 
 
+def gpu_problems(env_gpu_id: Sequence[int]) -> list[str]:
+    """Numbers that no GPU has."""
+    wrong = [i for i in env_gpu_id if not 0 <= i <= LARGEST_NUMBER]
+    return [f"--env_gpu_id {' '.join(map(str, wrong))} must be numbers of GPUs, from 0 on"] if wrong else []
+
+
 def world_flags(args: Any) -> dict[str, Any]:
     """The flags that go to the environments."""
     return {
         "num_steps_wait": args.num_steps_wait,
-        "env_gpu_id": args.env_gpu_id,
+        "env_gpu_id": tuple(args.env_gpu_id) or None,
         "render_quality": args.render_quality,
     }
 

@@ -62,11 +62,14 @@ RECIPE: dict[str, dict[str, Any]] = {
 
 # PPO's placement by the number of GPUs. An engine and a trainer that work on one GPU at the same time take turns there,
 # and the engine's calls last twice as long; of two the simulators draw on the trainer's.
-LAYOUTS: dict[int, dict[str, Any]] = {
+TURNS: dict[str, Any] = {"colocate": True, "vllm_enable_sleep": False, "gpu_memory_utilization": 0.1}
+LAYOUTS: dict[int | str, dict[str, Any]] = {
     0: {},
-    1: {"colocate": True, "vllm_enable_sleep": False, "gpu_memory_utilization": 0.1},
+    1: TURNS,
     2: {"async_depth": 1, "gpu_memory_utilization": 0.5},
+    "colocated": {**TURNS, "actor_num_gpus_per_node": "[2]", "vllm_num_engines": 2},
 }
+DIVIDED = ("local_rollout_batch_size", "local_mini_batch_size")  # among engines and trainers
 
 # PPO runs from the same supervised policy: what differs from the recipe's `ppo`.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -115,6 +118,8 @@ class Args:
     gpus: tuple[int, ...] = ()
     """GPUs (nvidia-smi's numbers): one for everything; or two, of which the engine has the second to itself, and PPO
     collects during the updates. Default: 0 where there is one, unless MUJOCO_GL=osmesa."""
+    colocate: bool = False
+    """With two GPUs: a trainer and an engine on each, in turns, instead of one each; both draw."""
     sft_dir: Path | None = None
     """Supervised policy to start from, made earlier: demonstrations, model and fine-tuning are left out."""
     task_ids: tuple[int, ...] = ()
@@ -204,6 +209,7 @@ class StageMaker:
         self.cores = len(os.sched_getaffinity(0))
         self.num_envs = args.num_envs or (2 * self.cores if self.gpus else self.cores)
         self.drawing = {"env_gpu_id": self.gpus[0] if self.gpus else None}
+        self.layout: int | str = "colocated" if args.colocate else len(self.gpus)
         self.tasks = {"task_ids": args.task_ids or None}
         # What is made from a policy that came from elsewhere is not mixed with what is made from another.
         self.origin = {"sft_dir": str(args.sft_dir.resolve())} if args.sft_dir is not None else {}
@@ -250,13 +256,14 @@ class StageMaker:
 
     def variant(self, name: str) -> list[Stage]:
         """A PPO run and its merged model."""
-        paths, values = self.paths, {**LAYOUTS[len(self.gpus)], **variant_flags(self.recipe, name)}
+        paths, values = self.paths, {**LAYOUTS[self.layout], **variant_flags(self.recipe, name)}
         exp_dir, base = paths.ppo(name), {"vla_path": paths.sft}
+        num_envs, num_engines = int(values["local_rollout_batch_size"]), values.get("vllm_num_engines", 1)
+        values |= {flag: int(values[flag]) // num_engines for flag in DIVIDED}
         # A process steps several environments in turn, which share simulators: more would only take memory.
-        processes = {"num_env_processes": min(self.cores, int(values["local_rollout_batch_size"]))}
-        num_steps = int(values["total_episodes"]) // (
-            int(values["num_steps"]) * int(values["local_rollout_batch_size"])
-        )
+        machine = {"num_env_processes": max(1, min(self.cores, num_envs) // num_engines)}
+        machine["env_gpu_id"] = (self.gpus if self.layout == "colocated" else self.gpus[:1]) or None
+        num_steps = int(values["total_episodes"]) // (int(values["num_steps"]) * num_envs)
 
         def is_complete() -> bool:
             metadata, adapter = exp_dir / "metadata.json", exp_dir / "adapter_model.safetensors"
@@ -265,7 +272,7 @@ class StageMaker:
         return [
             self._stage(
                 "ppo", f"ppo.{name}", f"PPO {name}", {"task_suite_name": SUITE, **values, **self.tasks},
-                {**base, **processes, "run_root_dir": exp_dir.parent, "exp_id": name, "resume": "auto", **self.drawing},
+                {**base, **machine, "run_root_dir": exp_dir.parent, "exp_id": name, "resume": "auto"},
                 stop_signal=signal.SIGTERM, after=("sft",), scrap=exp_dir, is_complete=is_complete,
             ),
             self._stage(
@@ -343,6 +350,8 @@ def validate(args: Args) -> None:
             problems.append(f"--{name} {value} must be positive")
     if len(args.gpus) not in LAYOUTS or len(set(args.gpus)) != len(args.gpus) or min(args.gpus, default=0) < 0:
         problems.append(f"--gpus {args.gpus}: give one or two numbers of nvidia-smi")
+    if args.colocate and len(args.gpus) != 2:
+        problems.append("--colocate is for two GPUs: give --gpus 0 1")
     if args.reserve_s < 0:
         problems.append(f"--reserve_s {args.reserve_s} must not be negative")
     if args.sft_dir is not None:

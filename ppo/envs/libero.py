@@ -247,8 +247,11 @@ def training_options(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"exact_physics": False, **drawing, **given}
 
 
-def _find_problems(env_gpu_id: int | None = None, images: bool = True, **_options: object) -> list[str]:
-    return libero_install.find_problems(env_gpu_id) if images else []
+def _find_problems(
+    env_gpu_id: tuple[int, ...] | int | None = None, images: bool = True, **_options: object
+) -> list[str]:
+    first = env_gpu_id[0] if isinstance(env_gpu_id, tuple) else env_gpu_id
+    return libero_install.find_problems(first) if images else []
 
 
 @functools.cache

@@ -101,6 +101,12 @@ class _Slot:
         return Command(self.command.env_id, None, self.command.request or self.request)
 
 
+def _kwargs_of(env_kwargs: Mapping[str, Any], turn: int) -> dict[str, Any]:
+    """The arguments of one process, which draws on one of the GPUs."""
+    gpus = env_kwargs.get("env_gpu_id")
+    return {**env_kwargs, "env_gpu_id": gpus[turn % len(gpus)]} if isinstance(gpus, tuple) else dict(env_kwargs)
+
+
 class VectorEnv:
     """A vector of environments; see the module docstring. To be used from one thread.
 
@@ -115,7 +121,8 @@ class VectorEnv:
         replacement_wait_s: most seconds that `receive` waits for the replacement of a dead process, counted from the
             death; later its environments report void steps until it is ready, and the others go on.
         center_crop: show the central 0.9 of every image's area, enlarged: for policies trained with random crops.
-        env_kwargs: further arguments of the suite's make_env.
+        env_kwargs: further arguments of the suite's make_env. Of several `env_gpu_id` the processes take turns.
+        first_gpu: which of several `env_gpu_id` the first process draws on, modulo their number.
         process_variables: environment variables of the processes (MUJOCO_GL, CUDA_VISIBLE_DEVICES, ...).
 
     Attributes:
@@ -140,6 +147,7 @@ class VectorEnv:
         replacement_wait_s: float = 5.0,
         center_crop: bool = False,
         env_kwargs: Mapping[str, Any] | None = None,
+        first_gpu: int = 0,
         process_variables: Mapping[str, str] | None = None,
     ) -> None:
         if not 1 <= num_processes <= num_envs:
@@ -155,7 +163,7 @@ class VectorEnv:
             EnvProcess(
                 WorkerConfig(
                     suite_name, tuple(range(index, num_envs, num_processes)), num_envs, index, num_processes,
-                    image_size, max_steps, os.getpid(), center_crop, dict(env_kwargs or {}),
+                    image_size, max_steps, os.getpid(), center_crop, _kwargs_of(env_kwargs or {}, first_gpu + index),
                 ),
                 self._board, memory_fd, startup_timeout_s=startup_timeout_s, step_timeout_s=step_timeout_s,
                 variables=dict(process_variables or {}),

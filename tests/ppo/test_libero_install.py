@@ -347,6 +347,7 @@ def test_options_of_other_worlds_are_told_apart(monkeypatch):
     assert spatial.training_options({"env_gpu_id": 0}) == {
         "exact_physics": False, "render_quality": "eval", "max_canvases": 2, "env_gpu_id": 0,
     }  # fmt: skip
+    assert spatial.training_options({"env_gpu_id": (1, 0)})["render_quality"] == "eval"
     given = {"exact_physics": True, "render_quality": "fast"}
     assert spatial.training_options(given) == given
     assert get_suite("tabletop").training_options({"a": 1}) == {"a": 1}

@@ -451,3 +451,11 @@ def test_suites_are_found_by_name_or_by_module():
         get_suite("kitchen")
     with pytest.raises(ValueError, match="is not a TaskSuite"):
         get_suite(f"{__name__}:ToyEnv")
+
+
+def test_processes_take_turns_on_several_gpus():
+    from ppo.envs.vector import _kwargs_of
+
+    drawn_on = [_kwargs_of({"env_gpu_id": (4, 7), "images": True}, turn)["env_gpu_id"] for turn in range(1, 4)]
+    assert drawn_on == [7, 4, 7]
+    assert _kwargs_of({"env_gpu_id": 2}, 1) == {"env_gpu_id": 2} and _kwargs_of({}, 1) == {}

@@ -147,6 +147,16 @@ def test_of_two_gpus_the_engine_has_the_second_to_itself(tmp_path):
     assert ppo.settings != stages_of(tmp_path, gpus=(1,))["ppo.base"].settings, "a step behind is another run"
 
 
+def test_two_gpus_may_also_have_a_trainer_and_an_engine_each(tmp_path):
+    ppo = stages_of(tmp_path, gpus=(1, 3), colocate=True)["ppo.base"]
+    assert "--colocate" in ppo.command and value(ppo, "--actor_num_gpus_per_node") == "[2]"
+    at = ppo.command.index("--env_gpu_id")
+    assert ppo.command[at + 1 : at + 3] == ("1", "3")
+    alone = stages_of(tmp_path, gpus=(1,))["ppo.base"]
+    for flag in ("--local_rollout_batch_size", "--local_mini_batch_size"):  # the same samples in the same minibatches
+        assert 2 * int(value(ppo, flag)) == int(value(alone, flag))
+
+
 def test_a_ppo_run_is_complete_when_its_last_step_is_published(tmp_path):
     stage = stages_of(tmp_path, set=("ppo.total_episodes=4096", "ppo.local_rollout_batch_size=32"))["ppo.base"]
     folder = tmp_path / "ppo/base"
