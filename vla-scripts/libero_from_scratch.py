@@ -50,10 +50,10 @@ RECIPE: dict[str, dict[str, Any]] = {
         "warmup_steps": 300, "weight_decay": 0.05, "save_dtype": "bfloat16", "save_freq": 0, "log_freq": 200, "seed": 0,
     },
     "ppo": {
-        "center_crop": True, "use_lora": True, "lora_rank": 32,
+        "center_crop": True, "use_lora": True, "lora_rank": 16,
         "total_episodes": 1_048_576, "local_rollout_batch_size": 128, "num_steps": 64, "max_env_length": 140,
         "num_epochs": 2, "local_mini_batch_size": 2048, "per_device_train_batch_size": 512,
-        "learning_rate": 1e-3, "policy_lr_scheduler_type": "linear", "policy_lr_warmup_steps": 3,
+        "learning_rate": 7e-4, "policy_lr_scheduler_type": "linear", "policy_lr_warmup_steps": 3,
         "value_learning_rate": 1e-3, "value_init_steps": 3, "cliprange_high": 0.28, "gamma": 0.99,
         "max_approx_kl": 0.1, "save_freq": 20, "keep_last": 1, "seed": 0,
     },
