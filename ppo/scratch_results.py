@@ -190,11 +190,23 @@ class ScratchRun:
         collect(target, plain, {"records.tar.gz": (root, found)})
 
     def collect_models(self, target: Path) -> None:
-        """Put the supervised model and every finished run's adapter into a folder, as an archive in parts."""
-        models = [file for file in self.paths.sft.glob("*") if file.is_file() and "tfevents" not in file.name]
+        """Put the supervised model and the PPO runs into a folder, as an archive in parts.
+
+        The supervised model is left out if it came from elsewhere. Of a finished run it is the adapter, of another all
+        that it needs to go on where the archive is unpacked: its folder and its records.
+        """
+        found = [] if self.paths.sft_dir else [f for f in self.paths.sft.glob("*") if "tfevents" not in f.name]
         for variant in self.variants:
-            models += [file for name in ADAPTER_FILES if (file := self.paths.ppo(variant) / name).exists()]
-        collect(target, [], {"models.tar": (self.paths.run_dir, models)})
+            folder, name = self.paths.ppo(variant), f"ppo.{variant}"
+            if self.ledger.marker(name) is not None:
+                found += [file for name in ADAPTER_FILES if (file := folder / name).exists()]
+            else:
+                found += [
+                    *folder.rglob("*"),
+                    self.paths.stages / f"{name}.pieces.json",
+                    self.paths.gpu_samples(variant),
+                ]
+        collect(target, [], {"models.tar": (self.paths.run_dir, [file for file in found if file.is_file()])})
 
 
 def summarize_run(

@@ -139,7 +139,7 @@ class Args:
     collect: Path | None = None
     """Folder to fill with what matters of the run at the end of each invocation: 5 files, none above 15 MiB."""
     collect_models: Path | None = None
-    """Folder to fill with the supervised model and the adapters: models.tar in parts of at most 15 MiB."""
+    """Folder to fill with the supervised model, adapters, and runs to go on with: models.tar in parts of 15 MiB."""
 
 
 # ---------------------------------------------------------------------------------------------- recipe

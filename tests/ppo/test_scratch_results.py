@@ -157,3 +157,5 @@ def test_collected_files_are_few_and_hold_the_records(run, tmp_path):
         ["tar", "tf", "models.tar"], cwd=tmp_path / "models", capture_output=True, text=True, check=True
     ).stdout.split()
     assert "sft/model.safetensors" in listed and "ppo/base/adapter_model.safetensors" in listed
+    assert "ppo/base/metrics.jsonl" not in listed, "base is finished"
+    assert {"ppo/seed1/metrics.jsonl", "stages/ppo.seed1.pieces.json"} <= {*listed}, "seed1 is to go on"
