@@ -97,7 +97,7 @@ PROGRAMS = {
     "eval": "run_libero_eval_vllm.py",
     "held_out": "vla-scripts/check_held_out.py",
 }
-OTHER_SEED = 8  # of the second evaluation with --checks; the first has ppo.evaluation.EVALUATION_SEED
+OTHER_SEED = 8  # of the second evaluation with --checks
 NUM_RECORDED_STATES = 3  # of each task, whose episodes the grid of videos is chosen from
 EXIT_OUT_OF_TIME = 75  # sysexits.h: EX_TEMPFAIL, try again
 
@@ -137,7 +137,7 @@ class Args:
     """Also evaluate the same policies with fast drawing and with another evaluation seed, and show that training's
     initial states are none of evaluation's."""
     collect: Path | None = None
-    """Folder to fill with what matters of the run at the end of each invocation: 5 files, none above 15 MiB."""
+    """Folder to fill at the end with what matters of the run: 5 files, none above 15 MiB."""
     collect_models: Path | None = None
     """Folder to fill with the supervised model, adapters, and runs to go on with: models.tar in parts of 15 MiB."""
 
