@@ -314,6 +314,13 @@ def when_open(path: Path, function: Callable[..., Any], *args: Any) -> Any:
     return function(json.loads(path.read_text()), *args)
 
 
+def be_refused(info: dict[str, Any], version: int, told: Path) -> Any:
+    """Receive until an error, and say so."""
+    error = receive_until_error(info, version)
+    told.touch()
+    return error
+
+
 def two_trainers(rank: int, backend: str, folder: Path) -> None:
     """Send once, then again to a receiver that expects another version."""
     sharded = fsdp_utils.shard_model(make_model(5))
@@ -331,6 +338,9 @@ def two_trainers(rank: int, backend: str, folder: Path) -> None:
         reason = "version 5 is sent, 9 was" if rank == 0 else "failed on another trainer rank"
         with pytest.raises(ChannelError, match=reason):
             sender.send(5)
+    deadline = time.monotonic() + TIMEOUT_S
+    while not (folder / "told").exists() and time.monotonic() < deadline:  # with the sender its answer would be gone
+        time.sleep(0.05)
     sender.close()
 
 
@@ -340,7 +350,7 @@ def test_two_trainer_ranks_send_their_shards(backend: str, num_senders: int, tmp
     senders = range(num_senders)
     receiving = [Peer(when_open, tmp_path / f"first{rank}", receive_versions, 0, [4]) for rank in senders]
     # Rank 1's receiver would take version 5; it waits for a sender that does not begin.
-    refused = Peer(when_open, tmp_path / "second0", receive_until_error, 9)
+    refused = Peer(when_open, tmp_path / "second0", be_refused, 9, tmp_path / "told")
     waiting = [Peer(when_open, tmp_path / f"second{rank}", receive_until_error, 5) for rank in senders[1:]]
     in_ranks(2, two_trainers, backend, tmp_path)
     for peer in receiving:
