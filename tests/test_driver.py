@@ -110,6 +110,7 @@ def test_lora_run_learns_syncs_and_writes_what_it_promises(tiny_model_dir, tmp_p
     assert "vla-scripts/merge.py --vla_path" in str(refused.value) and "already holds a run" in str(refused.value)
 
 
+@pytest.mark.slow
 def test_full_run_with_its_own_critic_kl_and_token_ratios(tiny_model_dir, tmp_path):
     args = small_args(
         tiny_model_dir, tmp_path, value_model_type="vla", value_use_lora=False, beta=0.1, ratio_level="token",
@@ -133,10 +134,12 @@ def test_full_run_with_its_own_critic_kl_and_token_ratios(tiny_model_dir, tmp_pa
 def test_the_next_rollout_is_collected_during_the_update(tiny_model_dir, tmp_path):
     args = small_args(
         tiny_model_dir, tmp_path, async_depth=1, use_lora=True, lora_rank=4, total_episodes=4 * 64, value_init_steps=0,
-        eval_freq=3, num_trials_per_task=1, task_ids=(1,), per_device_train_batch_size=0,
+        eval_freq=3, num_trials_per_task=1, task_ids=(1,), per_device_train_batch_size=0, value_model_type="vla",
+        beta=0.1,
     )  # fmt: skip
     run_driver(args)
     steps = metrics_by_step(tmp_path / "run")
+    assert 0 < steps[1]["train/ref_kl_k3"] < steps[4]["train/ref_kl_k3"], "away from the initial policy"
     assert [steps[s]["train/policy_lag"] for s in (1, 2, 3, 4)] == [0, 1, 1, 1]
     # the first rollout is the trainer's own policy's, the later ones that of the version before: weights leave 1
     assert steps[1]["train/engine_logprob_max_diff"] < 1e-4 < steps[2]["train/engine_logprob_max_diff"]
