@@ -430,10 +430,8 @@ def run_or_skip(stage: Stage, head: str, maker: StageMaker, ledger: Ledger, limi
         logger.info("%s: done earlier, %s", head, format_duration(ledger.seconds(stage.name)))
         return
     logger.info("%s%s", head, ": going on" if ledger.is_kept(stage) else "")
-    watched = contextlib.nullcontext()
-    if stage.name.startswith("ppo."):
-        watched = sampling(maker.gpus, maker.paths.gpu_samples(stage.name.removeprefix("ppo.")))  # type: ignore[assignment]
-    with watched:
+    gpus = maker.gpus if stage.name.startswith("ppo.") else ()
+    with sampling(gpus, maker.paths.gpu_samples(stage.name.removeprefix("ppo."))):
         run_stage(stage, ledger, maker.paths.logs, limit, maker.args.reserve_s)
     logger.info("%s: done in %s", head, format_duration(ledger.seconds(stage.name)))
 
