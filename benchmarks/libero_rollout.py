@@ -58,8 +58,8 @@ class Args:
     """Steps of each environment that are timed."""
     image_size: int = 140
     """Side of the images in pixels; the model's with --vla_path."""
-    env_gpu_id: int | None = None
-    """GPU that draws (EGL's number). Default: what MUJOCO_GL says, else osmesa."""
+    env_gpu_id: tuple[int, ...] = ()
+    """GPUs whose turns it is to draw (EGL's numbers). Default: what MUJOCO_GL says, else osmesa."""
     gpu_memory_utilization: float = 0.1
     """The engine's share of its GPU."""
     num_reserved_cores: int = 0
@@ -131,9 +131,9 @@ def collecting(args: Args, policy: Any, prompts: list[list[int]], processes: int
     """Env steps/s, and of a step of all groups the ms in the policy and waiting for simulators."""
     os.sched_setaffinity(0, ALL_CORES)  # what the simulators' processes begin with
     suite = get_suite(args.task_suite_name)
-    options: dict[str, Any] = {"env_gpu_id": args.env_gpu_id} if quality != "none" else {"images": False}
+    options: dict[str, Any] = {"images": False}
     if quality != "none":
-        options["render_quality"] = quality
+        options = {"env_gpu_id": args.env_gpu_id or None, "render_quality": quality}
     with VectorEnv(
         args.task_suite_name, args.num_envs, num_processes=processes, image_size=args.image_size, max_steps=140,
         startup_timeout_s=300, step_timeout_s=300, env_kwargs=suite.training_options(options),
