@@ -105,6 +105,25 @@ class Supervised:
             return psutil.Process(self.process.pid).children()[0]
         return next(process for process in found if title in self.seen.get(process.pid, ""))
 
+    def kill(self, title: str, delay_s: float) -> bool:
+        """Kill a process as `find` finds it, at once or `delay_s` after it has appeared; whether there was one."""
+        for pause_s in (0.0, *[0.5] * 240):
+            time.sleep(pause_s)
+            if self.process.poll() is not None:
+                return False
+            try:
+                self.find(title)
+            except (StopIteration, IndexError, psutil.Error):
+                continue  # between two attempts, or not started yet
+            if pause_s:
+                time.sleep(delay_s)
+            try:
+                self.find(title).kill()
+                return True
+            except (StopIteration, IndexError, psutil.Error):
+                continue
+        return False
+
     def finish(self) -> str:
         """Wait for the end and return the log."""
         code = self.process.wait(timeout=TIMEOUT_S)
@@ -183,13 +202,10 @@ def test_kills_at_random_moments(tiny_model_dir: Path, tmp_path: Path) -> None:
     args = run_args(tiny_model_dir, tmp_path, "killed", max_restarts=NUM_KILLS, **changes)
     run, chance, killed = Supervised(args, tmp_path), random.Random(0), []
     while len(killed) < NUM_KILLS and run.process.poll() is None:
-        time.sleep(chance.uniform(1.0, 35.0))
-        title = chance.choice(KILLED)
-        try:
-            run.find(title).kill()
-        except (StopIteration, IndexError, psutil.Error):
-            continue  # between two attempts, or not started yet
-        killed.append(title or "driver")
+        title, pause_s, delay_s = chance.choice(KILLED), chance.uniform(1.0, 25.0), chance.uniform(0.0, 10.0)
+        time.sleep(pause_s)
+        if run.kill(title, delay_s):
+            killed.append(title or "driver")
     output = run.finish()
     events = ("going on from the last checkpoint", "rollout worker 0 is replaced", "the curriculum actor died")
     print(f"killed {killed}; " + ", ".join(f"{output.count(event)} x {event}" for event in events))
