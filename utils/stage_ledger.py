@@ -8,7 +8,6 @@ how long it took and how it ended, kept up to date while it runs so that a machi
 import contextlib
 import fcntl
 import json
-import os
 import shutil
 import signal
 import time
@@ -16,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from prismatic.model_files import write_whole
 from utils.logging_utils import get_logger
 from utils.pipeline import SHOWN, Stage, StageError, TimeLimit, run_command
 
@@ -30,9 +30,7 @@ class StageBusyError(RuntimeError):
 
 def write_json(file: Path, content: Any) -> None:
     """Write a JSON file whole: it appears under its name only when it is complete."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, file)
+    write_whole(file, json.dumps(content, indent=2) + "\n")
 
 
 class Piece:
