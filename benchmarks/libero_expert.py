@@ -49,6 +49,8 @@ class Args:
     """Episodes of each task; with fixed initial states the first so many of the 50."""
     imperfection: float = 0.0
     """How often the expert is pushed off its way, 0 to 1."""
+    haste: float = 0.0
+    """How often it drops what it carries short of its place, 0 to 1."""
     seed: int = 0
     """Decides the random layouts, the poses of cabinet and stove, and the pushes."""
     max_env_length: int | None = None
@@ -79,7 +81,7 @@ def play(args: Args, requests: Sequence[ResetRequest]) -> list[EpisodeResult]:
     results = []
     for request in requests:
         rng = np.random.default_rng((_PUSHES, request.task_id, request.seed))
-        episode = run_expert_episode(env, request, args.imperfection, rng)
+        episode = run_expert_episode(env, request, args.imperfection, rng, haste=args.haste)
         length = len(episode.actions)
         results.append(
             EpisodeResult(
@@ -122,7 +124,8 @@ def main(args: Args) -> None:
     seconds = time.perf_counter() - started
     names = task_names(args.task_suite_name)
     num_steps = sum(result.length for result in results)
-    title = f"{args.task_suite_name}, {args.init_states} initial states, imperfection {args.imperfection:g}"
+    title = f"{args.task_suite_name}, {args.init_states} initial states, imperfection {args.imperfection:g}, "
+    title += f"haste {args.haste:g}"
     caption = f"{num_steps} steps in {seconds:.0f} s on {args.num_processes} processes"
     table = Table("task", "instruction", "successes", "rate (95 %)", "steps", "longest", title=title, caption=caption)
     for task in sorted({result.task_id for result in results}):

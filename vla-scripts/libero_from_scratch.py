@@ -40,21 +40,25 @@ SUITE = "libero_spatial"
 
 # Every setting that decides a result, by stage; --set STAGE.FLAG=VALUE changes one. The flags are the programs' own.
 RECIPE: dict[str, dict[str, Any]] = {
-    "demos": {"num_episodes": 600, "imperfection": 0.2, "seed": 0},
+    "demos": {
+        "num_episodes": 1500, "imperfection": 0.2, "haste": 0.9, "max_env_length": 120, "wrist_camera": False,
+        "exact_physics": False, "seed": 0,
+    },
     "model": {
         "image_size": 140, "vision_dim": 256, "vision_depth": 7, "vision_heads": 4,
         "llm_dim": 384, "llm_depth": 6, "llm_heads": 6, "llm_mlp_dim": 1024, "seed": 0,
     },
     "sft": {
-        "max_steps": 3000, "per_device_train_batch_size": 256, "learning_rate": 6e-4, "lr_scheduler_type": "cosine",
+        "max_steps": 4000, "per_device_train_batch_size": 256, "learning_rate": 6e-4, "lr_scheduler_type": "cosine",
         "warmup_steps": 300, "weight_decay": 0.05, "save_dtype": "bfloat16", "save_freq": 0, "log_freq": 200, "seed": 0,
     },
     "ppo": {
         "center_crop": True, "use_lora": True, "lora_rank": 16,
-        "total_episodes": 1_048_576, "local_rollout_batch_size": 128, "num_steps": 64, "max_env_length": 140,
-        "num_epochs": 2, "local_mini_batch_size": 2048, "per_device_train_batch_size": 512,
-        "learning_rate": 7e-4, "policy_lr_scheduler_type": "linear", "policy_lr_warmup_steps": 3,
-        "value_learning_rate": 1e-3, "value_init_steps": 3, "cliprange_high": 0.28, "gamma": 0.99,
+        "total_episodes": 327_680, "local_rollout_batch_size": 128, "num_steps": 32, "max_env_length": 120,
+        "num_epochs": 2, "local_mini_batch_size": 1024, "per_device_train_batch_size": 512,
+        "learning_rate": 7e-4, "policy_lr_scheduler_type": "linear", "policy_lr_warmup_steps": 4,
+        "value_learning_rate": 1e-3, "value_init_steps": 4, "num_value_epochs": 6, "cliprange_value": 0.0,
+        "cliprange_high": 0.28, "gamma": 0.99,
         "max_approx_kl": 0.1, "save_freq": 20, "keep_last": 1, "seed": 0,
     },
     "eval": {"num_trials_per_task": 50, "center_crop": True, "render_quality": "eval"},

@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ppo.envs.base import get_suite
-from ppo.envs.recording import EXPERTS, RecordingSettings, expert_tasks
+from ppo.envs.recording import EXPERTS, LIBERO_SUITES, RecordingSettings, expert_tasks
 from ppo.envs.recording_pool import RecordingError, record_missing
 from prismatic.vla.datasets.mixtures import dataset_dir
 from prismatic.vla.datasets.statistics import dataset_statistics
@@ -61,6 +61,8 @@ class Args:
     """Decides layouts, noise and the expert's mistakes; >= 0."""
     imperfection: float = 0.0
     """How badly the expert acts, in [0, 1]; 0 is the best it can. What it means is the expert's to say."""
+    haste: float = 0.0
+    """LIBERO only: chance, in [0, 1], that it drops what it carries short of its place, at each step where it could."""
     image_size: int = 256
     """Side of the recorded images in pixels, 16 to 1024. LIBERO's is 256; a small policy's own size saves resizing."""
     image_format: Literal["auto", "jpeg", "png"] = "auto"
@@ -68,6 +70,10 @@ class Args:
     below 160 pixels, jpeg from there on."""
     render_quality: Literal["eval", "fast"] = "eval"
     """LIBERO only: eval draws as LIBERO's own evaluation does; fast without multisampling and reflections."""
+    wrist_camera: bool = True
+    """LIBERO only: record the wrist camera too, a second drawing at each step; without it that image is black."""
+    exact_physics: bool = True
+    """LIBERO only: simulate bit for bit as LIBERO does; without it a step takes a quarter of the time, as in PPO."""
     env_gpu_id: int | None = None
     """LIBERO only: GPU that draws, with EGL, >= 0; None: what MUJOCO_GL says, else the CPU with OSMesa."""
     max_env_length: int | None = None
@@ -91,6 +97,10 @@ def validate(args: Args) -> list[str]:
         problems.append(f"--imperfection {args.imperfection} must lie in [0, 1]")
     if not 16 <= args.image_size <= 1024:
         problems.append(f"--image_size {args.image_size} must lie in 16..1024")
+    if not 0.0 <= args.haste <= 1.0:
+        problems.append(f"--haste {args.haste} must lie in [0, 1]")
+    elif args.haste and args.task_suite_name not in LIBERO_SUITES:
+        problems.append(f"--haste {args.haste} is for LIBERO's expert: {args.task_suite_name}'s has --imperfection")
     if args.max_env_length is not None and args.max_env_length < 1:
         problems.append(f"--max_env_length {args.max_env_length} must be at least 1, or left out")
     if args.env_gpu_id is not None and args.env_gpu_id < 0:
@@ -143,6 +153,9 @@ def settings_of(args: Args) -> RecordingSettings:
         args.keep_failures,
         args.render_quality,
         args.env_gpu_id,
+        args.haste,
+        args.wrist_camera,
+        args.exact_physics,
     )
 
 

@@ -3,7 +3,8 @@
 It never turns its hand: it picks things up and puts them down elsewhere (all of libero_spatial, most of libero_goal),
 and pulls, strikes and pushes (the rest of libero_goal but the middle drawer). `libero_expert_motion` says how it moves,
 `libero_expert_plans` what it takes hold of and where. With `imperfection` it is pushed off its way now and then, and
-recovers: demonstrations then show that too.
+recovers: demonstrations then show that too. With `haste` it drops what it carries short of its place now and then, and
+fetches it again if that has failed.
 """
 
 from dataclasses import dataclass
@@ -14,10 +15,12 @@ import numpy as np
 from ppo.envs.base import ResetRequest
 from ppo.envs.libero_expert_motion import (
     OPEN,
+    PickPlace,
     Push,
     is_noop,
     is_pushing,
     make_action,
+    may_drop,
     pick_place,
     push,
 )
@@ -54,18 +57,22 @@ class LiberoExpert:
     Args:
         domain: `LiberoEnv.domain`.
         imperfection: how often it is pushed off its way, in [0, 1]; 0 is the best it can.
-        rng: draws the pushes; may be None without imperfection.
+        rng: draws the pushes and the drops; may be None without imperfection and haste.
+        haste: chance in [0, 1] of dropping the object, drawn anew at every step at which `may_drop` allows it.
 
     Raises:
-        ValueError: an imperfection out of range or without generator, or a task that it cannot do.
+        ValueError: an imperfection or a haste out of range or without generator, or a task that it cannot do.
     """
 
-    def __init__(self, domain: Any, imperfection: float = 0.0, rng: np.random.Generator | None = None) -> None:
-        if not 0.0 <= imperfection <= 1.0:
-            raise ValueError(f"imperfection {imperfection}: must be in [0, 1]")
-        if imperfection and rng is None:
-            raise ValueError("imperfection needs a generator")
-        self.scene, self.imperfection, self.rng = Scene(domain), imperfection, rng
+    def __init__(
+        self, domain: Any, imperfection: float = 0.0, rng: np.random.Generator | None = None, haste: float = 0.0
+    ) -> None:
+        for name, value in (("imperfection", imperfection), ("haste", haste)):
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} {value}: must be in [0, 1]")
+            if value and rng is None:
+                raise ValueError(f"{name} needs a generator")
+        self.scene, self.imperfection, self.haste, self.rng = Scene(domain), imperfection, haste, rng
         goal, *more = domain.parsed_problem["goal_state"]
         if more:
             raise ValueError(f"the scripted expert cannot do several things: {goal}, {more}")
@@ -90,6 +97,8 @@ class LiberoExpert:
             is_stuck |= bool(opens and not is_open and np.linalg.norm(task.object - task.place) > LOST_DISTANCE)
         if is_stuck:
             self._attempt, self._num_tries = self._attempt + 1, 0
+        if isinstance(task, PickPlace) and may_drop(hand, task):
+            action = self._hasty(action)
         action = self._pushed(action)
         self.command = float(action[6])
         return action
@@ -98,6 +107,13 @@ class LiberoExpert:
         """For how many steps in a row it has been trying the same."""
         self._num_tries = self._num_tries + 1 if is_trying else 0
         return self._num_tries
+
+    def _hasty(self, action: np.ndarray) -> np.ndarray:
+        """The action, or the same movement with opening fingers."""
+        if not self.haste:
+            return action
+        assert self.rng is not None
+        return make_action(action[:3], OPEN) if self.rng.random() < self.haste else action
 
     def _pushed(self, action: np.ndarray) -> np.ndarray:
         """The action, or a push instead of its translation; the gripper goes on as it would."""
@@ -118,6 +134,8 @@ def run_expert_episode(
     imperfection: float,
     rng: np.random.Generator,
     record_size: int | None = None,
+    haste: float = 0.0,
+    wrist_camera: bool = True,
 ) -> Episode:
     """Let the expert play one episode, successful or not, and return what it recorded.
 
@@ -125,11 +143,13 @@ def run_expert_episode(
         env: a `ppo.envs.libero.LiberoEnv`.
         request: the episode.
         imperfection: see LiberoExpert.
-        rng: draws the pushes.
+        rng: draws the pushes and drops.
         record_size: record agentview and wrist camera at this size, as rendered; None: what the policy sees, no wrist.
+        haste: see LiberoExpert.
+        wrist_camera: without: the agentview alone.
     """
     image = env.reset(request)
-    expert = LiberoExpert(env.domain, imperfection, rng)
+    expert = LiberoExpert(env.domain, imperfection, rng, haste)
     images, actions, rewards, states, joint_states, wrist_images = [], [], [], [], [], []
     last_gripper = OPEN
     while True:
@@ -140,7 +160,7 @@ def run_expert_episode(
         states.append(state)
         joint_states.append(joint_state)
         images.append(image if record_size is None else env.render(record_size))
-        if record_size is not None:
+        if record_size is not None and wrist_camera:
             wrist_images.append(env.render(record_size, camera="robot0_eye_in_hand"))
         result = env.step(action)
         image = result.image

@@ -48,6 +48,10 @@ HAND_MARGIN, HAND_CLEARANCE = 0.08, 0.03
 """What is closer than the margin, sideways, the empty hand passes by the clearance above its top."""
 PLACED_RADIUS, PLACED_HEIGHT = 0.02, 0.015
 """The fingers open when the object is this close to its place, sideways and above."""
+HASTY_RADIUS = 0.08
+"""From this close to its place, sideways, an expert in a hurry may drop the object, while the hand moves on by a
+hundredth a step. Bowls let go from 0.06 on stayed on the plate in 18 of 18 layouts, from 0.07 in 13, from 0.08 in 3 and
+from 0.1 in none."""
 LIFTED = 0.015
 """From this far above its way out an object is on its way."""
 DONE_RADIUS, DONE_HEIGHT = 0.03, 0.025
@@ -227,6 +231,12 @@ def close_fingers(hand: Hand, offset: np.ndarray) -> np.ndarray:
     """Close them, while the hand covers the rest of its way, `offset` (3,), to the grasp point."""
     rest = offset if hand.gap > TOUCH_GAP else np.array([0.0, 0.0, offset[2]])
     return make_action(speed(rest), CLOSE)
+
+
+def may_drop(hand: Hand, task: PickPlace) -> bool:
+    """Whether the object is on its way and so close to its place that it could be dropped there."""
+    offset = task.object - task.place
+    return hand.command == CLOSE and is_held(hand, task) and _within(offset, HASTY_RADIUS, np.inf)
 
 
 def carry(hand: Hand, task: PickPlace) -> np.ndarray:

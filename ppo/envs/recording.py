@@ -4,6 +4,7 @@ An episode depends on the settings and its number only: not on the episodes befo
 how many there are. T steps of an episode.
 """
 
+import copy
 import importlib
 import re
 from dataclasses import asdict, dataclass
@@ -38,6 +39,7 @@ class RecordingSettings:
     Attributes:
         task_ids: tasks in turn, at least one.
         env_gpu_id: which GPU draws (LIBERO with EGL); None: what the world does by itself.
+        haste, wrist_camera, exact_physics: LIBERO's only.
     """
 
     task_suite_name: str
@@ -51,6 +53,9 @@ class RecordingSettings:
     keep_failures: bool
     render_quality: Literal["eval", "fast"]
     env_gpu_id: int | None = None
+    haste: float = 0.0
+    wrist_camera: bool = True
+    exact_physics: bool = True
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides what an episode is."""
@@ -159,8 +164,17 @@ class Recorder:
         settings = self.settings
         if self._env is None:
             self._env = make_recording_env(settings)
-        sizes = {"record_size": settings.image_size} if settings.task_suite_name in LIBERO_SUITES else {}
-        return self._expert.run_expert_episode(self._env, request, settings.imperfection, rng, **sizes)
+        if settings.task_suite_name not in LIBERO_SUITES:
+            return self._expert.run_expert_episode(self._env, request, settings.imperfection, rng)
+        if settings.haste and not settings.keep_failures:  # many an attempt fails: that is found out without drawing
+            rehearsal = self._expert.run_expert_episode(
+                self._env, request, settings.imperfection, copy.deepcopy(rng), haste=settings.haste
+            )
+            if not rehearsal.success:
+                return rehearsal
+        return self._expert.run_expert_episode(
+            self._env, request, settings.imperfection, rng, settings.image_size, settings.haste, settings.wrist_camera
+        )
 
     def _demonstration(self, episode: Any, request: ResetRequest, index: int) -> Demonstration:
         return Demonstration(
@@ -196,4 +210,5 @@ def make_recording_env(settings: RecordingSettings) -> Environment:
         max_steps=settings.max_env_length,
         env_gpu_id=settings.env_gpu_id,
         render_quality=settings.render_quality,
+        exact_physics=settings.exact_physics,
     )

@@ -182,8 +182,8 @@ class ToyDomain:
         data.qvel[:] = (data.qpos - [gap / 2, -gap / 2]) / 0.05
 
 
-def play(domain: ToyDomain, imperfection: float = 0.0, seed: int = 0) -> np.ndarray:
-    expert = LiberoExpert(domain, imperfection, np.random.default_rng(seed))
+def play(domain: ToyDomain, imperfection: float = 0.0, seed: int = 0, haste: float = 0.0) -> np.ndarray:
+    expert = LiberoExpert(domain, imperfection, np.random.default_rng(seed), haste)
     actions = []
     while not domain.solved and len(actions) < 220:
         actions.append(expert.act())
@@ -218,6 +218,33 @@ def test_imperfect_episodes_differ_by_seed_keep_the_gripper_and_still_succeed():
         assert domain.solved and not noop_steps(episodes[-1]).any() and not episodes[-1][:, 3:6].any()
     assert len({len(e) for e in episodes} | {len(clean)}) > 2
     np.testing.assert_array_equal(play(ToyDomain(), 0.5, 3), episodes[3])
+
+
+def test_an_expert_in_a_hurry_drops_the_object_short_of_its_place_and_fetches_it_again():
+    """The toy's bowl falls straight down and stays: from HASTY_RADIUS away that is no success."""
+    domain, carried = ToyDomain(), []
+    expert = LiberoExpert(domain, rng=np.random.default_rng(0), haste=1.0)
+    for _ in range(220):
+        action, was_closed = expert.act(), expert.command
+        task = expert._task(0)
+        if action[6] == OPEN and carried and carried[-1]:
+            offset = np.hypot(*(task.object - task.place)[:2])
+            assert motion.HASTY_RADIUS - 0.02 < offset < motion.HASTY_RADIUS
+            break
+        carried.append(action[6] == CLOSE and was_closed == CLOSE)
+        domain.step(action)
+    else:
+        pytest.fail("it never let go")
+    often = play(ToyDomain(), seed=1, haste=0.3)
+    assert np.count_nonzero(np.diff(often[:, 6])) >= 2 and not noop_steps(often).any()
+    np.testing.assert_array_equal(play(ToyDomain(), seed=1, haste=0.3), often)
+    np.testing.assert_array_equal(play(ToyDomain(), haste=0.0), play(ToyDomain()))
+
+
+def test_a_wrong_haste_is_refused():
+    for haste, rng in ((1.5, np.random.default_rng()), (0.5, None)):
+        with pytest.raises(ValueError, match="haste"):
+            LiberoExpert(ToyDomain(), rng=rng, haste=haste)
 
 
 @pytest.mark.parametrize("imperfection, rng", [(1.5, np.random.default_rng()), (-0.1, None), (0.5, None)])

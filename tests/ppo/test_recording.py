@@ -43,7 +43,7 @@ def test_where_episodes_start() -> None:
 
 def test_only_the_gpu_is_left_out_of_the_identity() -> None:
     assert settings(env_gpu_id=1).identity() == settings().identity()
-    for change in ({"seed": 6}, {"imperfection": 0.5}, {"task_ids": (3,)}, {"render_quality": "fast"}):
+    for change in ({"seed": 6}, {"imperfection": 0.5}, {"task_ids": (3,)}, {"render_quality": "fast"}, {"haste": 0.5}):
         assert settings(**change).identity() != settings().identity()
 
 
