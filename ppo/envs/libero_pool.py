@@ -5,6 +5,7 @@ both for the next episode of the same task, whichever environment plays it; an e
 simulator did before. To be used from one thread.
 """
 
+import contextlib
 import threading
 from typing import ClassVar
 
@@ -70,10 +71,10 @@ class SimulatorPool:
             self._make_room(0)
             return
         del self._shared[self._key]
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        self._waiting.clear()
+        with contextlib.suppress(Exception):  # of a task that nobody asks for any more
+            self._finish_composing()
+        while self._waiting:
+            self._waiting.pop().close()
         while self._canvases:
             self._free_canvas()
         if self._drawing is not None:
@@ -126,7 +127,7 @@ class SimulatorPool:
         """For `count` more simulators, as long as any waits that may go."""
         limit = self._max_simulators + (self._num_members - 1) * SIMULATORS_OF_ANOTHER
         while self._waiting and len(self._waiting) + self._num_taken + count > limit:
-            self._waiting.pop(0)
+            self._waiting.pop(0).close()
 
     def give_back(self, simulator: Simulator) -> None:
         """Let a simulator wait for its next episode."""

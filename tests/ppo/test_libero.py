@@ -391,6 +391,37 @@ def test_preparing_keeps_to_the_limits_and_drawings_are_apart(pair, monkeypatch)
     assert_same(play(pair[0], FIXED, ACTIONS[:2]), expected)  # another one's end is not its own
 
 
+def test_simulators_that_make_room_are_freed_without_pythons_collector(monkeypatch):
+    """Taken or composed ahead, drawn or not, and the one that is being composed when the environment ends."""
+    from ppo.envs import libero_pool
+
+    held: list[weakref.ref] = []
+
+    def make(*args):
+        made = original(*args)
+        held.extend(weakref.ref(thing) for thing in (made.model, made.data, made.domain, made.domain.model))
+        return made
+
+    original = libero_pool.Simulator
+    monkeypatch.setattr(libero_pool, "Simulator", make)
+    env = make_env(num_steps_wait=0, max_simulators=2, max_canvases=2)
+    gc.disable()
+    try:
+        for task_id in (0, 1, 2, 3):
+            upcoming = ResetRequest(task_id, 0, 0)
+            while task_id % 2 and env.prepare(upcoming):
+                assert env.simulator.model.nq > 0
+            env.reset(upcoming)
+            env.step(ACTIONS[0])
+        alive = {number // 4 for number, ref in enumerate(held) if ref() is not None}
+        assert alive == {2, 3}, "of the last two tasks"
+        assert env.prepare(ResetRequest(4, 0, 0))
+        env.close()
+        assert len(held) == 4 * 5 and not any(ref() for ref in held)
+    finally:
+        gc.enable()
+
+
 # --- How episodes end ---
 
 
