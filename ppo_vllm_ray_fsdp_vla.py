@@ -616,13 +616,9 @@ class RolloutWorker:
         stats = {
             "policy_version": float(rollout.policy_version),
             "collect_s": time.perf_counter() - start,
-            "generate_s": self.collector.generate_s,
-            "wait_env_s": self.collector.wait_env_s,
-            "num_replaced": float(self.collector.vector.num_replaced),
-            "num_not_repeated": float(self.collector.num_not_repeated),
             "num_void_steps": float((~rollout.valid_TB).sum()),
             "mem_gib": fsdp_utils.peak_memory_gib(torch.device("cpu")),
-        }
+        } | self.collector.statistics()
         shards = [ray.put(rollout.shard(rank, self.plan.num_trainers)) for rank in range(self.plan.num_trainers)]
         return shards, episodes, stats, self.world_state()
 

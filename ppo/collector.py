@@ -121,6 +121,16 @@ class Collector:
                 )
         self.vector.num_replaced = int(state["num_replaced"])
 
+    def statistics(self) -> dict[str, float]:
+        """Of the last `collect`: seconds in the policy and waiting for environments; what was lost so far; memory."""
+        return {
+            "generate_s": self.generate_s,
+            "wait_env_s": self.wait_env_s,
+            "num_replaced": float(self.vector.num_replaced),
+            "num_not_repeated": float(self.num_not_repeated),
+            "envs_gib": self.vector.memory_gib(),
+        }
+
     def collect(self, num_steps: int, tasks: Iterator[int]) -> tuple[Rollout, list[EpisodeResult]]:
         """Act `num_steps` times in every environment; `tasks` yields the task of each new episode.
 

@@ -50,6 +50,7 @@ def rollout_metrics(episodes: Sequence[EpisodeResult], worker_stats: Sequence[di
         "time/generate_s": max(s["generate_s"] for s in worker_stats),
         "time/wait_env_s": max(s["wait_env_s"] for s in worker_stats),
         "mem/worker_peak_gib": max(s["mem_gib"] for s in worker_stats),
+        "mem/environments_gib": sum(s["envs_gib"] for s in worker_stats),
     }
     if episodes:
         metrics["rollout/success_rate"] = float(np.mean([e.success for e in episodes]))

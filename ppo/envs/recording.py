@@ -91,9 +91,14 @@ class ExpertFailedError(ValueError):
     """The expert cannot supply an episode with these settings."""
 
 
+def expert_module(suite_name: str) -> Any:
+    """The module of a suite's expert; it has `run_expert_episode`."""
+    return importlib.import_module(EXPERTS[suite_name])
+
+
 def expert_tasks(suite: TaskSuite) -> tuple[int, ...]:
     """Tasks that the suite's expert can do."""
-    known = getattr(importlib.import_module(EXPERTS[suite.name]), "EXPERT_TASKS", {})
+    known = getattr(expert_module(suite.name), "EXPERT_TASKS", {})
     return tuple(known.get(suite.name, range(suite.num_tasks)))
 
 
@@ -121,7 +126,7 @@ class Recorder:
     def __init__(self, settings: RecordingSettings) -> None:
         self.settings = settings
         self.suite = get_suite(settings.task_suite_name)
-        self._expert = importlib.import_module(EXPERTS[settings.task_suite_name])
+        self._expert = expert_module(settings.task_suite_name)
         self._env: Environment | None = None
 
     def record(self, index: int) -> RecordedEpisode:

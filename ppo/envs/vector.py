@@ -186,6 +186,10 @@ class VectorEnv:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def memory_gib(self) -> float:
+        """Resident memory of the environment processes, all together, in GiB."""
+        return sum(process.memory_gib() for process in self._processes)
+
     def close(self) -> None:
         """End all processes, by force where they do not react. A second call does nothing."""
         self._finalizer()

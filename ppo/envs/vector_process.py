@@ -10,6 +10,7 @@ import time
 from collections import deque
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import IO, Any
 
 from ppo.envs.vector_worker import ACTIVITIES, Command, SharedBoard, WorkerConfig
@@ -93,6 +94,16 @@ class EnvProcess:
         """Process id."""
         assert self._popen is not None
         return self._popen.pid
+
+    def memory_gib(self) -> float:
+        """Resident memory in GiB; 0 of a process that has ended, and where there is no /proc."""
+        if self._popen is None:
+            return 0.0
+        try:
+            pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
+        except (OSError, IndexError):
+            return 0.0
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**30
 
     def send(self, commands: list[Command]) -> None:
         """Queue commands, to be done in order; they wait here while the process starts."""

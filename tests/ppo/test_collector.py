@@ -131,7 +131,8 @@ def test_a_dropped_episode_is_invalid_from_its_start_and_reported_nowhere():
     with VectorEnv("tests.worlds:MORTAL_SUITE", 2, num_processes=2, image_size=SIZE) as vector:
         collector = Collector(vector, PROMPTS, generate, decode, num_groups=1, seed=(0, 0))
         rollout, records = collector.collect(12, itertools.repeat(0))
-    assert vector.num_replaced >= 1
+        statistics = collector.statistics()
+    assert statistics["num_replaced"] == vector.num_replaced >= 1 and statistics["envs_gib"] > 0.02
     void = ~rollout.valid_TB
     assert void.any() and not void.all()
     for b in range(2):

@@ -1,10 +1,20 @@
 """What episode i of a recording is, in which order processes do them, and the name that recreates its start."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from ppo.envs import recording
 from ppo.envs.base import ResetRequest, get_suite
-from ppo.envs.recording import LIBERO_SUITES, RecordingSettings, episode_path, expert_tasks, parse_episode_path
+from ppo.envs.recording import (
+    LIBERO_SUITES,
+    Recorder,
+    RecordingSettings,
+    episode_path,
+    expert_tasks,
+    parse_episode_path,
+)
 from ppo.envs.recording_pool import WorkList
 
 
@@ -45,6 +55,31 @@ def test_only_the_gpu_is_left_out_of_the_identity() -> None:
     assert settings(env_gpu_id=1).identity() == settings().identity()
     for change in ({"seed": 6}, {"imperfection": 0.5}, {"task_ids": (3,)}, {"render_quality": "fast"}, {"haste": 0.5}):
         assert settings(**change).identity() != settings().identity()
+
+
+def test_attempts_of_an_expert_in_a_hurry_are_drawn_once_they_are_known_to_succeed(monkeypatch) -> None:
+    played = []
+
+    def run_expert_episode(env, request, imperfection, rng, record_size=None, haste=0.0, wrist_camera=True):
+        luck = rng.random()
+        played.append((request, record_size, haste, luck))
+        actions = np.full((2, 7), luck, dtype=np.float32)
+        images = [np.zeros((28, 28, 3), dtype=np.uint8)] * 2
+        return SimpleNamespace(
+            success=luck > 0.7, images=images, actions=actions, rewards=np.float32([0, luck > 0.7]),
+            states=np.zeros((2, 8), np.float32), joint_states=np.zeros((2, 7), np.float32), wrist_images=None,
+        )  # fmt: skip
+
+    monkeypatch.setattr(recording, "make_recording_env", lambda settings: None)
+    monkeypatch.setattr(recording, "expert_module", lambda name: SimpleNamespace(run_expert_episode=run_expert_episode))
+    recorder = Recorder(settings(task_suite_name="libero_spatial", task_ids=(4,), haste=0.9, wrist_camera=False))
+    episodes = [recorder.record(index) for index in range(6)]
+    assert sum(e.counts["attempts"] for e in episodes) > 6, "some attempts fail"
+    drawn = [play for play in played if play[1] is not None]
+    assert len(drawn) == 6 and all(luck > 0.7 and haste == 0.9 for _, _, haste, luck in drawn)
+    rehearsed = [play for play in played if play[1] is None]
+    assert [(r, luck) for r, _, _, luck in rehearsed if luck > 0.7] == [(r, luck) for r, _, _, luck in drawn]
+    assert len(rehearsed) == sum(e.counts["attempts"] for e in episodes)
 
 
 def test_a_process_stays_with_its_task() -> None:

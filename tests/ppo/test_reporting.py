@@ -14,12 +14,14 @@ WORKER = {
     "generate_s": 3.0,
     "wait_env_s": 0.5,
     "mem_gib": 1.5,
+    "envs_gib": 2.0,
 }
 
 
 def test_success_and_return_are_absent_when_no_episode_ended():
     metrics = rollout_metrics([], [WORKER, WORKER | {"generate_s": 4.0}])
     assert metrics["rollout/num_episodes"] == 0 and "rollout/success_rate" not in metrics
+    assert metrics["mem/environments_gib"] == 4.0 and metrics["mem/worker_peak_gib"] == 1.5
     assert metrics["rollout/num_void_steps"] == 4 and metrics["time/generate_s"] == 4.0
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from ppo.envs.base import Environment, ResetRequest, StepResult, TaskSuite, get_suite, known_suites
@@ -194,6 +195,14 @@ def test_groups_do_not_wait_for_each_other(tmp_path):
         assert codes(vector.receive([2, 3]).images) == [(2, 1, 0), (3, 1, 0)]
 
 
+def test_the_memory_of_all_processes_is_known_and_none_is_left_of_ended_ones():
+    with toy(4, 2) as vector:
+        vector.reset(range(4), requests(0, 1, 2, 3))
+        resident = sum(psutil.Process(p.pid).memory_info().rss for p in vector._processes) / 2**30
+        assert vector.memory_gib() == pytest.approx(resident, rel=0.05) and resident > 0.02
+    assert vector.memory_gib() == 0.0
+
+
 @pytest.mark.parametrize(
     ("failure", "reason"),
     [
@@ -247,6 +256,10 @@ def test_a_death_while_the_next_episode_is_prepared_names_that_episode(log, tmp_
         vector.reset([0], requests(1))
         vector.send([0], actions(1), requests(2, seed=254))
         assert not vector.receive([0]).dropped.any()
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "died").exists():  # it prepares when it has nothing else to do
+            assert time.monotonic() < deadline, "nothing was prepared"
+            time.sleep(0.01)
         vector.send([0], actions(1), requests(3))
         step = vector.receive([0])
         assert step.dropped.all() and codes(step.images) == [(3, 0, 0)]

@@ -120,11 +120,13 @@ def test_large_frames_are_jpeg(tmp_path: Path) -> None:
 
 def test_all_problems_are_reported_at_once() -> None:
     numbers = {"num_episodes": 0, "seed": -1, "imperfection": 2.0, "image_size": 4, "max_env_length": 0}
-    numbers |= {"env_gpu_id": -1, "num_processes": 0}
+    numbers |= {"env_gpu_id": -1, "num_processes": 0, "haste": 1.5}
     problems = "\n".join(make_demos.validate(make_demos.Args(task_ids=(10,), **numbers)))
     for flag, value in [*numbers.items(), ("task_ids", [10])]:
         assert f"--{flag} {value}" in problems
     assert "no scripted expert" in make_demos.validate(make_demos.Args(task_suite_name="libero_90"))[0]
+    assert "--haste 0.5 is for LIBERO's expert" in make_demos.validate(make_demos.Args(haste=0.5))[0]
+    assert make_demos.validate(make_demos.Args(task_suite_name="libero_spatial", haste=0.5)) == []
     assert make_demos.validate(make_demos.Args()) == []
 
 
