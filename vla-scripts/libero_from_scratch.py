@@ -90,7 +90,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 # Seconds that must be left to begin a stage: what it took on an H100 with 16 cores and some more; a stage that goes on
 # next time (demos, ppo) needs only to get somewhere.
-ESTIMATES_S = {"demos": 60, "model": 30, "sft": 440, "eval": 330, "ppo": 90, "merge": 40, "held_out": 150}
+ESTIMATES_S = {"demos": 60, "model": 30, "sft": 560, "eval": 330, "ppo": 90, "merge": 40, "held_out": 150}
 
 PROGRAMS = {
     "demos": "vla-scripts/make_demos.py",
@@ -136,7 +136,7 @@ class Args:
     num_envs: int | None = None
     """Environments of evaluations, and processes that record. Default: two per core with a GPU, else one."""
     estimate: tuple[str, ...] = ()
-    """Seconds that must be left to begin a stage, STAGE=SECONDS: sft=440 eval=330; see ESTIMATES_S."""
+    """Seconds that must be left to begin a stage, STAGE=SECONDS: sft=560 eval=330; see ESTIMATES_S."""
     checks: bool = False
     """Also evaluate the same policies with fast drawing and with another evaluation seed, and show that training's
     initial states are none of evaluation's."""
