@@ -42,7 +42,7 @@ SUITE = "libero_spatial"
 RECIPE: dict[str, dict[str, Any]] = {
     "demos": {
         "num_episodes": 1500, "imperfection": 0.2, "haste": 0.9, "max_env_length": 120, "wrist_camera": False,
-        "exact_physics": False, "seed": 0,
+        "quick_physics": True, "seed": 0,
     },
     "model": {
         "image_size": 140, "vision_dim": 256, "vision_depth": 7, "vision_heads": 4,

@@ -39,7 +39,7 @@ class RecordingSettings:
     Attributes:
         task_ids: tasks in turn, at least one.
         env_gpu_id: which GPU draws (LIBERO with EGL); None: what the world does by itself.
-        haste, wrist_camera, exact_physics: LIBERO's only.
+        haste, wrist_camera, quick_physics: LIBERO's only.
     """
 
     task_suite_name: str
@@ -55,7 +55,7 @@ class RecordingSettings:
     env_gpu_id: int | None = None
     haste: float = 0.0
     wrist_camera: bool = True
-    exact_physics: bool = True
+    quick_physics: bool = False
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides what an episode is."""
@@ -215,5 +215,5 @@ def make_recording_env(settings: RecordingSettings) -> Environment:
         max_steps=settings.max_env_length,
         env_gpu_id=settings.env_gpu_id,
         render_quality=settings.render_quality,
-        exact_physics=settings.exact_physics,
+        exact_physics=False if settings.quick_physics else None,
     )
