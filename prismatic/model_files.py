@@ -183,10 +183,16 @@ def write_checksums(folder: str | Path) -> None:
     (root / CHECKSUMS_NAME).write_text(json.dumps({"sha256": hashes}, indent=1) + "\n")
 
 
+def is_always_listed(name: str) -> bool:
+    """Whether a file of this name is part of every model or adapter that is written with checksums."""
+    return name.endswith(".safetensors") or name in ("config.json", "adapter_config.json")
+
+
 def checksum_problems(folder: str | Path, wanted: Callable[[str], bool] = lambda name: True) -> list[str]:
     """Files that are not those that checksums.json lists; empty without it (a folder from elsewhere).
 
-    `wanted` picks by relative path. Files that are not listed were added later and are not looked at.
+    `wanted` picks by relative path. Files that are not listed were added later and are not looked at, but weights and
+    configurations must be listed: if they are not, checksums.json is damaged.
     """
     manifest = Path(folder) / CHECKSUMS_NAME
     if not manifest.exists():
@@ -200,6 +206,10 @@ def checksum_problems(folder: str | Path, wanted: Callable[[str], bool] = lambda
         for name, value in hashes.items()
     ):
         return [f"{manifest} is damaged: it must map files in its folder to SHA-256 sums under the key sha256"]
+    present_names = (path.name for path in Path(folder).iterdir() if path.is_file())
+    unlisted = sorted(name for name in present_names if is_always_listed(name) and wanted(name) and name not in hashes)
+    if unlisted:
+        return [f"{manifest} does not list {name}: it is damaged, or the file is another model's" for name in unlisted]
     names = sorted(filter(wanted, hashes))
     missing = [name for name in names if not (Path(folder) / name).is_file()]
     problems = [f"{Path(folder) / name} is missing, {CHECKSUMS_NAME} lists it" for name in missing]

@@ -219,6 +219,10 @@ class ModelFolder:
 
     def refuses(self, name: str) -> None:
         """Raise what the loader that reads file `name` raises; `check` has found a problem."""
+        if name == "checksums.json":  # read by all of them; what only `check` misses is a file that none of them reads
+            for loader in self.loaders.values():
+                loader(self.folder)
+            raise ValueError(self.check(self.folder)[0])
         if name.endswith((".safetensors", ".index.json")) or name == "config.json":
             self.loaders["model"](self.folder)
         elif name == "dataset_statistics.json":

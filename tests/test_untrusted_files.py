@@ -16,7 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from prismatic.extern.hf.modeling_prismatic import load_model
 from prismatic.extern.hf.processing_prismatic import load_processor
-from prismatic.model_files import MAX_JSON_BYTES, checksum_problems, read_json_object, write_checksums
+from prismatic.model_files import (
+    MAX_JSON_BYTES,
+    checksum_problems,
+    raise_file_problems,
+    read_json_object,
+    write_checksums,
+)
 from prismatic.vla.action_normalization import load_norm_stats
 from prismatic.vla.datasets.rlds import iterate_episodes
 from prismatic.vla.datasets.schema import check_dataset_dir
@@ -242,6 +248,21 @@ def test_a_flipped_bit_in_what_we_wrote_is_found(tiny_model_dir, tmp_path):
     with pytest.raises(ValueError, match=r"model.safetensors is not what was written .* delete .*checksums.json"):
         load_model(folder)
     (folder / "checksums.json").unlink()
+    load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_checksums_that_do_not_list_what_is_loaded_are_damaged(tiny_model_dir, tmp_path, name):
+    """A flipped bit in a name would leave the file of that name unchecked."""
+    folder = tmp_path / "saved"
+    checkpoint_utils.save_model_dir(folder, load_file(tiny_model_dir / "model.safetensors"), tiny_model_dir)
+    manifest = folder / "checksums.json"
+    manifest.write_text(manifest.read_text().replace(name, name.replace("o", "n")))
+    for load in (load_model, lambda path: raise_file_problems(checkpoint_utils.check_model_dir(path))):
+        with pytest.raises(ValueError, match=f"checksums.json does not list {name}"):
+            load(folder)
+    (folder / "notes.json").write_text("{}")  # what was added later may be there
+    manifest.write_text(manifest.read_text().replace(name.replace("o", "n"), name))
     load_model(folder)
 
 
