@@ -2,7 +2,8 @@
 
 `tests/malformed.py` does the damage in a process of its own, so that a crash or a hang of a parser in C is seen. A
 folder from elsewhere has no checksums: there a change that leaves a well-formed file (another number in a JSON file, a
-flipped bit in a weight) cannot be told from another model, and loads as such. With checksums nothing such passes.
+flipped bit in a weight) cannot be told from another model, and loads as such. With checksums nothing such passes but a
+record that was rewritten with its CRC: shards may have many gigabytes, and are not hashed at every start.
 """
 
 import json
@@ -27,6 +28,7 @@ from utils import checkpoint_utils, peft_utils
 ROOT = Path(__file__).parents[1]
 # Damage to weights and records after which the file can be well-formed: of the data, or with a right CRC.
 BLIND = ("damage_bytes: flip", "damage_bytes: zero", "damage_records: protobuf")
+REWRITTEN = "damage_records: protobuf"
 DATASET = "tabletop_no_noops"
 
 
@@ -103,12 +105,14 @@ def faults_of(cases: list[dict[str, Any]], *, checksums: bool) -> list[dict[str,
     return [
         case
         for case in cases
-        if case["outcome"] not in allowed and not (case["outcome"] == "different" and not checksums and is_blind(case))
+        if case["outcome"] not in allowed and not (case["outcome"] == "different" and is_blind(case, checksums))
     ]
 
 
-def is_blind(case: dict[str, Any]) -> bool:
+def is_blind(case: dict[str, Any], checksums: bool) -> bool:
     """Whether the damage can leave a well-formed file, so that nothing but a checksum shows it."""
+    if checksums:
+        return case["what"].startswith(REWRITTEN)
     is_plain_json = case["file"].endswith(".json") and not case["file"].endswith(".index.json")
     return is_plain_json or case["what"].startswith(BLIND)
 
