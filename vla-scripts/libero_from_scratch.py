@@ -53,13 +53,12 @@ RECIPE: dict[str, dict[str, Any]] = {
         "warmup_steps": 300, "weight_decay": 0.05, "save_dtype": "bfloat16", "save_freq": 0, "log_freq": 200, "seed": 0,
     },
     "ppo": {
-        "center_crop": True, "use_lora": True, "lora_rank": 16,
-        "total_episodes": 327_680, "local_rollout_batch_size": 128, "num_steps": 32, "max_env_length": 120,
-        "num_epochs": 2, "local_mini_batch_size": 1024, "per_device_train_batch_size": 512,
-        "learning_rate": 7e-4, "policy_lr_scheduler_type": "linear", "policy_lr_warmup_steps": 4,
-        "value_learning_rate": 1e-3, "value_init_steps": 4, "num_value_epochs": 6, "cliprange_value": 0.0,
-        "cliprange_high": 0.28, "gamma": 0.99,
-        "max_approx_kl": 0.1, "save_freq": 20, "keep_last": 1, "seed": 0,
+        "center_crop": True, "use_lora": True, "lora_rank": 16, "total_episodes": 327_680, "max_env_length": 120,
+        "local_rollout_batch_size": 128, "num_steps": 32, "num_epochs": 2, "local_mini_batch_size": 1024,
+        "per_device_train_batch_size": 512, "learning_rate": 7e-4, "policy_lr_scheduler_type": "linear",
+        "policy_lr_warmup_steps": 4, "value_learning_rate": 1e-3, "value_init_steps": 4, "num_value_epochs": 6,
+        "cliprange_value": 0.0, "cliprange_high": 0.28, "gamma": 0.99, "max_approx_kl": 0.1, "save_freq": 20,
+        "keep_last": 1, "seed": 0,
     },
     "eval": {"num_trials_per_task": 50, "center_crop": True, "render_quality": "eval"},
 }  # fmt: skip
@@ -88,8 +87,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one_epoch": {"num_epochs": 1},
 }
 
-# Seconds that must be left to begin a stage: what it took on an H100 with 16 cores and some more; a stage that goes on
-# next time (demos, ppo) needs only to get somewhere.
+# Seconds that must be left to begin a stage, on an H100 with 16 cores; demos and ppo, which go on later, need a start.
 ESTIMATES_S = {"demos": 60, "model": 30, "sft": 560, "eval": 330, "ppo": 90, "merge": 40, "held_out": 150}
 
 PROGRAMS = {
@@ -345,11 +343,8 @@ def validate(args: Args) -> None:
         problems.append(f"--variants {' '.join(args.variants)} names one twice")
     if args.task_ids and not all(0 <= i < 10 for i in args.task_ids):
         problems.append(f"--task_ids {args.task_ids}: {SUITE} has the tasks 0..9")
-    for name, value in {
-        "eval_parts": args.eval_parts,
-        "num_envs": args.num_envs,
-        "time_limit_s": args.time_limit_s,
-    }.items():
+    positive = {"eval_parts": args.eval_parts, "num_envs": args.num_envs, "time_limit_s": args.time_limit_s}
+    for name, value in positive.items():
         if value is not None and value <= 0:
             problems.append(f"--{name} {value} must be positive")
     if len(args.gpus) not in LAYOUTS or len(set(args.gpus)) != len(args.gpus) or min(args.gpus, default=0) < 0:
