@@ -125,12 +125,12 @@ class ScratchRun:
         return [max(folder.glob("*/results.json")) for folder in done]
 
     def videos(self, policy: str) -> dict[tuple[int, int], Path]:
-        """Videos of the main evaluation by task and initial state."""
+        """Videos of the main evaluation by task and initial state: those that are here, records travel without them."""
         found = {}
         for file in self._part_files(policy, MAIN):
             for episode in read_json(file)["episodes"]:
-                if episode.get("video"):
-                    found[episode["task_id"], episode["init_state_id"]] = file.parent / episode["video"]
+                if episode.get("video") and (video := file.parent / episode["video"]).exists():
+                    found[episode["task_id"], episode["init_state_id"]] = video
         return found
 
     def metrics(self, variant: str) -> list[dict[str, float]]:
