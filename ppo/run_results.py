@@ -103,14 +103,23 @@ def training_lines(metrics: Metrics) -> list[Mapping[str, float]]:
     return [line for line in metrics if "time/step_s" in line]
 
 
-def curve_points(metrics: Metrics) -> tuple[CurvePoint, ...]:
-    """Success of the sampled training episodes, by environment steps and by seconds of training steps."""
-    points, seconds = [], 0.0
+def curve_points(metrics: Metrics, settled_at: int = 0) -> tuple[CurvePoint, ...]:
+    """Success of the sampled training episodes, by environment steps and by seconds of training steps.
+
+    What ends before `settled_at` (environments x an episode's time limit) counts with the first point from there on:
+    all environments begin at once, and what ends first are successes, for failures take the time limit.
+    """
+    points, seconds, early, early_successes = [], 0.0, 0, 0.0
     for line in training_lines(metrics):
         seconds += line["time/step_s"] + line.get("time/checkpoint_s", 0.0)
         if "rollout/success_rate" in line:
-            steps, count = int(line["time/env_steps_total"]), int(line["rollout/num_episodes"])
-            points.append(CurvePoint(steps, line["rollout/success_rate"], count, seconds))
+            steps, count = int(line["time/env_steps_total"]), int(line["rollout/num_episodes"]) + early
+            successes = line["rollout/success_rate"] * (count - early) + early_successes
+            if steps < settled_at:
+                early, early_successes = count, successes
+            else:
+                points.append(CurvePoint(steps, successes / count, count, seconds))
+                early, early_successes = 0, 0.0
     return tuple(points)
 
 

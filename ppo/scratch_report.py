@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ppo.run_results import choose_columns, curve_points, outcomes, ppo_phases, read_evaluation
+from ppo.run_results import choose_columns, outcomes, ppo_phases, read_evaluation
 from ppo.scratch_results import MAIN, SUPERVISED, ScratchRun
 from utils.logging_utils import format_duration
 from utils.plots import (
@@ -107,7 +107,7 @@ def make_series(run: ScratchRun, axis: Axis) -> list[Series]:
     """Every variant's learning curve with its greedy evaluations before and after."""
     made = []
     for i, name in enumerate(run.variants):
-        points = curve_points(run.metrics(name))
+        points = run.curve(name)
         end, greedy = axis.value(points[-1]) if points else 0.0, []
         for policy, at in ((SUPERVISED, 0.0), (name, end)):
             if (policy, MAIN) in run.evaluations:
@@ -185,6 +185,7 @@ def checks_section(checks: Mapping[str, Any]) -> str:
     if not checks:
         return ""
     titles = {
+        "sampled": "Actions sampled at temperature 1, as in training, else the same.",
         "fast": "Drawn fast (no multisampling, no reflections, no redundant physics passes), else the same.",
         "seed": "Another evaluation seed: it moves the fixtures, which the fixed states do not hold; else the same.",
     }

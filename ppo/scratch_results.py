@@ -10,10 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ppo.run_results import merge_results, piece_spans, summarize_policy, summarize_ppo
+from ppo.run_results import curve_points, merge_results, piece_spans, summarize_policy, summarize_ppo
 from utils.collecting import collect
 from utils.gpu_sampling import read_samples, summarize_samples
 from utils.logging_utils import read_metrics
+from utils.plots import CurvePoint
 from utils.stage_ledger import Ledger
 
 SUPERVISED = "supervised"
@@ -137,6 +138,12 @@ class ScratchRun:
         """A PPO run's metrics so far."""
         exp_dir = self.paths.ppo(variant)
         return read_metrics(exp_dir) if (exp_dir / "metrics.jsonl").exists() else []
+
+    def curve(self, variant: str) -> tuple[CurvePoint, ...]:
+        """A PPO run's learning curve so far."""
+        args = read_json(self.paths.ppo(variant) / "args.json") if self.metrics(variant) else {}
+        num_envs = args.get("local_rollout_batch_size", 0) * args.get("vllm_num_engines", 1)
+        return curve_points(self.metrics(variant), num_envs * (args.get("max_env_length") or 0))
 
     def ppo_summary(self, variant: str) -> dict[str, Any]:
         """A PPO run's numbers so far, with its GPU's where they were sampled."""

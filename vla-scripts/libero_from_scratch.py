@@ -20,7 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -99,7 +99,11 @@ PROGRAMS = {
     "eval": "run_libero_eval_vllm.py",
     "held_out": "vla-scripts/check_held_out.py",
 }
-OTHER_SEED = 8  # of the second evaluation with --checks
+# Other kinds of evaluation, on fewer states of each task: what differs from the recipe's `eval`.
+CHECKS: dict[str, dict[str, Any]] = {
+    "sampled": {"temperature": 1.0}, "fast": {"render_quality": "fast"}, "seed": {"seed": 8},
+}  # fmt: skip
+CHECKED_STATES = 20
 NUM_RECORDED_STATES = 3  # of each task, whose episodes the grid of videos is chosen from
 EXIT_OUT_OF_TIME = 75  # sysexits.h: EX_TEMPFAIL, try again
 
@@ -135,9 +139,9 @@ class Args:
     """Environments of evaluations, and processes that record. Default: two per core with a GPU, else one."""
     estimate: tuple[str, ...] = ()
     """Seconds that must be left to begin a stage, STAGE=SECONDS: sft=560 eval=330; see ESTIMATES_S."""
-    checks: bool = False
-    """Also evaluate the same policies with fast drawing and with another evaluation seed, and show that training's
-    initial states are none of evaluation's."""
+    checks: tuple[Literal["sampled", "fast", "seed", "held_out"], ...] = ()
+    """Also evaluate the same policies otherwise, see CHECKS: sampled actions, fast drawing, another evaluation seed;
+    held_out shows that training's initial states are none of evaluation's."""
     collect: Path | None = None
     """Folder to fill at the end with what matters of the run: 5 files, none above 15 MiB."""
     collect_models: Path | None = None
@@ -312,18 +316,15 @@ class StageMaker:
 
     def all(self) -> list[Stage]:
         """All stages of this invocation, in order."""
-        policies = [SUPERVISED, *self.args.variants]
-        stages = self.supervised()
+        stages, checks = self.supervised(), self.args.checks
         for variant in self.args.variants:
             stages += self.variant(variant)
-        for policy in policies:
-            stages += self.evaluation(policy)
-        if self.args.checks:
-            stages.append(self.held_out())
-            for policy in policies:
-                stages += self.evaluation(policy, "fast", render_quality="fast")
-                stages += self.evaluation(policy, "seed", seed=OTHER_SEED)
-        return stages
+        fewer = {"num_trials_per_task": min(CHECKED_STATES, int(self.recipe["eval"]["num_trials_per_task"]))}
+        kinds = {MAIN: {}} | {kind: {**changes, **fewer} for kind, changes in CHECKS.items() if kind in checks}
+        for kind, changes in kinds.items():
+            for policy in (SUPERVISED, *self.args.variants):
+                stages += self.evaluation(policy, kind, **changes)
+        return stages + ([self.held_out()] if "held_out" in checks else [])
 
 
 def share_out(items: Sequence[int], count: int) -> list[tuple[int, ...]]:

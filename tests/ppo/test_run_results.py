@@ -133,6 +133,13 @@ def test_curve_has_steps_and_seconds_of_those_in_which_episodes_ended():
     ]  # fmt: skip
 
 
+def test_episodes_that_end_first_are_no_point_of_their_own():
+    settled = curve_points(METRICS, settled_at=300)
+    assert [(p.env_steps, p.success_rate, p.num_episodes, p.seconds) for p in settled] == [(300, 0.5, 8, 24.5)]
+    assert curve_points(METRICS, settled_at=100) == curve_points(METRICS)
+    assert curve_points(METRICS, settled_at=301) == ()
+
+
 def test_columns_are_recorded_states_that_turned_then_others_one_per_task():
     before = part({0: [False, False], 1: [True, True], 2: [False, False], 3: [False, False]})
     after = part({0: [True, True], 1: [True, True], 2: [False, True], 3: [True, False]})

@@ -63,6 +63,7 @@ def run(tmp_path) -> ScratchRun:
         folder = tmp_path / "ppo" / name
         folder.mkdir(parents=True)
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in METRICS))
+        (folder / "args.json").write_text(json.dumps(ARGS))
         (folder / "adapter_model.safetensors").write_bytes(b"weights")
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs/ppo.base.gpu.csv").write_text(
@@ -77,6 +78,7 @@ def run(tmp_path) -> ScratchRun:
     return ScratchRun(Paths(tmp_path), num_tasks=2)
 
 
+ARGS = {"local_rollout_batch_size": 20, "vllm_num_engines": 2, "max_env_length": 5}
 WANTED = ["ppo.base", "eval.base.main.0", "eval.base.main.1"]
 
 
@@ -115,6 +117,11 @@ def test_report_shows_policies_curves_checks_and_what_the_assets_are(run, tmp_pa
     assert "data:video/mp4" in page and grid.note in text
     text = check(render_page(run, summary_of(run, ["absent"]), None)).text
     assert "not complete yet" in text and "Before and after" not in text
+
+
+def test_learning_curves_begin_when_every_first_episode_has_ended(run):
+    assert [(p.env_steps, p.success_rate, p.num_episodes) for p in run.curve("base")] == [(300, 0.5, 8)]
+    assert run.curve("absent") == ()
 
 
 def test_grid_shows_the_same_states_of_both_policies(run, tmp_path):

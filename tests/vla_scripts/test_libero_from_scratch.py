@@ -15,6 +15,7 @@ SPEC = importlib.util.spec_from_file_location("libero_from_scratch", ROOT / "vla
 script = importlib.util.module_from_spec(SPEC)
 sys.modules["libero_from_scratch"] = script  # dataclasses look their module up
 SPEC.loader.exec_module(script)
+CHECKS = (*script.CHECKS, "held_out")
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +88,7 @@ def test_every_variant_is_a_command_that_the_driver_takes(tmp_path):
 
 
 def test_each_program_takes_its_command_and_a_bad_flag_stops_before_anything(tmp_path, capsys):
-    made = stages_of(tmp_path, checks=True)
+    made = stages_of(tmp_path, checks=CHECKS)
     some = [made[name] for name in ("demos", "model", "merge.base", "eval.base.seed.0", "held_out")]
     script.check_commands(some, tmp_path / "checked.json")
     bad = stages_of(tmp_path, set=("demos.num_epsiodes=3",))
@@ -112,7 +113,7 @@ def test_changes_of_the_recipe_reach_their_stage_as_flags(tmp_path):
 
 
 def test_a_policy_made_earlier_takes_the_place_of_the_first_stages(tmp_path):
-    stages = stages_of(tmp_path, sft_dir=tmp_path / "sft", checks=True)
+    stages = stages_of(tmp_path, sft_dir=tmp_path / "sft", checks=CHECKS)
     assert next(iter(stages)) == "ppo.base"
     assert value(stages["ppo.base"], "--vla_path") == str(tmp_path / "sft")
     assert stages["ppo.base"].settings["sft_dir"] == str(tmp_path / "sft")
@@ -120,12 +121,16 @@ def test_a_policy_made_earlier_takes_the_place_of_the_first_stages(tmp_path):
 
 
 def test_checks_evaluate_every_policy_otherwise(tmp_path):
-    stages = stages_of(tmp_path, checks=True)
+    stages = stages_of(tmp_path, checks=CHECKS)
     for policy in ("supervised", "base"):
         assert value(stages[f"eval.{policy}.fast.0"], "--render_quality") == "fast"
         seed = stages[f"eval.{policy}.seed.1"]
         assert value(seed, "--seed") == "8" and "seed" not in stages[f"eval.{policy}.main.1"].settings
         assert "--video_episodes" not in seed.command
+        assert value(stages[f"eval.{policy}.sampled.0"], "--temperature") == "1.0"
+        assert value(seed, "--num_trials_per_task") == "20"
+        assert value(stages[f"eval.{policy}.main.0"], "--num_trials_per_task") == "50"
+    assert not any(".sampled." in name or name == "held_out" for name in stages_of(tmp_path, checks=("fast",)))
     assert value(stages["held_out"], "--num_envs") == value(stages["ppo.base"], "--local_rollout_batch_size")
 
 
@@ -252,7 +257,7 @@ def run_piece(tmp_path, limit_s: float, *argv: str) -> int:
 @pytest.mark.libero
 @pytest.mark.timeout(3600)
 def test_whole_run_in_pieces_with_ppo_interrupted(tmp_path):
-    """A quarter of an hour on two idle cores: PPO in two or more pieces, eight evaluations."""
+    """A quarter of an hour on two idle cores: PPO in two or more pieces, evaluations of every kind."""
     assert run_piece(tmp_path, 2000.0, "--estimate", "ppo=3000") == script.EXIT_OUT_OF_TIME  # everything before PPO
     ledger = script.Ledger(tmp_path / "run/stages")
     assert ledger.marker("sft") and not ledger.pieces("ppo.base")
@@ -260,10 +265,8 @@ def test_whole_run_in_pieces_with_ppo_interrupted(tmp_path):
     while (code := run_piece(tmp_path, next(limits_s))) == script.EXIT_OUT_OF_TIME:
         pass
     assert code == 0
-    code = run_piece(
-        tmp_path, 1000.0, "--checks", "--collect", str(tmp_path / "out"), "--collect_models", str(tmp_path / "m")
-    )
-    assert code == 0
+    collect = ("--collect", str(tmp_path / "out"), "--collect_models", str(tmp_path / "m"))
+    assert run_piece(tmp_path, 1000.0, "--checks", *CHECKS, *collect) == 0
 
     pieces = ledger.pieces("ppo.base")
     assert [p["outcome"] for p in pieces[:-1]] == ["stopped"] * (len(pieces) - 1) and len(pieces) >= 2
@@ -274,7 +277,7 @@ def test_whole_run_in_pieces_with_ppo_interrupted(tmp_path):
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary["is_complete"] and summary["ppo"]["base"]["env_steps"] == 2880
     assert {name: p["episodes"] for name, p in summary["policies"].items()} == {"supervised": 4, "base": 4}
-    assert set(summary["checks"]) == {"fast", "seed", "held_out"}
+    assert set(summary["checks"]) == set(CHECKS)
     assert summary["checks"]["held_out"]["num_equal"] == 0 and summary["checks"]["held_out"]["num_demonstrations"] == 2
     from ppo.envs.libero_install import asset_remarks
 
@@ -283,7 +286,7 @@ def test_whole_run_in_pieces_with_ppo_interrupted(tmp_path):
     assert set(collected) == {"summary.json", "report.html", "figure.svg", "grid.mp4", "records.tar.gz"}
     assert (tmp_path / "m/models.tar").exists()
     markers = {p: p.read_text() for p in (tmp_path / "run/stages").glob("*.json")}
-    assert run_piece(tmp_path, 1000.0, "--checks") == 0  # nothing is left to do
+    assert run_piece(tmp_path, 1000.0, "--checks", *CHECKS) == 0  # nothing is left to do
     assert markers == {p: p.read_text() for p in (tmp_path / "run/stages").glob("*.json")}
 
 
