@@ -136,7 +136,7 @@ class Args:
     eval_parts: int = 2
     """Pieces that an evaluation is made in, a share of the tasks each: one that is interrupted is repeated."""
     num_envs: int | None = None
-    """Environments of evaluations, and processes that record. Default: two per core with a GPU, else one."""
+    """Environments of evaluations, and processes that record. Default: one per core; with a GPU eight and two."""
     estimate: tuple[str, ...] = ()
     """Seconds that must be left to begin a stage, STAGE=SECONDS: sft=560 eval=330; see ESTIMATES_S."""
     checks: tuple[Literal["sampled", "fast", "seed", "held_out"], ...] = ()
@@ -214,6 +214,7 @@ class StageMaker:
         self.gpus = choose_gpus(args)
         self.cores = len(os.sched_getaffinity(0))
         self.num_envs = args.num_envs or (2 * self.cores if self.gpus else self.cores)
+        self.eval_envs = args.num_envs or (8 * self.cores if self.gpus else self.cores)
         self.drawing = {"env_gpu_id": self.gpus[0] if self.gpus else None}
         self.layout: int | str = "colocated" if args.colocate else len(self.gpus)
         self.tasks = {"task_ids": args.task_ids or None}
@@ -298,8 +299,8 @@ class StageMaker:
             stages.append(self._stage(
                 "eval", f"eval.{policy}.{kind}.{part}", f"evaluation {policy}, {kind}, {part + 1} of {count}",
                 {"task_suite_name": SUITE, **self.recipe["eval"], **changes, "task_ids": tasks},
-                {"pretrained_checkpoint": self.paths.policy(policy), "num_envs": self.num_envs, "local_log_dir": folder,
-                 "gpu_memory_utilization": 0.3, "save_video": "all", "max_videos_per_task": 1, "video_fps": 20,
+                {"pretrained_checkpoint": self.paths.policy(policy), "num_envs": self.eval_envs, "local_log_dir": folder,
+                 "num_processes": min(self.cores, self.eval_envs), "gpu_memory_utilization": 0.1, "save_video": "all", "max_videos_per_task": 1, "video_fps": 20,
                  "video_episodes": [f"{t}:{s}" for t in tasks for s in range(num_videos)] if kind == MAIN else None,
                  **self.drawing}, after=(after,), scrap=folder,
             ))  # fmt: skip

@@ -138,6 +138,8 @@ def test_a_gpu_is_given_to_children_and_to_the_renderer(tmp_path):
     stages = stages_of(tmp_path, gpus=(2,))
     for name in ("demos", "eval.base.main.0", "ppo.base"):
         assert value(stages[name], "--env_gpu_id") == "2"  # EGL does not know CUDA_VISIBLE_DEVICES
+    cores, evaluation = len(os.sched_getaffinity(0)), stages["eval.base.main.0"]
+    assert value(evaluation, "--num_envs") == str(8 * cores) and value(evaluation, "--num_processes") == str(cores)
     assert all(stage.environment["CUDA_VISIBLE_DEVICES"] == "2" for stage in stages.values())
     assert "--colocate" in stages["ppo.base"].command
     assert stages["ppo.base"].settings == stages_of(tmp_path, gpus=(0,))["ppo.base"].settings  # another may go on
