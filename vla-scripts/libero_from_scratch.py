@@ -214,8 +214,9 @@ class StageMaker:
         self.gpus = choose_gpus(args)
         self.cores = len(os.sched_getaffinity(0))
         self.num_envs = args.num_envs or (2 * self.cores if self.gpus else self.cores)
-        self.eval_envs = args.num_envs or (8 * self.cores if self.gpus else self.cores)
         self.drawing = {"env_gpu_id": self.gpus[0] if self.gpus else None}
+        eval_envs = args.num_envs or (8 * self.cores if self.gpus else self.cores)
+        self.evaluating = {"num_envs": eval_envs, "num_processes": min(self.cores, eval_envs), **self.drawing}
         self.layout: int | str = "colocated" if args.colocate else len(self.gpus)
         self.tasks = {"task_ids": args.task_ids or None}
         # What is made from a policy that came from elsewhere is not mixed with what is made from another.
@@ -299,10 +300,10 @@ class StageMaker:
             stages.append(self._stage(
                 "eval", f"eval.{policy}.{kind}.{part}", f"evaluation {policy}, {kind}, {part + 1} of {count}",
                 {"task_suite_name": SUITE, **self.recipe["eval"], **changes, "task_ids": tasks},
-                {"pretrained_checkpoint": self.paths.policy(policy), "num_envs": self.eval_envs, "local_log_dir": folder,
-                 "num_processes": min(self.cores, self.eval_envs), "gpu_memory_utilization": 0.1, "save_video": "all", "max_videos_per_task": 1, "video_fps": 20,
-                 "video_episodes": [f"{t}:{s}" for t in tasks for s in range(num_videos)] if kind == MAIN else None,
-                 **self.drawing}, after=(after,), scrap=folder,
+                {"pretrained_checkpoint": self.paths.policy(policy), "local_log_dir": folder, **self.evaluating,
+                 "gpu_memory_utilization": 0.1, "save_video": "all", "max_videos_per_task": 1, "video_fps": 20,
+                 "video_episodes": [f"{t}:{s}" for t in tasks for s in range(num_videos)] if kind == MAIN else None},
+                after=(after,), scrap=folder,
             ))  # fmt: skip
         return stages
 

@@ -12,26 +12,23 @@ everybody is ready, buckets, agreement that everybody got them. Nobody waits lon
 refusal reaches everybody with its reason. After a ChannelError the channel may be out of step: open another one.
 """
 
-import json
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from prismatic.extern.vllm.weight_buckets import BucketLayout, checksums
-from prismatic.extern.vllm.weight_sharing import open_shared_buffers, share_buffers
+from prismatic.extern.vllm.weight_transports import SENDER, Broadcast, SharedBuffers, Transport
 
 BACKENDS = ("gloo", "nccl", "ipc")
 DEFAULT_TIMEOUT_S = 300.0
-NUM_BUFFERS = 2
 NUM_NAMES_SHOWN = 4
-SENDER = 0
 # Interval at which the host looks whether the device is done.
 POLL_S = 5e-5
 
@@ -55,22 +52,6 @@ class ChannelAddress:
         return asdict(self)
 
 
-class Transport(Protocol):
-    """How buckets' bytes travel. Buckets come in order; a buffer is the caller's between the two calls for it."""
-
-    def take(self, index: int) -> Tensor:
-        """Sender: a free buffer to write bucket `index` into. Receiver: the buffer that holds it."""
-
-    def give(self, index: int) -> None:
-        """Sender: bucket `index` is written (on the current stream). Receiver: it is read."""
-
-    def finish(self, num_buckets: int) -> None:
-        """Wait until all buckets have arrived."""
-
-    def close(self) -> None:
-        """Let go of buffers and connections."""
-
-
 class ChannelEnd:
     """One end of a channel: the store, the control group and the agreements. Use SendingEnd or ReceivingEnd."""
 
@@ -86,7 +67,7 @@ class ChannelEnd:
         self.timeout = timedelta(seconds=address.timeout_s)
         self.name = _peer_name(rank)
         self._num_agreements = 0
-        self._store: Any = None
+        self.store: Any = None
         self._control: Any = None
         self._transport: Transport | None = None
 
@@ -109,12 +90,12 @@ class ChannelEnd:
 
     def _join(self) -> None:
         """Wait for every end, then build the groups. Raises ChannelError naming those who did not come."""
-        self._attempt("telling the others of it", lambda: self._store.set(f"joined/{self.rank}", "1"))
+        self.attempt("telling the others of it", lambda: self.store.set(f"joined/{self.rank}", "1"))
         missing = self._absent("joined", wait=True)
         if missing:
             raise ChannelError(f"{self._where}: {missing} did not join within {self.address.timeout_s:.0f} s")
-        self._control = self._attempt("connecting the control group", self._gloo_group)
-        self._transport = self._attempt("connecting", self._build_transport)
+        self._control = self.attempt("connecting the control group", self._gloo_group)
+        self._transport = self.attempt("connecting", self._build_transport)
         self.agree("opening the channel", None)
 
     def _gloo_group(self) -> Any:
@@ -122,7 +103,7 @@ class ChannelEnd:
         # The interface that leads to the sender: the machine's name may resolve to another.
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=_address_towards(self.address.host))]
         options._timeout = self.timeout
-        return dist.ProcessGroupGloo(dist.PrefixStore("control", self._store), self.rank, self.size, options)
+        return dist.ProcessGroupGloo(dist.PrefixStore("control", self.store), self.rank, self.size, options)
 
     def _build_transport(self) -> Transport:
         if self.address.backend == "ipc":
@@ -131,7 +112,7 @@ class ChannelEnd:
         if self.address.backend == "nccl":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = 2 * self.timeout  # ours comes first: NCCL's ends the process
-            group = dist.ProcessGroupNCCL(dist.PrefixStore("bytes", self._store), self.rank, self.size, options)
+            group = dist.ProcessGroupNCCL(dist.PrefixStore("bytes", self.store), self.rank, self.size, options)
             group.eager_connect_single_device(self.device)
         return Broadcast(self, group)
 
@@ -147,12 +128,12 @@ class ChannelEnd:
         options.reduceOp, options.timeout = dist.ReduceOp.MIN, self.timeout
 
         def vote() -> None:
-            self._store.set(f"{topic}/{self.rank}", problem or "")
+            self.store.set(f"{topic}/{self.rank}", problem or "")
             self._control.allreduce([fine], options).wait(self.timeout)
 
-        self._attempt(what, vote, topic)
+        self.attempt(what, vote, topic)
         if not fine.item():
-            texts = self._attempt(what, lambda: [self._store.get(f"{topic}/{r}").decode() for r in range(self.size)])
+            texts = self.attempt(what, lambda: [self.store.get(f"{topic}/{r}").decode() for r in range(self.size)])
             refusals = [f"{_peer_name(rank)}: {text}" for rank, text in enumerate(texts) if text]
             raise ChannelError(f"{self._where}, {what}: refused by {'; '.join(refusals)}")
 
@@ -160,24 +141,24 @@ class ChannelEnd:
         """Bring the sender's CPU `tensor` to every receiver, in place."""
         options = dist.BroadcastOptions()
         options.rootRank, options.timeout = SENDER, self.timeout
-        self._attempt(what, lambda: self._control.broadcast([tensor], options).wait(self.timeout))
+        self.attempt(what, lambda: self._control.broadcast([tensor], options).wait(self.timeout))
         return tensor
 
     def start_signal(self, what: str, value: int) -> Callable[[], None]:
         """Send `value` to the single peer of an ipc channel; the result waits until the peer has taken it."""
         number = torch.tensor([value])
         # A tag for each direction: both may be under way at once.
-        work = self._attempt(what, lambda: self._control.send([number], 1 - self.rank, self.rank))
+        work = self.attempt(what, lambda: self._control.send([number], 1 - self.rank, self.rank))
 
         def wait() -> None:
-            self._attempt(what, lambda: (work.wait(self.timeout), number))
+            self.attempt(what, lambda: (work.wait(self.timeout), number))
 
         return wait
 
     def await_signal(self, what: str, value: int) -> None:
         """Wait until the single peer has sent `value`."""
         number, peer = torch.tensor([-1]), 1 - self.rank
-        self._attempt(what, lambda: self._control.recv([number], peer, peer).wait(self.timeout))
+        self.attempt(what, lambda: self._control.recv([number], peer, peer).wait(self.timeout))
         if number.item() != value:
             raise ChannelError(f"{self._where}, {what}: {_peer_name(peer)} is at {number.item()}, not at {value}")
 
@@ -194,7 +175,7 @@ class ChannelEnd:
                 raise ChannelError(f"{self._where}, {what}: the GPU was not done within {self.address.timeout_s:.0f} s")
             time.sleep(POLL_S)
 
-    def _attempt(self, what: str, action: Callable[[], Any], topic: str | None = None) -> Any:
+    def attempt(self, what: str, action: Callable[[], Any], topic: str | None = None) -> Any:
         """Run `action`; torch's errors become ChannelErrors with the operation and the absent peers, and it closes."""
         try:
             return action()
@@ -213,9 +194,9 @@ class ChannelEnd:
         keys = [f"{topic}/{rank}" for rank in range(self.size)]
         try:
             if wait:
-                self._store.wait(keys, self.timeout)
+                self.store.wait(keys, self.timeout)
                 return ""
-            return ", ".join(_peer_name(r) for r, key in enumerate(keys) if not self._store.check([key]))
+            return ", ".join(_peer_name(r) for r, key in enumerate(keys) if not self.store.check([key]))
         except RuntimeError:
             return self._absent(topic) if wait else _peer_name(SENDER)
 
@@ -241,7 +222,7 @@ class SendingEnd(ChannelEnd):
     ) -> None:
         store = dist.TCPStore(host, 0, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
         super().__init__(ChannelAddress(backend, host, store.port, num_receivers, timeout_s), SENDER, layout, device)
-        self._store = store
+        self.store = store
 
     def join(self) -> None:
         """Wait for all receivers. Raises ChannelError naming those who did not come in time."""
@@ -281,7 +262,7 @@ class ReceivingEnd(ChannelEnd):
 
     def __init__(self, address: ChannelAddress, rank: int, layout: BucketLayout, device: torch.device) -> None:
         super().__init__(address, rank, layout, device)
-        self._store = self._attempt("reaching the sender", self._connect)
+        self.store = self.attempt("reaching the sender", self._connect)
         self._join()
 
     def _connect(self) -> Any:
@@ -387,113 +368,6 @@ class _Stream:
         self.transport.give(self._next_bucket)
         self._next_bucket += 1
         self._holds_bucket = False
-
-
-class Broadcast:
-    """Buckets by broadcast from the sender: gloo waits on the host, NCCL makes the current stream wait."""
-
-    def __init__(self, end: ChannelEnd, group: Any) -> None:
-        self.end, self.group = end, group
-        size = end.layout.buffer_bytes
-        self.buffers = [torch.empty(size, dtype=torch.uint8, device=end.device) for _ in range(NUM_BUFFERS)]
-        self.works: dict[int, Any] = {}
-
-    def take(self, index: int) -> Tensor:
-        """Sender: wait for the broadcast that last used the buffer. Receiver: for this one, the next being posted."""
-        if self.end.rank == SENDER:
-            self._wait(index - NUM_BUFFERS)
-        else:
-            if index == 0:
-                self._post(0)
-            # Its buffer was read by bucket index - 1, whose copies the current stream has in front of it.
-            if index + 1 < len(self.end.layout.buckets):
-                self._post(index + 1)
-            self._wait(index)
-        return self.buffers[index % NUM_BUFFERS]
-
-    def give(self, index: int) -> None:
-        """Sender: start the broadcast. Receiver: nothing to do."""
-        if self.end.rank == SENDER:
-            self._post(index)
-
-    def finish(self, num_buckets: int) -> None:
-        """Wait for the last broadcasts, and for the device."""
-        for index in sorted(self.works):
-            self._wait(index)
-        self.end.wait_for_device(f"broadcasting {num_buckets} buckets")
-
-    def close(self) -> None:
-        """End the NCCL group, whatever it is doing; the control group needs nothing."""
-        if self.end.address.backend == "nccl":
-            self.group.abort()
-        self.works.clear()
-        self.buffers.clear()
-
-    def _post(self, index: int) -> None:
-        options = dist.BroadcastOptions()
-        options.rootRank, options.timeout = SENDER, self.end.timeout
-        # Else NCCL runs on the current stream, and nothing overlaps.
-        options.asyncOp = True
-        flat = self.buffers[index % NUM_BUFFERS][: self.end.layout.bucket_bytes(index)]
-        self.works[index] = self.end._attempt(
-            f"broadcasting bucket {index}", lambda: self.group.broadcast([flat], options)
-        )
-
-    def _wait(self, index: int) -> None:
-        work = self.works.pop(index, None)
-        if work is not None:
-            self.end._attempt(f"broadcasting bucket {index}", work.wait)
-
-
-class SharedBuffers:
-    """Buckets in memory that both ends map: the sender says which is ready, the receiver which is read."""
-
-    def __init__(self, end: ChannelEnd) -> None:
-        self.end = end
-        self.num_read = 0
-        # A signal is a rendezvous: waiting for it at once would stop both ends in their own.
-        self._wait_for_signal: Callable[[], None] | None = None
-        if end.rank == SENDER:
-            self.buffers, handles = share_buffers(end.layout.buffer_bytes, NUM_BUFFERS, end.device)
-            end._store.set("buffers", json.dumps(handles))
-        else:
-            self.buffers = open_shared_buffers(json.loads(end._store.get("buffers")), end.device)
-
-    def take(self, index: int) -> Tensor:
-        """Sender: wait until the receiver has read what the buffer held. Receiver: until bucket `index` is ready."""
-        if self.end.rank == SENDER:
-            self._wait_until_read(index - NUM_BUFFERS)
-        else:
-            self.end.await_signal(f"waiting for bucket {index}", index)
-        return self.buffers[index % NUM_BUFFERS]
-
-    def give(self, index: int) -> None:
-        """Say that bucket `index` is ready (sender) or read (receiver): the device is done before the other hears."""
-        what = f"handing over bucket {index}"
-        self.end.wait_for_device(what)
-        self._settle()
-        self._wait_for_signal = self.end.start_signal(what, index)
-
-    def finish(self, num_buckets: int) -> None:
-        """Wait until everything is read."""
-        if self.end.rank == SENDER:
-            self._wait_until_read(num_buckets - 1)
-            self.num_read = 0
-        self._settle()
-
-    def close(self) -> None:
-        """Let go of the memory."""
-        self.buffers, self._wait_for_signal = [], None
-
-    def _settle(self) -> None:
-        if self._wait_for_signal is not None:
-            self._wait_for_signal()
-        self._wait_for_signal = None
-
-    def _wait_until_read(self, index: int) -> None:
-        while self.num_read <= index:
-            self.end.await_signal(f"waiting until bucket {self.num_read} is read", self.num_read)
-            self.num_read += 1
 
 
 def _peer_name(rank: int) -> str:

@@ -1,0 +1,140 @@
+"""The ways that a channel's bytes travel: by broadcast (gloo, NCCL), or through memory that both ends map."""
+
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from prismatic.extern.vllm.weight_sharing import open_shared_buffers, share_buffers
+
+if TYPE_CHECKING:
+    from prismatic.extern.vllm.weight_channel import ChannelEnd
+
+NUM_BUFFERS = 2
+SENDER = 0
+
+
+class Transport(Protocol):
+    """How buckets' bytes travel. Buckets come in order; a buffer is the caller's between the two calls for it."""
+
+    def take(self, index: int) -> Tensor:
+        """Sender: a free buffer to write bucket `index` into. Receiver: the buffer that holds it."""
+
+    def give(self, index: int) -> None:
+        """Sender: bucket `index` is written (on the current stream). Receiver: it is read."""
+
+    def finish(self, num_buckets: int) -> None:
+        """Wait until all buckets have arrived."""
+
+    def close(self) -> None:
+        """Let go of buffers and connections."""
+
+
+class Broadcast:
+    """Buckets by broadcast from the sender: gloo waits on the host, NCCL makes the current stream wait."""
+
+    def __init__(self, end: "ChannelEnd", group: Any) -> None:
+        self.end, self.group = end, group
+        size = end.layout.buffer_bytes
+        self.buffers = [torch.empty(size, dtype=torch.uint8, device=end.device) for _ in range(NUM_BUFFERS)]
+        self.works: dict[int, Any] = {}
+
+    def take(self, index: int) -> Tensor:
+        """Sender: wait for the broadcast that last used the buffer. Receiver: for this one, the next being posted."""
+        if self.end.rank == SENDER:
+            self._wait(index - NUM_BUFFERS)
+        else:
+            if index == 0:
+                self._post(0)
+            # Its buffer was read by bucket index - 1, whose copies the current stream has in front of it.
+            if index + 1 < len(self.end.layout.buckets):
+                self._post(index + 1)
+            self._wait(index)
+        return self.buffers[index % NUM_BUFFERS]
+
+    def give(self, index: int) -> None:
+        """Sender: start the broadcast. Receiver: nothing to do."""
+        if self.end.rank == SENDER:
+            self._post(index)
+
+    def finish(self, num_buckets: int) -> None:
+        """Wait for the last broadcasts, and for the device."""
+        for index in sorted(self.works):
+            self._wait(index)
+        self.end.wait_for_device(f"broadcasting {num_buckets} buckets")
+
+    def close(self) -> None:
+        """End the NCCL group, whatever it is doing; the control group needs nothing."""
+        if self.end.address.backend == "nccl":
+            self.group.abort()
+        self.works.clear()
+        self.buffers.clear()
+
+    def _post(self, index: int) -> None:
+        options = dist.BroadcastOptions()
+        options.rootRank, options.timeout = SENDER, self.end.timeout
+        # Else NCCL runs on the current stream, and nothing overlaps.
+        options.asyncOp = True
+        flat = self.buffers[index % NUM_BUFFERS][: self.end.layout.bucket_bytes(index)]
+        self.works[index] = self.end.attempt(
+            f"broadcasting bucket {index}", lambda: self.group.broadcast([flat], options)
+        )
+
+    def _wait(self, index: int) -> None:
+        work = self.works.pop(index, None)
+        if work is not None:
+            self.end.attempt(f"broadcasting bucket {index}", work.wait)
+
+
+class SharedBuffers:
+    """Buckets in memory that both ends map: the sender says which is ready, the receiver which is read."""
+
+    def __init__(self, end: "ChannelEnd") -> None:
+        self.end = end
+        self.num_read = 0
+        # A signal is a rendezvous: waiting for it at once would stop both ends in their own.
+        self._wait_for_signal: Callable[[], None] | None = None
+        if end.rank == SENDER:
+            self.buffers, handles = share_buffers(end.layout.buffer_bytes, NUM_BUFFERS, end.device)
+            end.store.set("buffers", json.dumps(handles))
+        else:
+            self.buffers = open_shared_buffers(json.loads(end.store.get("buffers")), end.device)
+
+    def take(self, index: int) -> Tensor:
+        """Sender: wait until the receiver has read what the buffer held. Receiver: until bucket `index` is ready."""
+        if self.end.rank == SENDER:
+            self._wait_until_read(index - NUM_BUFFERS)
+        else:
+            self.end.await_signal(f"waiting for bucket {index}", index)
+        return self.buffers[index % NUM_BUFFERS]
+
+    def give(self, index: int) -> None:
+        """Say that bucket `index` is ready (sender) or read (receiver): the device is done before the other hears."""
+        what = f"handing over bucket {index}"
+        self.end.wait_for_device(what)
+        self._settle()
+        self._wait_for_signal = self.end.start_signal(what, index)
+
+    def finish(self, num_buckets: int) -> None:
+        """Wait until everything is read."""
+        if self.end.rank == SENDER:
+            self._wait_until_read(num_buckets - 1)
+            self.num_read = 0
+        self._settle()
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        self.buffers, self._wait_for_signal = [], None
+
+    def _settle(self) -> None:
+        if self._wait_for_signal is not None:
+            self._wait_for_signal()
+        self._wait_for_signal = None
+
+    def _wait_until_read(self, index: int) -> None:
+        while self.num_read <= index:
+            self.end.await_signal(f"waiting until bucket {self.num_read} is read", self.num_read)
+            self.num_read += 1
