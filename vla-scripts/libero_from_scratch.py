@@ -100,9 +100,7 @@ PROGRAMS = {
     "held_out": "vla-scripts/check_held_out.py",
 }
 # Other kinds of evaluation, on fewer states of each task: what differs from the recipe's `eval`.
-CHECKS: dict[str, dict[str, Any]] = {
-    "sampled": {"temperature": 1.0}, "fast": {"render_quality": "fast"}, "seed": {"seed": 8},
-}  # fmt: skip
+CHECKS = {"sampled": {"temperature": 1.0}, "fast": {"render_quality": "fast"}, "seed": {"seed": 8}}
 CHECKED_STATES = 20
 NUM_RECORDED_STATES = 3  # of each task, whose episodes the grid of videos is chosen from
 EXIT_OUT_OF_TIME = 75  # sysexits.h: EX_TEMPFAIL, try again
