@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Set-up, ruff, type check and tests: what CI runs. Arguments go to pytest:
 #
-#   bash scripts/test.sh                        everything but the tests marked gpu and slow
-#   bash scripts/test.sh tests/ppo -k gae       some of it
+#   bash scripts/test.sh                        everything but the tests marked gpu and slow, by two workers (-n 2)
+#   bash scripts/test.sh tests/ppo -k gae       some of it, in one process
 #
+# Two workers are for two cores: tests that wait for a process to start leave one of them to others. Which tests stay
+# on one worker, and why, is in tests/conftest.py.
 # The tests marked libero run where LIBERO's simulator is there or can be installed, and are skipped elsewhere.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -28,4 +30,5 @@ export TF_CPP_MIN_LOG_LEVEL=2
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy ppo utils prismatic ./*.py
+[ $# -gt 0 ] || set -- -n 2
 .venv/bin/python -m pytest "$@"

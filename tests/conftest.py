@@ -22,6 +22,30 @@ SUITE_SCENES = {
     "libero_90": "libero_kitchen_tabletop_base_style.xml",
 }
 
+# What starts Ray or an engine, many processes at a time: `pytest -n 2` gives all of it to one worker, from the start.
+RAY_TESTS = (
+    "tests/prismatic/test_vllm_", "tests/test_driver.py", "tests/test_evaluation.py", "tests/test_faults",
+    "tests/test_libero_end_to_end.py", "tests/test_multinode.py", "tests/test_resume_run.py",
+    "tests/utils/test_ray_utils.py", "tests/utils/test_weight_sync.py",
+    "tests/vla_scripts/test_libero_from_scratch.py",
+)  # fmt: skip
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests that stay on one worker: RAY_TESTS, and those of each other file, for its fixtures.
+
+    `--dist loadgroup` would do, but xdist 3.8 loses its groups with pytest 9.2 (pytest-xdist's issue 1386).
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "" if nodeid.startswith(RAY_TESTS) else nodeid.partition("::")[0]
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
+
 
 def libero_skip_reason(suites: Iterable[str]) -> str | None:
     """Why tests of these LIBERO suites cannot run here, None if they can. Loads no simulator."""
@@ -44,12 +68,14 @@ def libero_skip_reason(suites: Iterable[str]) -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `libero` (its arguments: the suites) where they cannot run."""
+    """Skip tests marked `libero` (its arguments: the suites) where they cannot run; the longest group first."""
     for item in items:
         if markers := list(item.iter_markers("libero")):
             suites = {suite for marker in markers for suite in marker.args} or {"libero_spatial"}
             if reason := libero_skip_reason(sorted(suites)):
                 item.add_marker(pytest.mark.skip(reason=reason))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: not item.nodeid.startswith(RAY_TESTS))
 
 
 @pytest.fixture(scope="session")

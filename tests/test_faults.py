@@ -5,7 +5,6 @@ The rows about numbers are in tests/ppo/test_trainer_state.py, those about files
 tests/utils/test_checkpoint_utils.py.
 """
 
-import os
 import random
 import signal
 import subprocess
@@ -18,6 +17,7 @@ import pytest
 
 import ppo_vllm_ray_fsdp_vla as driver
 from ppo.resume import checkpoint_problems
+from tests.shared_memory import left_in_shared_memory, shared_memory
 from tests.test_driver import ROOT, command_line, run_environment
 from tests.test_resume_run import NUM_STEPS, assert_equal_runs, run_args
 from utils.logging_utils import read_metrics
@@ -166,11 +166,11 @@ def run_through(faults: list[Fault], args: driver.Args, folder: Path) -> None:
 
 def survive(faults: list[Fault], straight: Path, model_dir: Path, folder: Path) -> None:
     """The run must also equal an undisturbed one where it repeats what was lost, and leave no shared memory."""
-    shared_memory = set(os.listdir("/dev/shm"))
+    before = shared_memory()
     run_through(faults, fault_args(model_dir, folder, "run"), folder)
     if all(fault.repeats for fault in faults):
         assert_equal_runs(straight, folder / "run", NUM_STEPS, NOT_COMPARED)
-    assert set(os.listdir("/dev/shm")) <= shared_memory
+    assert left_in_shared_memory(before) == set()
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import pytest
 
 from ppo.envs.base import Environment, ResetRequest, StepResult, TaskSuite, get_suite, known_suites
 from ppo.envs.vector import VectorEnv
+from tests.shared_memory import left_in_shared_memory, shared_memory
 
 SIZE = 8
 # What the first component of an action makes the toy world do.
@@ -368,7 +369,7 @@ def _children():
 
 def test_close_leaves_no_process_no_descriptor_and_no_file():
     gc.collect()
-    before = _children(), len(os.listdir("/proc/self/fd")), set(os.listdir("/dev/shm"))
+    before, files = (_children(), len(os.listdir("/proc/self/fd"))), shared_memory()
     vector = toy(2, 2)
     vector.reset([0, 1], requests(0, 1))
     assert len(_children()) == len(before[0]) + 2
@@ -379,7 +380,8 @@ def test_close_leaves_no_process_no_descriptor_and_no_file():
     assert time.monotonic() - started < 10.0
     del vector
     gc.collect()
-    assert (_children(), len(os.listdir("/proc/self/fd")), set(os.listdir("/dev/shm"))) == before
+    assert (_children(), len(os.listdir("/proc/self/fd"))) == before
+    assert left_in_shared_memory(files) == set()
 
 
 def test_a_forgotten_vector_is_closed_by_garbage_collection():
