@@ -26,6 +26,8 @@ export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # Nothing here may reach the network; W&B and vLLM would otherwise call home.
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline VLLM_NO_USAGE_STATS=1 RAY_USAGE_STATS_ENABLED=0
 export TF_CPP_MIN_LOG_LEVEL=2
+# Ray's workers are at nice 15 otherwise, and starve beside another pytest worker's tests.
+export RAY_worker_niceness=0
 
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
