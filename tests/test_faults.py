@@ -179,6 +179,7 @@ def test_a_run_survives(name: str, straight_run: Path, tiny_model_dir: Path, tmp
     survive([FAULTS[name]], straight_run, tiny_model_dir, tmp_path)
 
 
+@pytest.mark.timeout(1200)  # 210 s alone, with the undisturbed run; 510 s were seen beside other work
 def test_a_run_survives_an_engine_and_then_the_driver(straight_run: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
     rows = [FAULTS["an engine, during a rollout"], FAULTS["the driver, during an update"]]
     survive(rows, straight_run, tiny_model_dir, tmp_path)
