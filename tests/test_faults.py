@@ -22,7 +22,7 @@ from tests.test_driver import ROOT, command_line, run_environment
 from tests.test_resume_run import NUM_STEPS, assert_equal_runs, run_args
 from utils.logging_utils import read_metrics
 
-TIMEOUT_S = 300
+TIMEOUT_S = 600
 # Environment steps (64 a training step) after which the first and the second step's rollouts are under way or done.
 ROLLOUT, UPDATE = 80, 128
 # What differs between two equal runs, and what counts the faults.
