@@ -141,9 +141,10 @@ class ScratchRun:
 
     def curve(self, variant: str) -> tuple[CurvePoint, ...]:
         """A PPO run's learning curve so far."""
-        args = read_json(self.paths.ppo(variant) / "args.json") if self.metrics(variant) else {}
+        metrics = self.metrics(variant)
+        args = read_json(self.paths.ppo(variant) / "args.json") if metrics else {}
         num_envs = args.get("local_rollout_batch_size", 0) * args.get("vllm_num_engines", 1)
-        return curve_points(self.metrics(variant), num_envs * (args.get("max_env_length") or 0))
+        return curve_points(metrics, num_envs * (args.get("max_env_length") or 0))
 
     def ppo_summary(self, variant: str) -> dict[str, Any]:
         """A PPO run's numbers so far, with its GPU's where they were sampled."""
