@@ -50,8 +50,8 @@ class Args:
     """Train all weights instead of a LoRA: 12 bytes a parameter instead of a few MiB."""
 
 
-def run_driver(args: Args, folder: Path) -> Path:
-    """The run's folder."""
+def driver_command(args: Args, folder: Path) -> list[str]:
+    """The driver's command line; the run's folder is `folder / "run"`."""
     samples, ranks = args.num_envs * args.rollout_steps, args.num_ranks
     flags = {
         "vla_path": args.vla_path or prepare_model(folder), "run_root_dir": folder, "exp_id": "run",
@@ -63,16 +63,19 @@ def run_driver(args: Args, folder: Path) -> Path:
     }  # fmt: skip
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     kind = [] if args.full else ["--use_lora", "--freeze_vision_backbone"]
-    command = [sys.executable, "ppo_vllm_ray_fsdp_vla.py", *kind, *words]
-    variables = {"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {}
-    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, **variables})
-    return folder / "run"
+    return [sys.executable, str(ROOT / "ppo_vllm_ray_fsdp_vla.py"), *kind, *words]
+
+
+def environment(device: str) -> dict[str, str]:
+    """The driver's environment: without GPUs for `cpu`."""
+    return {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})}
 
 
 def main(args: Args) -> None:
     """Run and print the table."""
     with tempfile.TemporaryDirectory() as name:
-        exp_dir = run_driver(args, Path(name))
+        exp_dir = Path(name) / "run"
+        subprocess.run(driver_command(args, Path(name)), cwd=ROOT, check=True, env=environment(args.device))
         lines = [line for line in read_metrics(exp_dir) if line["step"] > 2]
         state_dir = next(exp_dir.glob("step_*")) / "training_state"
         mib = sum(file.stat().st_size for file in state_dir.iterdir()) / 2**20

@@ -24,10 +24,11 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ppo.run_results import choose_episodes, ppo_phases, read_evaluation
+from ppo.envs.base import ResetRequest, get_suite
+from ppo.run_results import choose_episodes, curve_points, ppo_phases, read_evaluation, training_lines
 from utils.logging_utils import format_duration, get_logger, read_metrics
 from utils.pipeline import SHOWN, Stage, StageError, flags, run_command
-from utils.plots import CurvePoint, percent
+from utils.plots import percent
 from utils.report import Clip, ReportData, render_report
 
 logger = get_logger(__name__)
@@ -196,7 +197,6 @@ def replay(model_dir: Path, label: str, episodes: Sequence[dict[str, Any]], work
     """
     from transformers.utils.logging import disable_progress_bar
 
-    from ppo.envs.base import ResetRequest, get_suite
     from prismatic.extern.hf.modeling_prismatic import load_model
     from prismatic.extern.hf.processing_prismatic import load_processor
     from prismatic.vla.action_normalization import load_norm_stats, resolve_unnorm_key, to_env_action
@@ -242,14 +242,9 @@ def make_report(args: Args, summary: dict[str, Any], stage_s: dict[str, float], 
     """Return the report's HTML."""
     paths = Paths(args.run_dir)
     metrics = read_metrics(paths.ppo)
-    training = [line for line in metrics if "time/collect_s" in line]
-    curve = tuple(
-        CurvePoint(int(line["time/env_steps_total"]), line["rollout/success_rate"], int(line["rollout/num_episodes"]))
-        for line in training
-        if "rollout/success_rate" in line
-    )
     ppo_args = json.loads((paths.ppo / "args.json").read_text())
-    warmup_steps = [int(line["time/env_steps_total"]) for line in training[: ppo_args["value_init_steps"]]]
+    num_envs = ppo_args["vllm_num_engines"] * ppo_args["local_rollout_batch_size"]
+    warmup = training_lines(metrics)[: ppo_args["value_init_steps"]]
     settings = {f"make_demos {k}": v for k, v in DEMOS.items()} | {f"finetune {k}": v for k, v in FINETUNE.items()}
     settings |= {f"PPO {name}": ppo_args[name] for name in SHOWN_PPO_FLAGS}
     return render_report(
@@ -260,8 +255,8 @@ def make_report(args: Args, summary: dict[str, Any], stage_s: dict[str, float], 
             before=read_evaluation("supervised", paths.results("sft")),
             after=read_evaluation("after PPO", json.loads((paths.ppo / "eval_final.json").read_text())),
             merged_success_rate=summary["merged_success_rate"],
-            curve=curve,
-            warmup_env_steps=max(warmup_steps, default=0),
+            curve=curve_points(metrics, settled_at=num_envs * get_suite(SUITE).max_steps),
+            warmup_env_steps=max((int(line["time/env_steps_total"]) for line in warmup), default=0),
             ppo_env_steps=summary["ppo_env_steps"],
             stage_s=stage_s,
             ppo_phase_s=ppo_phases(metrics, stage_s[PPO_TITLE]),

@@ -1,0 +1,111 @@
+"""What a killed process costs a running training: the steps that it dies in against the undisturbed ones of the run.
+
+    python benchmarks/faults.py                          a rollout worker (engine and environments), thrice, on CPU
+    python benchmarks/faults.py --process environments   one of its environment processes
+
+Runs the driver with the quick start's sizes and kills a process with SIGKILL in the middle of a rollout. A step that
+loses its worker has to wait until another one is started, has its weights and has brought the environments back to
+where the rollout began, and then repeats the rollout; the bar is one step of time more.
+"""
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import checkpoint  # noqa: E402
+from utils.logging_utils import read_metrics  # noqa: E402
+
+TITLES = {"worker": "ray::RolloutWorker", "environments": "ppo.envs.vector_worker"}
+POLL_S = 0.05
+
+
+@dataclass(frozen=True)
+class Args:
+    """Measure the cost of faults."""
+
+    process: Literal["worker", "environments"] = "worker"
+    """What is killed."""
+    at_steps: tuple[int, ...] = (5, 8, 11)
+    """Training steps in whose rollouts it is."""
+    num_steps: int = 13
+    """Training steps; the first two are not counted."""
+    vla_path: str | None = None
+    """Model folder. Default: the shipped base model."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    num_ranks: int = 2
+    """Trainer ranks and engines."""
+    num_envs: int = 64
+    """Environments in all."""
+    rollout_steps: int = 16
+    """Actions per environment and training step."""
+
+
+def kill_one(driver: psutil.Process, title: str) -> None:
+    """SIGKILL to the first process of the run whose command line has `title`."""
+    for process in driver.children(recursive=True):
+        try:
+            if title in " ".join(process.cmdline()):
+                process.kill()
+                return
+        except psutil.Error:
+            continue  # gone meanwhile
+    raise RuntimeError(f"the run has no process {title}")
+
+
+def disturb(run: "subprocess.Popen[bytes]", exp_dir: Path, args: Args) -> None:
+    """Wait for each of the steps and kill in its rollout, a third of a step after it has begun."""
+    driver = psutil.Process(run.pid)
+    for step in args.at_steps:
+        while len(lines := read_metrics(exp_dir) if (exp_dir / "metrics.jsonl").exists() else []) < step - 1:
+            if run.poll() is not None:
+                raise RuntimeError(f"the run ended with {run.returncode} before step {step}")
+            time.sleep(POLL_S)
+        time.sleep(statistics.median(line["time/step_s"] for line in lines[2:]) / 3)
+        kill_one(driver, TITLES[args.process])
+
+
+def main(args: Args) -> None:
+    """Run and print the table."""
+    settings = {name: value for name, value in vars(args).items() if name not in ("process", "at_steps")}
+    sizes = checkpoint.Args(save_every=0, **settings)
+    with tempfile.TemporaryDirectory() as name:
+        command, exp_dir = checkpoint.driver_command(sizes, Path(name)), Path(name) / "run"
+        run = subprocess.Popen(command, cwd=ROOT, env=checkpoint.environment(args.device))
+        try:
+            disturb(run, exp_dir, args)
+            if run.wait() != 0:
+                raise RuntimeError(f"the run ended with {run.returncode}")
+        finally:
+            run.terminate()
+            run.wait()
+        steps = {int(line["step"]): line["time/step_s"] for line in read_metrics(exp_dir)}
+    # what dies during an update is noticed in the next rollout: both steps count as disturbed
+    hit = {step + later for step in args.at_steps for later in (0, 1)}
+    free = [seconds for step, seconds in steps.items() if step > 2 and step not in hit]
+    usual = statistics.median(free)
+    costs = [steps[step] + steps.get(step + 1, usual) - 2 * usual for step in args.at_steps]
+    table = Table("killed", "step (quartiles)", "cost of each", "median", "in steps")
+    low, _, high = statistics.quantiles(free, n=4)
+    table.add_row(
+        args.process, f"{usual:.1f} s ({low:.1f} to {high:.1f})", ", ".join(f"{cost:.1f}" for cost in costs) + " s",
+        f"{statistics.median(costs):.1f} s", f"{statistics.median(costs) / usual:.2f}",
+    )  # fmt: skip
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__, use_underscores=True))
