@@ -259,7 +259,7 @@ def run_piece(tmp_path, limit_s: float, *argv: str) -> int:
 @pytest.mark.libero
 @pytest.mark.timeout(3600)
 def test_whole_run_in_pieces_with_ppo_interrupted(tmp_path):
-    """A quarter of an hour on two idle cores: PPO in two or more pieces, evaluations of every kind."""
+    """Twenty minutes on two idle cores: PPO in two or more pieces, evaluations of every kind."""
     assert run_piece(tmp_path, 2000.0, "--estimate", "ppo=3000") == script.EXIT_OUT_OF_TIME  # everything before PPO
     ledger = script.Ledger(tmp_path / "run/stages")
     assert ledger.marker("sft") and not ledger.pieces("ppo.base")
