@@ -53,12 +53,15 @@ def finished(tmp_path):
     (tmp_path / "ppo/eval_final.json").write_text(json.dumps(results([[True, True], [True, True]])))
     lines = [
         {"step": 1, "time/collect_s": 3.0, "time/generate_s": 1.5, "time/wait_env_s": 0.5, "time/update_s": 1.0,
-         "time/sync_s": 0.2, "time/env_steps_total": 64.0, "rollout/num_episodes": 0.0},
+         "time/sync_s": 0.2, "time/step_s": 4.2, "time/env_steps_total": 64.0,
+         "rollout/num_episodes": 1.0, "rollout/success_rate": 1.0},
         {"step": 2, "time/collect_s": 3.0, "time/generate_s": 2.0, "time/wait_env_s": 0.5, "time/update_s": 1.0,
-         "time/sync_s": 0.2, "time/env_steps_total": 128.0, "rollout/num_episodes": 4.0, "rollout/success_rate": 0.5},
+         "time/sync_s": 0.2, "time/step_s": 4.2, "time/env_steps_total": 128.0,
+         "rollout/num_episodes": 3.0, "rollout/success_rate": 1 / 3},
         {"step": 2, "time/eval_s": 5.0},
     ]  # fmt: skip
     ppo_args = dict.fromkeys(quickstart.SHOWN_PPO_FLAGS, 0.123) | {"value_init_steps": 1}
+    ppo_args |= {"vllm_num_engines": 2, "local_rollout_batch_size": 4}  # 128 steps until the first episodes have ended
     (tmp_path / "ppo/args.json").write_text(json.dumps(ppo_args))
     (tmp_path / "ppo/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return tmp_path
