@@ -28,7 +28,11 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import checkpoint  # noqa: E402
 from utils.logging_utils import read_metrics  # noqa: E402
 
-TITLES = {"worker": "ray::RolloutWorker", "environments": "ppo.envs.vector_worker"}
+# Title of the process, and the metric that counts those replaced so far.
+KINDS = {
+    "worker": ("ray::RolloutWorker", "rollout/num_replaced_workers"),
+    "environments": ("ppo.envs.vector_worker", "rollout/num_env_replaced"),
+}
 POLL_S = 0.05
 
 
@@ -75,7 +79,7 @@ def disturb(run: "subprocess.Popen[bytes]", exp_dir: Path, args: Args) -> None:
                 raise RuntimeError(f"the run ended with {run.returncode} before step {step}")
             time.sleep(POLL_S)
         time.sleep(statistics.median(line["time/step_s"] for line in lines[2:]) / 3)
-        kill_one(driver, TITLES[args.process])
+        kill_one(driver, KINDS[args.process][0])
 
 
 def main(args: Args) -> None:
@@ -92,7 +96,11 @@ def main(args: Args) -> None:
         finally:
             run.terminate()
             run.wait()
-        steps = {int(line["step"]): line["time/step_s"] for line in read_metrics(exp_dir)}
+        lines = read_metrics(exp_dir)
+    steps = {int(line["step"]): line["time/step_s"] for line in lines}
+    num_replaced = int(lines[-1][KINDS[args.process][1]])
+    if num_replaced != len(args.at_steps):
+        raise RuntimeError(f"{num_replaced} were replaced, {len(args.at_steps)} killed")
     # what dies during an update is noticed in the next rollout: both steps count as disturbed
     hit = {step + later for step in args.at_steps for later in (0, 1)}
     free = [seconds for step, seconds in steps.items() if step > 2 and step not in hit]
