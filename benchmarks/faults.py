@@ -3,9 +3,10 @@
     python benchmarks/faults.py                          a rollout worker (engine and environments), thrice, on CPU
     python benchmarks/faults.py --process environments   one of its environment processes
 
-Runs the driver with the quick start's sizes and kills a process with SIGKILL in the middle of a rollout. A step that
-loses its worker has to wait until another one is started, has its weights and has brought the environments back to
-where the rollout began, and then repeats the rollout; the bar is one step of time more.
+Runs the driver with the quick start's sizes and kills a process with SIGKILL a third of a step after a step has begun,
+near the end of the rollout or soon after. A step that loses its worker has to wait until another one is started, has
+its weights and has brought the environments back to where the rollout began, and then repeats the rollout; the bar is
+one step of time more.
 """
 
 import statistics
@@ -37,25 +38,17 @@ POLL_S = 0.05
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(checkpoint.Args):
     """Measure the cost of faults."""
 
     process: Literal["worker", "environments"] = "worker"
     """What is killed."""
     at_steps: tuple[int, ...] = (5, 8, 11)
-    """Training steps in whose rollouts it is."""
+    """Training steps in which it is."""
     num_steps: int = 13
     """Training steps; the first two are not counted."""
-    vla_path: str | None = None
-    """Model folder. Default: the shipped base model."""
-    device: str = "cpu"
-    """cpu or cuda."""
-    num_ranks: int = 2
-    """Trainer ranks and engines."""
-    num_envs: int = 64
-    """Environments in all."""
-    rollout_steps: int = 16
-    """Actions per environment and training step."""
+    save_every: int = 0
+    """Training steps between checkpoints; 0: none."""
 
 
 def kill_one(driver: psutil.Process, title: str) -> None:
@@ -71,7 +64,7 @@ def kill_one(driver: psutil.Process, title: str) -> None:
 
 
 def disturb(run: "subprocess.Popen[bytes]", exp_dir: Path, args: Args) -> None:
-    """Wait for each of the steps and kill in its rollout, a third of a step after it has begun."""
+    """Wait for each of the steps and kill a third of a step after it has begun."""
     driver = psutil.Process(run.pid)
     for step in args.at_steps:
         while len(lines := read_metrics(exp_dir) if (exp_dir / "metrics.jsonl").exists() else []) < step - 1:
@@ -84,10 +77,8 @@ def disturb(run: "subprocess.Popen[bytes]", exp_dir: Path, args: Args) -> None:
 
 def main(args: Args) -> None:
     """Run and print the table."""
-    settings = {name: value for name, value in vars(args).items() if name not in ("process", "at_steps")}
-    sizes = checkpoint.Args(save_every=0, **settings)
     with tempfile.TemporaryDirectory() as name:
-        command, exp_dir = checkpoint.driver_command(sizes, Path(name)), Path(name) / "run"
+        command, exp_dir = checkpoint.driver_command(args, Path(name)), Path(name) / "run"
         run = subprocess.Popen(command, cwd=ROOT, env=checkpoint.environment(args.device))
         try:
             disturb(run, exp_dir, args)

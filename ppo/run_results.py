@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ppo.envs.base import get_suite
 from ppo.evaluation import EpisodeResult, summarize
 from utils.plots import CurvePoint, Rate
 from utils.report import Evaluation
@@ -103,10 +104,16 @@ def training_lines(metrics: Metrics) -> list[Mapping[str, float]]:
     return [line for line in metrics if "time/step_s" in line]
 
 
+def settling_steps(ppo_args: Mapping[str, Any]) -> int:
+    """Environment steps of a PPO run after which every environment's first episode has ended; `ppo_args`: args.json."""
+    limit = ppo_args["max_env_length"] or get_suite(ppo_args["task_suite_name"]).max_steps
+    return int(ppo_args["vllm_num_engines"] * ppo_args["local_rollout_batch_size"] * limit)
+
+
 def curve_points(metrics: Metrics, settled_at: int = 0) -> tuple[CurvePoint, ...]:
     """Success of the sampled training episodes, by environment steps and by seconds of training steps.
 
-    What ends before `settled_at` (environments x an episode's time limit) counts with the first point from there on:
+    What ends before `settled_at` (`settling_steps`) counts with the first point from there on:
     all environments begin at once, and what ends first are successes, for failures take the time limit.
     """
     points, seconds, early, early_successes = [], 0.0, 0, 0.0

@@ -10,7 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ppo.run_results import curve_points, merge_results, piece_spans, summarize_policy, summarize_ppo
+from ppo.run_results import (
+    curve_points,
+    merge_results,
+    piece_spans,
+    settling_steps,
+    summarize_policy,
+    summarize_ppo,
+)
 from utils.collecting import collect
 from utils.gpu_sampling import read_samples, summarize_samples
 from utils.logging_utils import read_metrics
@@ -141,10 +148,9 @@ class ScratchRun:
 
     def curve(self, variant: str) -> tuple[CurvePoint, ...]:
         """A PPO run's learning curve so far."""
-        metrics = self.metrics(variant)
-        args = read_json(self.paths.ppo(variant) / "args.json") if metrics else {}
-        num_envs = args.get("local_rollout_batch_size", 0) * args.get("vllm_num_engines", 1)
-        return curve_points(metrics, num_envs * (args.get("max_env_length") or 0))
+        if not (metrics := self.metrics(variant)):
+            return ()
+        return curve_points(metrics, settling_steps(read_json(self.paths.ppo(variant) / "args.json")))
 
     def ppo_summary(self, variant: str) -> dict[str, Any]:
         """A PPO run's numbers so far, with its GPU's where they were sampled."""

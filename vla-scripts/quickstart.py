@@ -25,7 +25,14 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ppo.envs.base import ResetRequest, get_suite
-from ppo.run_results import choose_episodes, curve_points, ppo_phases, read_evaluation, training_lines
+from ppo.run_results import (
+    choose_episodes,
+    curve_points,
+    ppo_phases,
+    read_evaluation,
+    settling_steps,
+    training_lines,
+)
 from utils.logging_utils import format_duration, get_logger, read_metrics
 from utils.pipeline import SHOWN, Stage, StageError, flags, run_command
 from utils.plots import percent
@@ -243,7 +250,6 @@ def make_report(args: Args, summary: dict[str, Any], stage_s: dict[str, float], 
     paths = Paths(args.run_dir)
     metrics = read_metrics(paths.ppo)
     ppo_args = json.loads((paths.ppo / "args.json").read_text())
-    num_envs = ppo_args["vllm_num_engines"] * ppo_args["local_rollout_batch_size"]
     warmup = training_lines(metrics)[: ppo_args["value_init_steps"]]
     settings = {f"make_demos {k}": v for k, v in DEMOS.items()} | {f"finetune {k}": v for k, v in FINETUNE.items()}
     settings |= {f"PPO {name}": ppo_args[name] for name in SHOWN_PPO_FLAGS}
@@ -255,7 +261,7 @@ def make_report(args: Args, summary: dict[str, Any], stage_s: dict[str, float], 
             before=read_evaluation("supervised", paths.results("sft")),
             after=read_evaluation("after PPO", json.loads((paths.ppo / "eval_final.json").read_text())),
             merged_success_rate=summary["merged_success_rate"],
-            curve=curve_points(metrics, settled_at=num_envs * get_suite(SUITE).max_steps),
+            curve=curve_points(metrics, settling_steps(ppo_args)),
             warmup_env_steps=max((int(line["time/env_steps_total"]) for line in warmup), default=0),
             ppo_env_steps=summary["ppo_env_steps"],
             stage_s=stage_s,

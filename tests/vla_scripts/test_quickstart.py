@@ -61,7 +61,9 @@ def finished(tmp_path):
         {"step": 2, "time/eval_s": 5.0},
     ]  # fmt: skip
     ppo_args = dict.fromkeys(quickstart.SHOWN_PPO_FLAGS, 0.123) | {"value_init_steps": 1}
-    ppo_args |= {"vllm_num_engines": 2, "local_rollout_batch_size": 4}  # 128 steps until the first episodes have ended
+    # 128 steps until the first episodes have ended: the world's time limit is 16
+    ppo_args |= {"vllm_num_engines": 2, "local_rollout_batch_size": 4}
+    ppo_args |= {"max_env_length": None, "task_suite_name": "tabletop"}
     (tmp_path / "ppo/args.json").write_text(json.dumps(ppo_args))
     (tmp_path / "ppo/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return tmp_path
