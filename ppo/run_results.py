@@ -74,16 +74,24 @@ def outcomes(results: Results) -> dict[tuple[int, int], bool]:
     return {(e["task_id"], e["init_state_id"]): e["success"] for e in results["episodes"]}
 
 
+def mcnemar_p(num_won: int, num_lost: int) -> float:
+    """Two-sided p of McNemar's exact test: pairs that turned, one way and the other, if both ways were as likely."""
+    num = num_won + num_lost
+    return min(1.0, 2 * sum(math.comb(num, i) for i in range(min(num_won, num_lost) + 1)) / 2**num)
+
+
 def compare(before: Results, after: Results) -> dict[str, Any]:
     """What `after` gains over `before`: points with their interval, and initial states that turned either way."""
     old, new = outcomes(before), outcomes(after)
     both = old.keys() & new.keys()
+    num_won, num_lost = sum(new[key] > old[key] for key in both), sum(new[key] < old[key] for key in both)
     low, high = difference_interval(before["overall"], after["overall"])
     return {
         "gain_points": round(100 * (after["overall"]["rate"] - before["overall"]["rate"]), 2),
         "gain_points_95": [round(100 * low, 2), round(100 * high, 2)],
-        "states_turned_to_success": sum(new[key] and not old[key] for key in both),
-        "states_turned_to_failure": sum(old[key] and not new[key] for key in both),
+        "states_turned_to_success": num_won,
+        "states_turned_to_failure": num_lost,
+        "mcnemar_p": mcnemar_p(num_won, num_lost),
     }
 
 

@@ -146,6 +146,13 @@ def figure(run: ScratchRun) -> str:
 # ---------------------------------------------------------------------------------------------- page
 
 
+def gain_cells(gain: Mapping[str, Any]) -> list[str]:
+    """One policy's gain over another in points, and the states that turned."""
+    low, high = gain["gain_points_95"]
+    turned = f"+{gain['states_turned_to_success']} -{gain['states_turned_to_failure']}"
+    return [f"{gain['gain_points']:+.1f} ({low:+.1f} to {high:+.1f})", turned]
+
+
 def policy_table(policies: Mapping[str, Mapping[str, Any]]) -> str:
     """All policies: success with interval, what they gain over the supervised one, mean length of an episode."""
     rows = []
@@ -153,15 +160,19 @@ def policy_table(policies: Mapping[str, Mapping[str, Any]]) -> str:
         low, high = policy["wilson_95"]
         row = [name, f"{policy['successes']} of {policy['episodes']}", percent(policy["rate"])]
         row += [f"{100 * low:.1f} to {100 * high:.1f}"]
-        if "gain_points" in policy:
-            gain_low, gain_high = policy["gain_points_95"]
-            row += [f"{policy['gain_points']:+.1f} ({gain_low:+.1f} to {gain_high:+.1f})"]
-            row += [f"+{policy['states_turned_to_success']} -{policy['states_turned_to_failure']}"]
-        else:
-            row += ["", ""]
+        row += gain_cells(policy) if "gain_points" in policy else ["", ""]
         rows.append([*row, f"{policy['mean_length']:.0f}"])
     head = ("policy", "success", "rate", "95 %", "gain, points (95 %)", "states turned", "steps")
     return table(rows, head)
+
+
+def pairs_section(pairs: Sequence[Mapping[str, Any]]) -> str:
+    """The PPO runs against each other, on the same initial states."""
+    if not pairs:
+        return ""
+    rows = [[pair["before"], pair["after"], *gain_cells(pair), f"{pair['mcnemar_p']:.2g}"] for pair in pairs]
+    note = "p: McNemar's exact test of the states that turned. It says nothing of how much runs differ by their seed."
+    return section("Runs against each other", table(rows, ("from", "to", "points (95 %)", "states turned", "p")), note)
 
 
 def ppo_table(ppo: Mapping[str, Mapping[str, Any]]) -> str:
@@ -259,7 +270,7 @@ def render_page(run: ScratchRun, summary: Mapping[str, Any], grid: Grid | None) 
         sections.append(tasks_section(read_evaluation(SUPERVISED, before), read_evaluation(f"PPO ({variant})", after)))
     if grid is not None:
         sections.append(section("Before and after", video_tag(grid.file.read_bytes(), "grid"), grid.note))
-    sections += [checks_section(summary["checks"]), _times(run, summary, variant)]
+    sections += [checks_section(summary["checks"]), pairs_section(summary["pairs"]), _times(run, summary, variant)]
     settings = {f"{stage}.{flag}": str(v) for stage, values in summary["recipe"].items() for flag, v in values.items()}
     sections.append(settings_section(settings))
     lead = (

@@ -7,10 +7,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from ppo.run_results import (
+    compare,
     curve_points,
     merge_results,
     piece_spans,
@@ -177,6 +179,14 @@ class ScratchRun:
                 found[variant] = summarize_policy(self.evaluations[variant, kind], before)
         return found
 
+    def pairs(self) -> list[dict[str, Any]]:
+        """Every two evaluated variants compared on the same initial states; `before` is the one named first."""
+        evaluated = [name for name in self.variants if (name, MAIN) in self.evaluations]
+        return [
+            {"before": a, "after": b, **compare(self.evaluations[a, MAIN], self.evaluations[b, MAIN])}
+            for a, b in combinations(evaluated, 2)
+        ]
+
     def remarks(self) -> list[str]:
         """What the evaluations say must be said beside every rate."""
         return list(dict.fromkeys(text for results in self.evaluations.values() for text in results["remarks"]))
@@ -233,6 +243,7 @@ def summarize_run(
         "task_suite_name": next((r["task_suite_name"] for r in run.evaluations.values()), "LIBERO"),
         "remarks": run.remarks(),
         "policies": run.policies(),
+        "pairs": run.pairs(),
         "ppo": {name: {"changes": changes.get(name, {}), **run.ppo_summary(name)} for name in run.variants},
         "checks": run.checks(),
         "stages": stages,

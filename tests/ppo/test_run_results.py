@@ -6,6 +6,7 @@ from ppo.run_results import (
     compare,
     curve_points,
     difference_interval,
+    mcnemar_p,
     merge_results,
     piece_spans,
     ppo_phases,
@@ -73,10 +74,16 @@ def test_a_gain_counts_the_states_that_turned_either_way():
     before, after = part({0: [True, False, False, False]}), part({0: [False, True, True, False]})
     gain = compare(before, after)
     assert gain["gain_points"] == 25.0 and gain["gain_points_95"][0] < 25 < gain["gain_points_95"][1]
-    assert (gain["states_turned_to_success"], gain["states_turned_to_failure"]) == (2, 1)
+    assert (gain["states_turned_to_success"], gain["states_turned_to_failure"], gain["mcnemar_p"]) == (2, 1, 1.0)
     summary = summarize_policy(after, before)
     assert summary["successes"] == 2 and summary["gain_points"] == 25.0
     assert summary["per_task"][0]["instruction"] == "do 0" and "gain_points" not in summarize_policy(before)
+
+
+def test_mcnemar_equals_hand_worked_cases():
+    assert mcnemar_p(5, 1) == mcnemar_p(1, 5) == pytest.approx(2 * (1 + 6) / 2**6)
+    assert mcnemar_p(0, 10) == pytest.approx(2 / 2**10)
+    assert mcnemar_p(0, 0) == mcnemar_p(3, 3) == 1.0
 
 
 def step(number: int, seconds: float, rate: float | None = None, **more) -> dict:

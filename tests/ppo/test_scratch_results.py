@@ -119,6 +119,17 @@ def test_report_shows_policies_curves_checks_and_what_the_assets_are(run, tmp_pa
     assert "not complete yet" in text and "Before and after" not in text
 
 
+def test_evaluated_runs_are_compared_with_each_other(run):
+    assert summary_of(run)["pairs"] == []
+    add_evaluation(run.paths.run_dir, "seed1", "main", {0: [False, False], 4: [False, True]})
+    run = ScratchRun(run.paths, num_tasks=2)
+    (pair,) = (summary := summary_of(run))["pairs"]
+    assert (pair["before"], pair["after"], pair["gain_points"]) == ("base", "seed1", -50.0)
+    assert (pair["states_turned_to_success"], pair["states_turned_to_failure"], pair["mcnemar_p"]) == (0, 2, 0.5)
+    text = check(render_page(run, summary, None)).text
+    assert "Runs against each other" in text and "+0 -2" in text
+
+
 def test_learning_curves_begin_when_every_first_episode_has_ended(run):
     assert [(p.env_steps, p.success_rate, p.num_episodes) for p in run.curve("base")] == [(300, 0.5, 8)]
     assert run.curve("absent") == ()
