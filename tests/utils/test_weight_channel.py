@@ -138,9 +138,11 @@ def test_every_version_between_gpus_bit_for_bit(backend: str, num_gpus: int) -> 
     check_versions(backend, [torch.device("cuda", num_gpus - 1)], torch.device("cuda", 0))
 
 
-def receive_until_error(info: dict[str, Any], version: int, refusal: str | None = None) -> tuple[str, int, float]:
+def receive_until_error(
+    info: dict[str, Any], version: int, refusal: str | None = None, index: int = 0
+) -> tuple[str, int, float]:
     """The error's text, how many tensors were loaded before it, and the seconds it took."""
-    end, store = join(info), Store()
+    end, store = join(info, index), Store()
     start = time.monotonic()
     with pytest.raises(ChannelError) as error:
         end.receive(version, store.load, refusal)
@@ -247,8 +249,8 @@ def test_sender_that_dies_is_an_error_within_the_timeout(backend: str) -> None:
     process.join()
 
 
-def die_after_joining(info: dict[str, Any]) -> None:
-    join(info)
+def die_after_joining(info: dict[str, Any], index: int = 0) -> None:
+    join(info, index)
     os._exit(1)
 
 
@@ -359,3 +361,18 @@ def test_two_trainer_ranks_send_their_shards(backend: str, num_senders: int, tmp
         assert all((weights[name] == t.float().numpy()).all() for name, t in expected_weights(5).items())
     assert "version 5 is sent, 9 was" in refused.result()[0]
     assert all("the sender" in peer.result()[0] for peer in waiting)
+
+
+@pytest.mark.parametrize("dying", [0, 1])
+def test_receiver_that_dies_is_noticed_by_all_without_waiting(dying: int) -> None:
+    sender = WeightSender(make_exporter(), "gloo", rank=0, num_receivers=2, timeout_s=TIMEOUT_S)
+    info = sender.open()
+    dead, survivor = Peer(die_after_joining, info, dying), Peer(receive_until_error, info, 1, None, 1 - dying)
+    sender.connect()
+    dead.process.join()
+    start = time.monotonic()
+    with pytest.raises(ChannelError, match="starting the update to version 1"):
+        sender.send(1)
+    assert time.monotonic() - start < TIMEOUT_S / 4
+    text, num_loaded, seconds = survivor.result()
+    assert num_loaded == 0 and seconds < TIMEOUT_S / 2, text
