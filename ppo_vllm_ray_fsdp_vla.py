@@ -37,7 +37,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,11 +48,11 @@ import tyro
 from ppo import trainer_state
 from ppo.arguments import (
     CommandLineError,
-    choice_problems,
+    absolute_paths,
+    default_exp_id,
     parse_trainers_per_node,
     raise_problems,
-    range_problems,
-    size_problems,
+    validate,
     world_flags,
 )
 from ppo.collector import Collector
@@ -79,8 +78,10 @@ from utils.attempts import run_attempt, run_attempts, same_command
 from utils.logging_utils import PhaseTimer, add_log_file, get_logger
 from utils.placement import Demand, placement_problems
 from utils.signals import StopRequested, StopSignal
+from utils.spares import SpareActors, spare_class
 from utils.training_state import BackgroundWriter
 from utils.video_utils import EpisodeRecorder
+from utils.vllm_utils import engine_env, import_engine
 from utils.weight_export import WeightExporter
 from utils.weight_sender import WeightSender
 
@@ -309,6 +310,8 @@ class Args:
     """How long to wait for the cluster to place the actors."""
     hang_timeout_s: float = 1800.0
     """A rollout, update or sync that takes longer hangs: engines are replaced, hanging trainers end the attempt."""
+    spare_workers: bool = False
+    """Beside each rollout worker a process that has imported everything and takes its place if it dies: 1 GiB each."""
     max_restarts: int = 0
     """How often the run may go on from its last checkpoint (--save_freq) after a trainer or the driver died."""
 
@@ -331,16 +334,6 @@ class Plan:
     engines_sleep: bool
     policy_optimizer_steps: int
     value_optimizer_steps: int
-
-
-def validate(args: Args) -> None:
-    """Check everything that needs no file, GPU or cluster. Raises one ValueError that lists every problem."""
-    problems = [*range_problems(args), *choice_problems(args)]
-    try:
-        num_trainers = sum(parse_trainers_per_node(args.actor_num_gpus_per_node))
-    except ValueError as error:
-        raise_problems([*problems, str(error)])
-    raise_problems([*problems, *size_problems(args, num_trainers)])
 
 
 def make_plan(args: Args, *, has_gpus: bool) -> Plan:
@@ -376,22 +369,6 @@ def make_plan(args: Args, *, has_gpus: bool) -> Plan:
         policy_optimizer_steps=max(1, num_training_steps - args.value_init_steps) * num_minibatches * args.num_epochs,
         value_optimizer_steps=num_training_steps * num_minibatches * value_epochs,
     )
-
-
-def absolute_paths(args: Args) -> Args:
-    """Paths as every node of a cluster must see them: actors have another working directory."""
-    names = ("vla_path", "load_adapter_checkpoint", "run_root_dir", "resume")
-    paths = {n: os.path.abspath(p) for n in names if (p := getattr(args, n)) and p != "auto"}
-    return dataclasses.replace(args, **paths)
-
-
-def default_exp_id(args: Args) -> str:
-    """ppo+<model>+<suite>+<lora rank>+lr...+seed...--time: one folder per run."""
-    parts = ["ppo", Path(args.vla_path).name, args.task_suite_name.replace(":", "-")]
-    parts += [f"lora-r{args.lora_rank}"] if args.use_lora else ["full"]
-    parts += [f"lr-{args.learning_rate:g}", f"seed-{args.seed}"]
-    note = f"--{args.run_id_note}" if args.run_id_note else ""
-    return "+".join(parts) + note + datetime.now().strftime("--%Y%m%d-%H%M%S")
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -585,6 +562,10 @@ class RolloutWorker:
         """Version of the engine's weights; answers once the engine is ready."""
         return self.engine.policy_version
 
+    def process(self) -> tuple[int, str]:
+        """Process id, and this worker's GPUs as CUDA takes them."""
+        return os.getpid(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+
     def _sample(self, prompt_ids: list[list[int]], images: np.ndarray) -> Any:
         return self.engine.generate(
             prompt_ids, images, temperature=self.args.temperature, seed=int(self.sampling_rng.integers(2**31))
@@ -672,8 +653,6 @@ class Cluster:
     """Every actor of the run, placed: trainers, rollout workers, curriculum."""
 
     def __init__(self, args: Args, plan: Plan, stop: StopSignal) -> None:
-        from utils.vllm_utils import engine_env
-
         self.args, self.plan, self.stop = args, plan, stop
         self._stop_calls: list[ray.ObjectRef] = []
         self._statistics = action_statistics(args)
@@ -681,9 +660,11 @@ class Cluster:
         for line in self._placement.lines:
             logger.info(line)
         self._group = ray_utils.reserve(self._placement, args.placement_timeout_s)
-        self._engine_env = ray_utils.actor_env(**engine_env(plan.device, args.engine_num_threads))
+        self._engine_env = engine_env(plan.device, args.engine_num_threads)
         self.version = 0  # of the trainers' policy: updates done
         self.trainers = [self._start_trainer(rank) for rank in range(plan.num_trainers)]
+        size = args.vllm_num_engines if args.spare_workers else 0
+        self.spares = SpareActors("rollout worker", size, self._start_spare, self._worker_arguments)
         self.pool = ActorPool("rollout worker", self._start_worker, args.vllm_num_engines, self._restore_workers)
         self.workers = self.pool.actors
         self.curriculum = RevivableActor("curriculum actor", self._start_curriculum)
@@ -698,11 +679,26 @@ class Cluster:
         ).remote(args, self.plan, rank)  # fmt: skip
 
     def _start_worker(self, index: int) -> Any:
-        placement = self._placement
-        return ray.remote(RolloutWorker).options(
-            num_cpus=1, num_gpus=placement.engine_gpus, runtime_env=self._engine_env,
-            scheduling_strategy=ray_utils.in_bundle(self._group, placement.engine_bundles[index]),
-        ).remote(self.args, self.plan, index, self._statistics)  # fmt: skip
+        if spare := self.spares.take(index):
+            return spare
+        return self._in_worker_place(RolloutWorker, index, 1, self._placement.engine_gpus).remote(
+            *self._worker_arguments(index)
+        )
+
+    def _start_spare(self, index: int) -> Any:
+        """It asks Ray for nothing, and sees the GPUs of the worker that it is for."""
+        pid, devices = ray.get(self.workers[index].process.remote())
+        place = self._in_worker_place(spare_class(RolloutWorker), index, 0, 0, CUDA_VISIBLE_DEVICES=devices)
+        return place.remote(import_engine, pid)
+
+    def _in_worker_place(self, kind: type, index: int, num_cpus: int, num_gpus: float, **env: str) -> Any:
+        return ray.remote(kind).options(
+            num_cpus=num_cpus, num_gpus=num_gpus, runtime_env=ray_utils.actor_env(**self._engine_env, **env),
+            scheduling_strategy=ray_utils.in_bundle(self._group, self._placement.engine_bundles[index]),
+        )  # fmt: skip
+
+    def _worker_arguments(self, index: int) -> tuple[Any, ...]:
+        return self.args, self.plan, index, self._statistics
 
     def _start_curriculum(self) -> Any:
         args = self.args
@@ -723,6 +719,7 @@ class Cluster:
         counts = wait_all([t.setup.remote(*address) for t in self.trainers], "loading the trainers' models")
         self._connect()
         self._note_worlds()
+        self.spares.prepare()
         return counts[0]
 
     def _connect(self) -> None:
@@ -744,10 +741,12 @@ class Cluster:
 
     def _restore_workers(self, indices: list[int]) -> None:
         """Give new engines the present policy, and their environments the state before the rollout that was lost."""
-        wait_all([self.workers[i].policy_version.remote() for i in indices], "loading the engines")
+        ready = [self.workers[i].policy_version.remote() for i in indices]
+        wait_all([*self.spares.beginning(), *ready], "loading the engines")
         self._connect()
         self.push_weights(self.version)
         wait_all([self.workers[i].load_world.remote(self.worlds[i]) for i in indices], "restoring environments")
+        self.spares.prepare()
 
     def _note_worlds(self) -> None:
         calls = [w.world_state.remote() for w in self.workers]

@@ -1,6 +1,7 @@
 """What a killed process costs a running training: the steps that it dies in against the undisturbed ones of the run.
 
     python benchmarks/faults.py                          a rollout worker (engine and environments), thrice, on CPU
+    python benchmarks/faults.py --spare_workers          the same with a spare beside each
     python benchmarks/faults.py --process environments   one of its environment processes
 
 Runs the driver with the quick start's sizes and kills a process with SIGKILL a third of a step after a step has begun,
@@ -29,10 +30,11 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import checkpoint  # noqa: E402
 from utils.logging_utils import read_metrics  # noqa: E402
 
+ENVIRONMENTS = "ppo.envs.vector_worker"
 # Title of the process, and the metric that counts those replaced so far.
 KINDS = {
-    "worker": ("ray::RolloutWorker", "rollout/num_replaced_workers"),
-    "environments": ("ppo.envs.vector_worker", "rollout/num_env_replaced"),
+    "worker": ("RolloutWorker", "rollout/num_replaced_workers"),
+    "environments": (ENVIRONMENTS, "rollout/num_env_replaced"),
 }
 POLL_S = 0.05
 
@@ -43,6 +45,8 @@ class Args(checkpoint.Args):
 
     process: Literal["worker", "environments"] = "worker"
     """What is killed."""
+    spare_workers: bool = False
+    """Keep a process with all imports beside each worker, as the driver's flag of that name."""
     at_steps: tuple[int, ...] = (5, 8, 11)
     """Training steps in which it is."""
     num_steps: int = 13
@@ -52,10 +56,10 @@ class Args(checkpoint.Args):
 
 
 def kill_one(driver: psutil.Process, title: str) -> None:
-    """SIGKILL to the first process of the run whose command line has `title`."""
+    """SIGKILL to the first process of the run whose command line has `title`; not to a spare, which has no child."""
     for process in driver.children(recursive=True):
         try:
-            if title in " ".join(process.cmdline()):
+            if title in " ".join(process.cmdline()) and (title == ENVIRONMENTS or process.children()):
                 process.kill()
                 return
         except psutil.Error:
@@ -79,6 +83,7 @@ def main(args: Args) -> None:
     """Run and print the table."""
     with tempfile.TemporaryDirectory() as name:
         command, exp_dir = checkpoint.driver_command(args, Path(name)), Path(name) / "run"
+        command += ["--spare_workers"] if args.spare_workers else []
         run = subprocess.Popen(command, cwd=ROOT, env=checkpoint.environment(args.device))
         try:
             disturb(run, exp_dir, args)

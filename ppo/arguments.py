@@ -3,9 +3,13 @@
 Every message names the value, the rule and the fix. `args` is the driver's Args.
 """
 
+import dataclasses
 import json
 import math
+import os
 from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from ppo.envs.base import get_suite, known_suites, split_options
@@ -173,3 +177,29 @@ def size_problems(args: Any, num_trainers: int) -> list[str]:
         problems.append(f"--total_episodes {args.total_episodes} is less than one rollout ({steps} steps x {num_envs} "
                         f"envs = {steps * num_envs})")  # fmt: skip
     return problems
+
+
+def validate(args: Any) -> None:
+    """Check everything that needs no file, GPU or cluster. Raises one ValueError that lists every problem."""
+    problems = [*range_problems(args), *choice_problems(args)]
+    try:
+        num_trainers = sum(parse_trainers_per_node(args.actor_num_gpus_per_node))
+    except ValueError as error:
+        raise_problems([*problems, str(error)])
+    raise_problems([*problems, *size_problems(args, num_trainers)])
+
+
+def absolute_paths(args: Any) -> Any:
+    """Paths as every node of a cluster must see them: actors have another working directory."""
+    names = ("vla_path", "load_adapter_checkpoint", "run_root_dir", "resume")
+    paths = {n: os.path.abspath(p) for n in names if (p := getattr(args, n)) and p != "auto"}
+    return dataclasses.replace(args, **paths)
+
+
+def default_exp_id(args: Any) -> str:
+    """ppo+<model>+<suite>+<lora rank>+lr...+seed...--time: one folder per run."""
+    parts = ["ppo", Path(args.vla_path).name, args.task_suite_name.replace(":", "-")]
+    parts += [f"lora-r{args.lora_rank}"] if args.use_lora else ["full"]
+    parts += [f"lr-{args.learning_rate:g}", f"seed-{args.seed}"]
+    note = f"--{args.run_id_note}" if args.run_id_note else ""
+    return "+".join(parts) + note + datetime.now().strftime("--%Y%m%d-%H%M%S")

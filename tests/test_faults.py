@@ -5,6 +5,7 @@ The rows about numbers are in tests/ppo/test_trainer_state.py, those about files
 tests/utils/test_checkpoint_utils.py.
 """
 
+import dataclasses
 import random
 import signal
 import subprocess
@@ -39,6 +40,7 @@ class Fault:
         says: in the run's log.
         repeats: whether the run must equal one without the fault.
         action: the signal.
+        spare_workers: the run's flag.
     """
 
     process: str
@@ -46,10 +48,14 @@ class Fault:
     says: str
     repeats: bool = True
     action: signal.Signals = signal.SIGKILL
+    spare_workers: bool = False
 
 
 FAULTS = {
     "an engine, during a rollout": Fault("ray::RolloutWorker", ROLLOUT, "rollout worker 0 is replaced"),
+    "an engine with a spare": Fault(
+        "ray::RolloutWorker", ROLLOUT, "the spare of rollout worker 0 takes its place", spare_workers=True
+    ),
     "the driver, during a rollout": Fault("", ROLLOUT, "ended with signal SIGKILL: going on from the last checkpoint"),
     "an engine, during an update": Fault("ray::RolloutWorker", UPDATE, "rollout worker 0 is replaced"),
     "a trainer, during an update": Fault(
@@ -146,6 +152,7 @@ def assert_complete(exp_dir: Path, num_steps: int = NUM_STEPS) -> None:
 
 def run_through(faults: list[Fault], args: driver.Args, folder: Path) -> None:
     """Run with `faults` and check that it ends well and leaves no process behind."""
+    args = dataclasses.replace(args, spare_workers=any(fault.spare_workers for fault in faults))
     run = Supervised(args, folder)
     try:
         for fault in faults:
@@ -181,7 +188,7 @@ def test_a_run_survives(name: str, straight_run: Path, tiny_model_dir: Path, tmp
 
 @pytest.mark.timeout(1200)  # 210 s alone, with the undisturbed run; 510 s were seen beside other work
 def test_a_run_survives_an_engine_and_then_the_driver(straight_run: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
-    rows = [FAULTS["an engine, during a rollout"], FAULTS["the driver, during an update"]]
+    rows = [FAULTS["an engine with a spare"], FAULTS["the driver, during an update"]]
     survive(rows, straight_run, tiny_model_dir, tmp_path)
 
 

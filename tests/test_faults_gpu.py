@@ -25,9 +25,10 @@ LAYOUTS = {"separate": {"colocate": False}, "colocated": {"colocate": True}}
 GOES_ON = "going on from the last checkpoint"
 CASES = {
     "separate": ("an engine, during a rollout", "an engine, during an update", "a trainer, during an update",
-                 "the driver, during an update", "an engine that hangs", "a trainer that hangs"),
+                 "the driver, during an update", "an engine that hangs", "a trainer that hangs",
+                 "an engine with a spare"),
     "colocated": ("an engine, during a rollout", "an engine, during an update", "a trainer, during an update",
-                  "the driver, during a rollout"),
+                  "the driver, during a rollout", "an engine with a spare"),
 }  # fmt: skip
 
 

@@ -154,6 +154,14 @@ def validate_engine_options(extra: dict[str, Any]) -> list[str]:
     return problems
 
 
+def import_engine() -> None:
+    """Import what `ActionEngine` needs, which takes ten seconds and more; the environment must be `engine_env`."""
+    from prismatic.extern.vllm import register
+
+    importlib.import_module("vllm.entrypoints.llm")
+    register()
+
+
 def engine_env(device: str, num_threads: int = 1) -> dict[str, str]:
     """Environment of an engine's process; it must be there before Python starts (Ray: runtime_env.env_vars).
 
