@@ -102,11 +102,16 @@ def main(args: Args) -> None:
     free = [seconds for step, seconds in steps.items() if step > 2 and step not in hit]
     usual = statistics.median(free)
     costs = [steps[step] + steps.get(step + 1, usual) - 2 * usual for step in args.at_steps]
-    table = Table("killed", "step (quartiles)", "cost of each", "median", "in steps")
+    # the delay alone: in whichever step it was noticed; the rest is what the new process takes from the others
+    at = {int(line["step"]): line["time/collect_s"] + line["time/sync_s"] for line in lines}
+    usual_at = statistics.median(seconds for step, seconds in at.items() if step > 2 and step not in hit)
+    delays = [max(at[step], at.get(step + 1, 0.0)) - usual_at for step in args.at_steps]
+    table = Table("killed", "step (quartiles)", "cost of each", "median", "in steps", "delay of rollout", "in steps")
     low, _, high = statistics.quantiles(free, n=4)
     table.add_row(
         args.process, f"{usual:.1f} s ({low:.1f} to {high:.1f})", ", ".join(f"{cost:.1f}" for cost in costs) + " s",
         f"{statistics.median(costs):.1f} s", f"{statistics.median(costs) / usual:.2f}",
+        ", ".join(f"{delay:.1f}" for delay in delays) + " s", f"{statistics.median(delays) / usual:.2f}",
     )  # fmt: skip
     Console(width=140).print(table)
 

@@ -67,7 +67,7 @@ class Broadcast:
         self.end.wait_for_device(f"broadcasting {num_buckets} buckets")
 
     def close(self) -> None:
-        """End the NCCL group, whatever it is doing, and let go of the gloo group: its connections live as long as it."""
+        """End the NCCL group, whatever it is doing; let go of the gloo group, whose connections live as long as it."""
         if self.end.address.backend == "nccl":
             self.group.abort()
         self.group = None  # this object may live on, in an error's traceback
