@@ -103,7 +103,7 @@ class RevivableActor:
             try:
                 return ray.get(getattr(self._actor, method).remote(*args))
             except RayActorError as error:
-                logger.warning(f"the {self.name} died ({_first_line(error)}): a new one goes on from its last state")
+                logger.warning(f"the {self.name} died ({first_line(error)}): a new one goes on from its last state")
                 self._actor = self._start()
                 ray.get(self._actor.load_state_dict.remote(self.state))
 
@@ -152,15 +152,15 @@ class ActorPool:
     def replace(self, failed: dict[int, ActorFailure], what: str) -> None:
         """New actors for those that failed."""
         for index, failure in failed.items():
-            reason = failure.reason.strip().splitlines()[0]
-            logger.warning(f"{self.name} {index} is replaced; it failed while {what}: {reason}")
+            logger.warning(f"{self.name} {index} is replaced; it failed while {what}: {first_line(failure.reason)}")
             ray.kill(self.actors[index])
             self.actors[index] = self._start(index)
         self.num_replaced += len(failed)
         self._restore(list(failed))
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: object) -> str:
+    """Of an error's message, which may be as long as a remote traceback."""
     return str(error).strip().splitlines()[0]
 
 

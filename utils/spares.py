@@ -9,6 +9,7 @@ import psutil
 import ray
 from ray.exceptions import RayActorError, RayError
 
+from utils.actors import first_line
 from utils.logging_utils import get_logger
 
 logger = get_logger("driver")
@@ -63,7 +64,7 @@ class SpareActors:
         self._beginning: list[Any] = []
 
     def prepare(self) -> None:
-        """Start those that are missing; returns at once."""
+        """Start those that are missing; does not wait for their imports."""
         for index in range(self._size):
             if index in self._waiting:
                 continue
@@ -78,7 +79,7 @@ class SpareActors:
         try:
             ray.get(spare.ready.remote(), timeout=READY_TIMEOUT_S)
         except RayError as error:
-            logger.warning(f"the spare of {self.name} {index} is of no use: {str(error).strip().splitlines()[0]}")
+            logger.warning(f"the spare of {self.name} {index} is of no use: {first_line(error)}")
             ray.kill(spare)
             return None
         logger.info(f"the spare of {self.name} {index} takes its place")
