@@ -760,6 +760,9 @@ class Cluster:
 
     def push_weights(self, version: int) -> dict[str, float]:
         """Send the trainers' weights to every engine and check that each has all of them at this version."""
+        self.version = version
+        if self.pool.restore_started():  # which sent them to all
+            return {}
         what, num_trainers = f"sending weights of version {version} to the engines", len(self.trainers)
         self._wake_engines("weights")
         calls = [t.send_weights.remote(version) for t in self.trainers]
@@ -781,7 +784,6 @@ class Cluster:
         failed = {i: answer for i, answer in enumerate(answers) if isinstance(answer, ActorFailure)}
         if not failed:
             raise RuntimeError(f"weights of version {version} did not reach the engines, though all of them live")
-        self.version = version
         self.pool.replace(failed, f"receiving weights of version {version}")
         return {}
 
@@ -826,16 +828,18 @@ class Cluster:
         calls = [
             t.update.remote(s, step) for t, s in zip(self.trainers, shards or [[]] * len(self.trainers), strict=True)
         ]
-        results = self._on_trainers(calls, f"updating at training step {step}", self._pass_on_stop)
+        results = self._on_trainers(calls, f"updating at training step {step}", self._during_update)
         if results[0] is None:
             self.stop.check()
         self.version = step
         peak = max(r["mem/trainer_peak_gib"] for r in results)
         return results[0] | {"mem/trainer_peak_gib": peak}
 
-    def _pass_on_stop(self) -> None:
+    def _during_update(self) -> None:
         if self.stop.requested and not self._stop_calls:
             self._stop_calls = [t.request_stop.remote() for t in self.trainers]
+        if not self.args.colocate:  # else the trainers have the memory that a new engine measures
+            self.pool.start_for_dead("policy_version", "the trainers update")
 
     def evaluate(self, video_dir: Path | None) -> EvaluationRun:
         """Greedy episodes from every fixed initial state of the run's tasks, shared among the workers."""

@@ -48,6 +48,8 @@ class Args:
     """Actions per environment and training step."""
     full: bool = False
     """Train all weights instead of a LoRA: 12 bytes a parameter instead of a few MiB."""
+    extra: str = ""
+    """Further flags of the driver, as typed; they win over the benchmark's own."""
 
 
 def driver_command(args: Args, folder: Path) -> list[str]:
@@ -61,7 +63,7 @@ def driver_command(args: Args, folder: Path) -> list[str]:
         "local_mini_batch_size": samples // ranks // 2, "per_device_train_batch_size": 64, "lora_rank": 16,
         "save_freq": args.save_every, "keep_last": 2, "num_env_processes": 1,
     }  # fmt: skip
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))] + args.extra.split()
     kind = [] if args.full else ["--use_lora", "--freeze_vision_backbone"]
     return [sys.executable, str(ROOT / "ppo_vllm_ray_fsdp_vla.py"), *kind, *words]
 

@@ -4,10 +4,12 @@
     python benchmarks/faults.py --spare_workers          the same with a spare beside each
     python benchmarks/faults.py --process environments   one of its environment processes
 
-Runs the driver with the quick start's sizes and kills a process with SIGKILL a third of a step after a step has begun,
-near the end of the rollout or soon after. A step that loses its worker has to wait until another one is started, has
-its weights and has brought the environments back to where the rollout began, and then repeats the rollout; the bar is
-one step of time more.
+Runs the driver, with the quick start's sizes unless told otherwise, and kills a process with SIGKILL: by default a
+third of a step after a step has begun, near the end of the rollout or soon after. A step that loses its worker has to
+wait until another one is started, has its weights and has brought the environments back to where the rollout began, and
+then repeats the rollout; the bar is one step of time more.
+
+openvla-7b's shape on two GPUs, killed within a rollout and within an update: `bash benchmarks/gpu_node.sh model fault_costs`
 """
 
 import statistics
@@ -47,8 +49,8 @@ class Args(checkpoint.Args):
     """What is killed."""
     spare_workers: bool = False
     """Keep a process with all imports beside each worker, as the driver's flag of that name."""
-    at_steps: tuple[int, ...] = (5, 8, 11)
-    """Training steps in which it is."""
+    at: tuple[float, ...] = (5.33, 8.33, 11.33)
+    """When, in training steps: 5.33 is a third of a step after step 5 has begun. None in the first three."""
     num_steps: int = 13
     """Training steps; the first two are not counted."""
     save_every: int = 0
@@ -70,12 +72,13 @@ def kill_one(driver: psutil.Process, title: str) -> None:
 def disturb(run: "subprocess.Popen[bytes]", exp_dir: Path, args: Args) -> None:
     """Wait for each of the steps and kill a third of a step after it has begun."""
     driver = psutil.Process(run.pid)
-    for step in args.at_steps:
+    for at in args.at:
+        step = int(at)
         while len(lines := read_metrics(exp_dir) if (exp_dir / "metrics.jsonl").exists() else []) < step - 1:
             if run.poll() is not None:
                 raise RuntimeError(f"the run ended with {run.returncode} before step {step}")
             time.sleep(POLL_S)
-        time.sleep(statistics.median(line["time/step_s"] for line in lines[2:]) / 3)
+        time.sleep(statistics.median(line["time/step_s"] for line in lines[2:]) * (at - step))
         kill_one(driver, KINDS[args.process][0])
 
 
@@ -95,17 +98,18 @@ def main(args: Args) -> None:
         lines = read_metrics(exp_dir)
     steps = {int(line["step"]): line["time/step_s"] for line in lines}
     num_replaced = int(lines[-1][KINDS[args.process][1]])
-    if num_replaced != len(args.at_steps):
-        raise RuntimeError(f"{num_replaced} were replaced, {len(args.at_steps)} killed")
-    # what dies during an update is noticed in the next rollout: both steps count as disturbed
-    hit = {step + later for step in args.at_steps for later in (0, 1)}
+    if num_replaced != len(args.at):
+        raise RuntimeError(f"{num_replaced} were replaced, {len(args.at)} killed")
+    # who dies during an update is missed in the next rollout: both steps count as disturbed
+    at_steps = [int(at) for at in args.at]
+    hit = {step + later for step in at_steps for later in (0, 1)}
     free = [seconds for step, seconds in steps.items() if step > 2 and step not in hit]
     usual = statistics.median(free)
-    costs = [steps[step] + steps.get(step + 1, usual) - 2 * usual for step in args.at_steps]
+    costs = [steps[step] + steps.get(step + 1, usual) - 2 * usual for step in at_steps]
     # the delay alone: in whichever step it was noticed; the rest is what the new process takes from the others
     at = {int(line["step"]): line["time/collect_s"] + line["time/sync_s"] for line in lines}
     usual_at = statistics.median(seconds for step, seconds in at.items() if step > 2 and step not in hit)
-    delays = [max(at[step], at.get(step + 1, 0.0)) - usual_at for step in args.at_steps]
+    delays = [max(at[step], at.get(step + 1, 0.0)) - usual_at for step in at_steps]
     table = Table("killed", "step (quartiles)", "cost of each", "median", "in steps", "delay of rollout", "in steps")
     low, _, high = statistics.quantiles(free, n=4)
     table.add_row(

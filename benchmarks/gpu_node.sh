@@ -2,7 +2,7 @@
 # openvla-7b's shape on a node with one or two GPUs, stage by stage: every stage is one of the gpu_*.py, its output and
 # results go to OUT, and one that fails does not keep the next from running.
 #
-#   OUT=runs/gpu_node bash benchmarks/gpu_node.sh model tests sync update layouts learn faults
+#   OUT=runs/gpu_node bash benchmarks/gpu_node.sh model tests sync update layouts learn faults fault_costs
 #
 # PYTHON names the interpreter (default: .venv/bin/python), SMALL_POLICY the folder of the quick start's supervised policy.
 set -uo pipefail
@@ -29,8 +29,24 @@ tests() {
 
 # Some runs at a time: each takes little of a GPU. One log a row.
 faults() {
-    "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --collect-only tests/test_faults_gpu.py | grep :: >"$WORK/rows"
-    xargs -d '\n' -P "${LANES:-4}" -I ROW timeout 280 "$PYTHON" -m pytest -q -rA -m gpu -p no:cacheprovider ROW <"$WORK/rows"
+    "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --collect-only tests/test_faults_gpu.py | grep :: | tac >"$WORK/rows"
+    xargs -d '\n' -P "${LANES:-4}" -I ROW timeout 400 "$PYTHON" -m pytest -q -rA -m gpu -p no:cacheprovider ROW <"$WORK/rows"
+}
+
+# What a rollout worker costs that dies within a rollout, and one that dies within an update: 1,024 samples a step. With four
+# GPUs the runs without and with a spare go side by side.
+fault_costs() {
+    local shape="--lora_rank 32 --local_mini_batch_size 256 --per_device_train_batch_size 32 --compile --num_env_processes 4"
+    local gpus=(0,1 $((NUM_GPUS > 2 ? 2 : 0)),$((NUM_GPUS > 2 ? 3 : 1))) index=0 spare
+    for spare in "" --spare_workers; do
+        CUDA_VISIBLE_DEVICES=${gpus[$index]} timeout "${LIMIT_S:-900}" "$PYTHON" benchmarks/faults.py --device cuda \
+            --vla_path "$MODEL" --num_ranks 1 --num_envs 64 --rollout_steps 16 --num_steps 9 --at 4.1 7.45 $spare \
+            --extra="$shape" >"$OUT/fault_costs$spare.log" 2>&1 &
+        [ "$NUM_GPUS" -gt 2 ] || wait
+        index=$((index + 1))
+    done
+    wait
+    tail -n 6 "$OUT"/fault_costs*.log
 }
 
 # Without CUDA graphs: what it measures does not depend on them, and the engine starts sooner.

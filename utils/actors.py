@@ -131,6 +131,8 @@ class ActorPool:
         self.name, self._start, self._restore = name, start, restore
         self.actors = [start(index) for index in range(size)]
         self.num_replaced = 0
+        self._asked: dict[int, Any] = {}
+        self._unrestored: list[int] = []
 
     def on_each(self, call: Callable[[int], Any], what: str, calls: Sequence[Any] = (), **limits: Any) -> list[Any]:
         """Results of `call(i)` for every actor i; one that fails is replaced and called again.
@@ -138,6 +140,8 @@ class ActorPool:
         `calls` are those of the first round if they were made before; `limits` are options of `wait_all`.
         """
         results = self._wait(calls or [call(i) for i in range(len(self.actors))], range(len(self.actors)), what, limits)
+        for index in self._unrestored:  # what it returned before it died may refer to what has died with it
+            results[index] = ActorFailure("died meanwhile")
         while failed := {i: result for i, result in enumerate(results) if isinstance(result, ActorFailure)}:
             self.replace(failed, what)
             again = self._wait([call(i) for i in failed], list(failed), what, limits)
@@ -152,11 +156,43 @@ class ActorPool:
     def replace(self, failed: dict[int, ActorFailure], what: str) -> None:
         """New actors for those that failed."""
         for index, failure in failed.items():
-            logger.warning(f"{self.name} {index} is replaced; it failed while {what}: {first_line(failure.reason)}")
-            ray.kill(self.actors[index])
-            self.actors[index] = self._start(index)
-        self.num_replaced += len(failed)
-        self._restore(list(failed))
+            self._start_anew(index, failure.reason, what)
+        self.restore_started()
+
+    def start_for_dead(self, method: str, what: str) -> None:
+        """Start new actors for those that have died, if any; returns at once. They are of use after `restore_started`.
+
+        To be called now and then while they have nothing to do; `method` is one of theirs that changes nothing.
+        """
+        for index, actor in enumerate(self.actors):
+            if index in self._unrestored:
+                continue
+            if index not in self._asked:
+                self._asked[index] = getattr(actor, method).remote()
+            if not ray.wait([self._asked[index]], timeout=0)[0]:
+                continue
+            call = self._asked.pop(index)
+            try:
+                ray.get(call)
+            except RayActorError as error:
+                self._start_anew(index, str(error), what)
+
+    def restore_started(self) -> bool:
+        """Bring those that were started to where the lost ones were; whether there were any."""
+        started, self._unrestored = self._unrestored, []
+        if started:
+            self._restore(started)
+        return bool(started)
+
+    def _start_anew(self, index: int, reason: str, what: str) -> None:
+        if index in self._unrestored:
+            return  # what failed is the lost one's call
+        logger.warning(f"{self.name} {index} is replaced; it failed while {what}: {first_line(reason)}")
+        ray.kill(self.actors[index])
+        self._asked.pop(index, None)
+        self.actors[index] = self._start(index)
+        self._unrestored.append(index)
+        self.num_replaced += 1
 
 
 def first_line(error: object) -> str:
