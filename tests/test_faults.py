@@ -86,14 +86,14 @@ class Supervised:
             self.process = subprocess.Popen(
                 command_line(args), cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
             )
-        self.seen: dict[int, str] = {}
+        self.seen: dict[psutil.Process, str] = {}  # compared by their start, too: the kernel uses numbers again
 
     def descendants(self) -> list[psutil.Process]:
         """Living ones, noted for `left_behind`."""
         found = psutil.Process(self.process.pid).children(recursive=True)
         for process in found:
             try:
-                self.seen[process.pid] = " ".join(process.cmdline()) or self.seen.get(process.pid, "")
+                self.seen[process] = " ".join(process.cmdline()) or self.seen.get(process, "")
             except psutil.Error:
                 continue
         return found
@@ -109,7 +109,7 @@ class Supervised:
         found = self.descendants()
         if not title:
             return psutil.Process(self.process.pid).children()[0]
-        return next(process for process in found if title in self.seen.get(process.pid, ""))
+        return next(process for process in found if title in self.seen.get(process, ""))
 
     def kill(self, title: str, delay_s: float) -> bool:
         """Kill a process as `find` finds it, at once or `delay_s` after it has appeared; whether there was one."""
@@ -139,7 +139,7 @@ class Supervised:
 
     def left_behind(self) -> list[str]:
         """Descendants seen that still live."""
-        return [f"{pid} {title}" for pid, title in self.seen.items() if psutil.pid_exists(pid)]
+        return [f"{process.pid} {title}" for process, title in self.seen.items() if process.is_running()]
 
 
 def assert_complete(exp_dir: Path, num_steps: int = NUM_STEPS) -> None:
