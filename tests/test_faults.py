@@ -186,6 +186,14 @@ def test_a_run_survives(name: str, straight_run: Path, tiny_model_dir: Path, tmp
     survive([FAULTS[name]], straight_run, tiny_model_dir, tmp_path)
 
 
+@pytest.mark.slow
+def test_a_rollout_that_died_with_its_engine_is_collected_again(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Its engine collects ahead of the update and dies after it has reported: the images have died with it."""
+    fault = Fault("ray::RolloutWorker", UPDATE, "rollout worker 0 is replaced; it failed while the trainers update")
+    run_through([fault], fault_args(tiny_model_dir, tmp_path, "run", async_depth=1), tmp_path)
+    assert "going on from" not in (tmp_path / "run.log").read_text()
+
+
 @pytest.mark.timeout(1200)  # 210 s alone, with the undisturbed run; 510 s were seen beside other work
 def test_a_run_survives_an_engine_and_then_the_driver(straight_run: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
     rows = [FAULTS["an engine with a spare"], FAULTS["the driver, during an update"]]
