@@ -663,9 +663,9 @@ class Cluster:
         self._engine_env = engine_env(plan.device, args.engine_num_threads)
         self.version = 0  # of the trainers' policy: updates done
         self.trainers = [self._start_trainer(rank) for rank in range(plan.num_trainers)]
-        size = args.vllm_num_engines if args.spare_workers else 0
-        self.spares = SpareActors("rollout worker", size, self._start_spare, self._worker_arguments)
-        self.pool = ActorPool("rollout worker", self._start_worker, args.vllm_num_engines, self._restore_workers)
+        name, size = "rollout worker", args.vllm_num_engines
+        self.spares = SpareActors(name, size if args.spare_workers else 0, self._start_spare, self._worker_arguments)
+        self.pool = ActorPool(name, self._start_worker, size, self._restore_workers, ping="policy_version")
         self.workers = self.pool.actors
         self.curriculum = RevivableActor("curriculum actor", self._start_curriculum)
 
@@ -839,7 +839,7 @@ class Cluster:
         if self.stop.requested and not self._stop_calls:
             self._stop_calls = [t.request_stop.remote() for t in self.trainers]
         if not self.args.colocate:  # else the trainers have the memory that a new engine measures
-            self.pool.start_for_dead("policy_version", "the trainers update")
+            self.pool.start_for_dead("the trainers update")
 
     def evaluate(self, video_dir: Path | None) -> EvaluationRun:
         """Greedy episodes from every fixed initial state of the run's tasks, shared among the workers."""

@@ -9,7 +9,7 @@ third of a step after a step has begun, near the end of the rollout or soon afte
 wait until another one is started, has its weights and has brought the environments back to where the rollout began, and
 then repeats the rollout; the bar is one step of time more.
 
-openvla-7b's shape on two GPUs, killed within a rollout and within an update: `bash benchmarks/gpu_node.sh model fault_costs`
+openvla-7b's shape on two GPUs, killed in a rollout and in an update: bash benchmarks/gpu_node.sh model fault_costs
 """
 
 import statistics

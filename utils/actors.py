@@ -125,10 +125,13 @@ class ActorPool:
         name: of one of them.
         start: makes the one with an index.
         restore: brings new ones, by index, to where the lost ones were; their constructors have begun.
+        ping: name of a method of theirs that changes nothing.
     """
 
-    def __init__(self, name: str, start: Callable[[int], Any], size: int, restore: Callable[[list[int]], None]) -> None:
-        self.name, self._start, self._restore = name, start, restore
+    def __init__(
+        self, name: str, start: Callable[[int], Any], size: int, restore: Callable[[list[int]], None], ping: str
+    ) -> None:
+        self.name, self._start, self._restore, self._ping = name, start, restore, ping
         self.actors = [start(index) for index in range(size)]
         self.num_replaced = 0
         self._asked: dict[int, Any] = {}
@@ -139,15 +142,27 @@ class ActorPool:
 
         `calls` are those of the first round if they were made before; `limits` are options of `wait_all`.
         """
-        results = self._wait(calls or [call(i) for i in range(len(self.actors))], range(len(self.actors)), what, limits)
-        for index in self._unrestored:  # what it returned before it died may refer to what has died with it
-            results[index] = ActorFailure("died meanwhile")
+        everyone = range(len(self.actors))
+        results = self._wait(calls or [call(i) for i in everyone], everyone, what, limits)
+        if calls:
+            results = self._without_the_dead(results, what, limits)
         while failed := {i: result for i, result in enumerate(results) if isinstance(result, ActorFailure)}:
             self.replace(failed, what)
             again = self._wait([call(i) for i in failed], list(failed), what, limits)
             for index, result in zip(failed, again, strict=True):
                 results[index] = result
         return results
+
+    def _without_the_dead(self, results: list[Any], what: str, limits: dict[str, Any]) -> list[Any]:
+        """Failures in place of what came from actors that have died since: it may refer to what died with them."""
+        asked = [i for i, r in enumerate(results) if i not in self._unrestored and not isinstance(r, ActorFailure)]
+        answers = self._wait([self._call_ping(i) for i in asked], asked, what, limits)
+        failures = {i: answer for i, answer in zip(asked, answers, strict=True) if isinstance(answer, ActorFailure)}
+        failures |= dict.fromkeys(self._unrestored, ActorFailure("died meanwhile"))
+        return [failures.get(i, result) for i, result in enumerate(results)]
+
+    def _call_ping(self, index: int) -> Any:
+        return getattr(self.actors[index], self._ping).remote()
 
     def _wait(self, calls: Sequence[Any], indices: Sequence[int], what: str, limits: dict[str, Any]) -> list[Any]:
         everyone = range(len(calls))
@@ -159,16 +174,16 @@ class ActorPool:
             self._start_anew(index, failure.reason, what)
         self.restore_started()
 
-    def start_for_dead(self, method: str, what: str) -> None:
-        """Start new actors for those that have died, if any; returns at once. They are of use after `restore_started`.
+    def start_for_dead(self, what: str) -> None:
+        """Start new actors for those that have died, if any; they are of use after `restore_started`.
 
-        To be called now and then while they have nothing to do; `method` is one of theirs that changes nothing.
+        To be called now and then while something else is done, `what`; does not wait for the actors that live.
         """
-        for index, actor in enumerate(self.actors):
+        for index in range(len(self.actors)):
             if index in self._unrestored:
                 continue
             if index not in self._asked:
-                self._asked[index] = getattr(actor, method).remote()
+                self._asked[index] = self._call_ping(index)
             if not ray.wait([self._asked[index]], timeout=0)[0]:
                 continue
             call = self._asked.pop(index)

@@ -43,7 +43,7 @@ class Pool(ActorPool):
     def __init__(self) -> None:
         self.restored: list[list[int]] = []
         self.num_started = 0
-        super().__init__("counter", self.start_one, 2, self.restore)
+        super().__init__("counter", self.start_one, 2, self.restore, ping="process")
 
     def start_one(self, index: int):
         self.num_started += 1
@@ -63,7 +63,7 @@ class Pool(ActorPool):
     def look_until(self, num_replaced: int) -> None:
         deadline = time.monotonic() + 60
         while self.num_replaced < num_replaced and time.monotonic() < deadline:
-            self.start_for_dead("process", "they rest")
+            self.start_for_dead("they rest")
             time.sleep(0.05)
         assert self.num_replaced == num_replaced
 
@@ -80,12 +80,12 @@ def test_who_dies_while_there_is_nothing_to_do_is_started_at_once_and_restored_b
     pool = Pool()
     living = pool.actors[0]
     for _ in range(20):  # nobody has died
-        pool.start_for_dead("process", "they rest")
+        pool.start_for_dead("they rest")
     assert pool.num_started == 2 and not pool.restore_started()
     pool.end(1)
     pool.look_until(1)
     for _ in range(20):  # once is enough
-        pool.start_for_dead("process", "they rest")
+        pool.start_for_dead("they rest")
     assert pool.num_started == 3 and pool.restored == []
     assert pool.restore_started() and pool.restored == [[1]]
     assert pool.add() == [1, 102] and pool.actors[0] is living
@@ -94,8 +94,9 @@ def test_who_dies_while_there_is_nothing_to_do_is_started_at_once_and_restored_b
     assert pool.restore_started() and not pool.restore_started()
 
 
+@pytest.mark.parametrize("is_noticed", [False, True])
 @pytest.mark.parametrize("dies_before_its_call", [False, True])
-def test_what_a_dead_one_has_returned_is_not_used(dies_before_its_call: bool):
+def test_what_a_dead_one_has_returned_is_not_used(dies_before_its_call: bool, is_noticed: bool):
     pool = Pool()
     if dies_before_its_call:
         pool.end(0)
@@ -103,6 +104,7 @@ def test_what_a_dead_one_has_returned_is_not_used(dies_before_its_call: bool):
     if not dies_before_its_call:
         ray.wait(calls, num_returns=2)
         pool.end(0)
-    pool.look_until(1)
+    if is_noticed:
+        pool.look_until(1)
     assert pool.add(calls) == [101, 1]
     assert pool.restored == [[0]] and pool.num_started == 3 and pool.num_replaced == 1
