@@ -70,7 +70,7 @@ def kill_one(driver: psutil.Process, title: str) -> None:
 
 
 def disturb(run: "subprocess.Popen[bytes]", exp_dir: Path, args: Args) -> None:
-    """Wait for each of the steps and kill a third of a step after it has begun."""
+    """Kill when `args.at` says, by the time that a step usually takes."""
     driver = psutil.Process(run.pid)
     for at in args.at:
         step = int(at)
