@@ -73,7 +73,14 @@ from prismatic.extern.hf.processing_prismatic import load_processor
 from prismatic.vla.action_normalization import tokens_to_env_actions
 from prismatic.vla.action_tokenizer import ActionTokenizer
 from utils import checkpoint_utils, fsdp_utils, peft_utils, ray_utils, training_state
-from utils.actors import ActorFailure, ActorPool, RevivableActor, ask_where, wait_all, where_others_are
+from utils.actors import (
+    ActorFailure,
+    ActorPool,
+    RevivableActor,
+    ask_where,
+    wait_all,
+    where_others_are,
+)
 from utils.attempts import run_attempt, run_attempts, same_command
 from utils.logging_utils import PhaseTimer, add_log_file, get_logger
 from utils.placement import Demand, placement_problems
@@ -352,21 +359,38 @@ def make_plan(args: Args, *, has_gpus: bool) -> Plan:
     )
     fitting_backend = "gloo" if device == "cpu" else "ipc" if args.colocate else "nccl"
     return Plan(
-        exp_dir=str(resumed_exp_dir(args.resume) or Path(args.run_root_dir) / (args.exp_id or default_exp_id(args))),
-        device=device,
-        dtype=("bfloat16" if device == "cuda" else "float32") if args.dtype == "auto" else args.dtype,
-        demand=Demand(
-            per_node, args.vllm_num_engines, args.vllm_tensor_parallel_size, num_env_processes, args.colocate, device
+        exp_dir=str(
+            resumed_exp_dir(args.resume)
+            or Path(args.run_root_dir) / (args.exp_id or default_exp_id(args))
         ),
-        sync_backend=fitting_backend if args.vllm_sync_backend == "auto" else args.vllm_sync_backend,
+        device=device,
+        dtype=("bfloat16" if device == "cuda" else "float32")
+        if args.dtype == "auto"
+        else args.dtype,
+        demand=Demand(
+            per_node,
+            args.vllm_num_engines,
+            args.vllm_tensor_parallel_size,
+            num_env_processes,
+            args.colocate,
+            device,
+        ),
+        sync_backend=fitting_backend
+        if args.vllm_sync_backend == "auto"
+        else args.vllm_sync_backend,
         task_ids=args.task_ids or tuple(range(suite.num_tasks)),
         num_trainers=num_trainers,
         num_envs=num_envs,
         samples_per_step=args.num_steps * num_envs,
         num_minibatches=num_minibatches,
         num_training_steps=num_training_steps,
-        engines_sleep=args.colocate and args.vllm_enable_sleep and not args.async_depth and device == "cuda",
-        policy_optimizer_steps=max(1, num_training_steps - args.value_init_steps) * num_minibatches * args.num_epochs,
+        engines_sleep=args.colocate
+        and args.vllm_enable_sleep
+        and not args.async_depth
+        and device == "cuda",
+        policy_optimizer_steps=max(1, num_training_steps - args.value_init_steps)
+        * num_minibatches
+        * args.num_epochs,
         value_optimizer_steps=num_training_steps * num_minibatches * value_epochs,
     )
 
@@ -389,7 +413,11 @@ class PolicyTrainer:
         """Join the process group, load and shard the models, make the optimizers; returns parameter counts."""
         args, plan = self.args, self.plan
         ray_utils.use_node_interface()
-        os.environ |= {"MASTER_ADDR": master_addr, "MASTER_PORT": str(master_port), "LOCAL_RANK": "0"}
+        os.environ |= {
+            "MASTER_ADDR": master_addr,
+            "MASTER_PORT": str(master_port),
+            "LOCAL_RANK": "0",
+        }
         os.environ |= {"RANK": str(self.rank), "WORLD_SIZE": str(plan.num_trainers)}
         self.device = fsdp_utils.setup_distributed(device_type=plan.device).device
         self.dtype = getattr(torch, plan.dtype)
@@ -399,17 +427,30 @@ class PolicyTrainer:
         critic = builder.critic(policy.config.text_config.hidden_size)
         warmup = args.policy_lr_warmup_steps * plan.num_minibatches * args.num_epochs
         self.policy = make_trainable(
-            policy, args.learning_rate, args.policy_lr_scheduler_type, warmup, plan.policy_optimizer_steps
+            policy,
+            args.learning_rate,
+            args.policy_lr_scheduler_type,
+            warmup,
+            plan.policy_optimizer_steps,
         )
         self.critic = make_trainable(
-            critic, args.value_learning_rate, args.value_lr_scheduler_type, 0, plan.value_optimizer_steps
+            critic,
+            args.value_learning_rate,
+            args.value_lr_scheduler_type,
+            0,
+            plan.value_optimizer_steps,
         )
         self.learner = PPOLearner(
             args, self.policy, self.critic, load_processor(args.vla_path),
             reference=builder.reference(policy, self.adapter), dtype=self.dtype,
         )  # fmt: skip
-        prompts = [self.learner.processor.prompt_ids(t) for t in get_suite(args.task_suite_name).instructions]
-        share = 1.0 - args.gpu_memory_utilization if args.colocate and not plan.engines_sleep else 1.0
+        prompts = [
+            self.learner.processor.prompt_ids(t)
+            for t in get_suite(args.task_suite_name).instructions
+        ]
+        share = (
+            1.0 - args.gpu_memory_utilization if args.colocate and not plan.engines_sleep else 1.0
+        )
         check_memory(self.learner, prompts, plan.samples_per_step // plan.num_trainers, share=share)
         self.writer = BackgroundWriter()
         torch.manual_seed(args.seed * 1000 + self.rank)
@@ -419,12 +460,16 @@ class PolicyTrainer:
             "critic parameters": sum(p.numel() for p in critic.parameters()),
         }
 
-    def update(self, shard_refs: Sequence[ray.ObjectRef], step: int) -> dict[str, float | None] | None:
+    def update(
+        self, shard_refs: Sequence[ray.ObjectRef], step: int
+    ) -> dict[str, float | None] | None:
         """One training step on this rank's environments; returns metrics averaged over all ranks, None if stopped.
 
         Without shards an update that was stopped goes on.
         """
-        metrics = self.learner.update(Rollout.concat(ray.get(list(shard_refs))) if shard_refs else None, step)
+        metrics = self.learner.update(
+            Rollout.concat(ray.get(list(shard_refs))) if shard_refs else None, step
+        )
         if metrics is None:
             return None
         metrics["mem/trainer_peak_gib"] = fsdp_utils.peak_memory_gib(self.device)
@@ -436,9 +481,13 @@ class PolicyTrainer:
         """Start listening for the engines; returns what they need to join, None on a rank that does not send."""
         args, backend = self.args, self.plan.sync_backend
         exporter = WeightExporter(self.policy.model, self.dtype, args.sync_bucket_mib << 20)
-        receivers = 1 if backend == "ipc" else args.vllm_num_engines * args.vllm_tensor_parallel_size
+        receivers = (
+            1 if backend == "ipc" else args.vllm_num_engines * args.vllm_tensor_parallel_size
+        )
         host = ray_utils.node_address()
-        self.sender = WeightSender(exporter, backend, rank=self.rank, num_receivers=receivers, host=host)
+        self.sender = WeightSender(
+            exporter, backend, rank=self.rank, num_receivers=receivers, host=host
+        )
         return self.sender.open()
 
     def connect(self) -> None:
@@ -469,7 +518,9 @@ class PolicyTrainer:
 
     def save_policy(self, folder: str, json_files: dict[str, Any], overwrite: bool = False) -> None:
         """Write the adapter (LoRA) or the whole model folder, all or nothing. A collective; rank 0 writes."""
-        state = fsdp_utils.full_state_dict(self.policy.model, trainable_only=self.adapter is not None)
+        state = fsdp_utils.full_state_dict(
+            self.policy.model, trainable_only=self.adapter is not None
+        )
         if self.rank == 0:
             with checkpoint_utils.atomic_directory(folder, overwrite=overwrite) as partial:
                 self._write_policy(partial, state)
@@ -486,7 +537,9 @@ class PolicyTrainer:
         """Copy the state; a thread writes it and the policy into `partial`, then renames that. A collective."""
         folder = Path(partial)
 
-        def complete() -> None:  # the policy comes from the files just written: nobody waits for it to be gathered
+        def complete() -> (
+            None
+        ):  # the policy comes from the files just written: nobody waits for it to be gathered
             state = training_state.load_prefixed(folder / STATE_DIR, "policy.weight.")
             if self.adapter is None:
                 state |= training_state.read_frozen(self.args.vla_path, state)  # what is frozen
@@ -513,7 +566,10 @@ class RolloutWorker:
     """One vLLM engine and the environments it acts in, in one process: no RPC per environment step."""
 
     def __init__(self, args: Args, plan: Plan, index: int, statistics: dict[str, Any]) -> None:
-        from utils.vllm_utils import ActionEngine, EngineConfig  # imports vLLM, which only this process wants
+        from utils.vllm_utils import (
+            ActionEngine,
+            EngineConfig,
+        )  # imports vLLM, which only this process wants
 
         self.args, self.plan, self.index = args, plan, index
         self.processor = load_processor(args.vla_path)
@@ -555,7 +611,12 @@ class RolloutWorker:
         )
         prompts = [self.processor.prompt_ids(text) for text in self.suite.instructions]
         return Collector(
-            vector, prompts, self._sample, self._decode, num_groups=args.num_env_groups, seed=(args.seed, self.index)
+            vector,
+            prompts,
+            self._sample,
+            self._decode,
+            num_groups=args.num_env_groups,
+            seed=(args.seed, self.index),
         )
 
     def policy_version(self) -> int:
@@ -568,7 +629,10 @@ class RolloutWorker:
 
     def _sample(self, prompt_ids: list[list[int]], images: np.ndarray) -> Any:
         return self.engine.generate(
-            prompt_ids, images, temperature=self.args.temperature, seed=int(self.sampling_rng.integers(2**31))
+            prompt_ids,
+            images,
+            temperature=self.args.temperature,
+            seed=int(self.sampling_rng.integers(2**31)),
         )
 
     def _decode(self, token_ids_BA: np.ndarray) -> np.ndarray:
@@ -600,7 +664,10 @@ class RolloutWorker:
             "num_void_steps": float((~rollout.valid_TB).sum()),
             "mem_gib": fsdp_utils.peak_memory_gib(torch.device("cpu")),
         } | self.collector.statistics()
-        shards = [ray.put(rollout.shard(rank, self.plan.num_trainers)) for rank in range(self.plan.num_trainers)]
+        shards = [
+            ray.put(rollout.shard(rank, self.plan.num_trainers))
+            for rank in range(self.plan.num_trainers)
+        ]
         return shards, episodes, stats, self.world_state()
 
     def world_state(self) -> dict[str, Any]:
@@ -627,13 +694,17 @@ class RolloutWorker:
 
         def act(images: np.ndarray, task_ids: np.ndarray) -> np.ndarray:
             prompts = [self.collector.prompts[i] for i in task_ids]
-            return self._decode(self.engine.generate(prompts, images, temperature=1.0, greedy=True).token_ids)
+            return self._decode(
+                self.engine.generate(prompts, images, temperature=1.0, greedy=True).token_ids
+            )
 
         self.collector.restart()
         recorder = None
         if video_dir:
             texts = self.suite.instructions
-            recorder = EpisodeRecorder(Path(video_dir), ("success", "failure"), max_per_task=1, instructions=texts)
+            recorder = EpisodeRecorder(
+                Path(video_dir), ("success", "failure"), max_per_task=1, instructions=texts
+            )
         num_envs = self.args.local_rollout_batch_size
         run = run_episodes(self.collector.vector, num_envs, act, requests, observer=recorder)
         if recorder:
@@ -664,8 +735,12 @@ class Cluster:
         self.version = 0  # of the trainers' policy: updates done
         self.trainers = [self._start_trainer(rank) for rank in range(plan.num_trainers)]
         name, size = "rollout worker", args.vllm_num_engines
-        self.spares = SpareActors(name, size if args.spare_workers else 0, self._start_spare, self._worker_arguments)
-        self.pool = ActorPool(name, self._start_worker, size, self._restore_workers, ping="policy_version")
+        self.spares = SpareActors(
+            name, size if args.spare_workers else 0, self._start_spare, self._worker_arguments
+        )
+        self.pool = ActorPool(
+            name, self._start_worker, size, self._restore_workers, ping="policy_version"
+        )
         self.workers = self.pool.actors
         self.curriculum = RevivableActor("curriculum actor", self._start_curriculum)
 
@@ -688,10 +763,14 @@ class Cluster:
     def _start_spare(self, index: int) -> Any:
         """It asks Ray for nothing, and sees the GPUs of the worker that it is for."""
         pid, devices = ray.get(self.workers[index].process.remote())
-        place = self._in_worker_place(spare_class(RolloutWorker), index, 0, 0, CUDA_VISIBLE_DEVICES=devices)
+        place = self._in_worker_place(
+            spare_class(RolloutWorker), index, 0, 0, CUDA_VISIBLE_DEVICES=devices
+        )
         return place.remote(import_engine, pid)
 
-    def _in_worker_place(self, kind: type, index: int, num_cpus: int, num_gpus: float, **env: str) -> Any:
+    def _in_worker_place(
+        self, kind: type, index: int, num_cpus: int, num_gpus: float, **env: str
+    ) -> Any:
         return ray.remote(kind).options(
             num_cpus=num_cpus, num_gpus=num_gpus, runtime_env=ray_utils.actor_env(**self._engine_env, **env),
             scheduling_strategy=ray_utils.in_bundle(self._group, self._placement.engine_bundles[index]),
@@ -716,22 +795,30 @@ class Cluster:
             wait_all([w.policy_version.remote() for w in self.workers], "loading the engines")
         self.sleep_engines()
         address = ray.get(self.trainers[0].address.remote())
-        counts = wait_all([t.setup.remote(*address) for t in self.trainers], "loading the trainers' models")
+        counts = wait_all(
+            [t.setup.remote(*address) for t in self.trainers], "loading the trainers' models"
+        )
         self._connect()
         self._note_worlds()
         self.spares.prepare()
         return counts[0]
 
     def _connect(self) -> None:
-        infos = wait_all([t.open_channel.remote() for t in self.trainers], "opening the weights' channels")
-        joining = [t.connect.remote() for t in self.trainers] + [w.join_channel.remote(infos) for w in self.workers]
+        infos = wait_all(
+            [t.open_channel.remote() for t in self.trainers], "opening the weights' channels"
+        )
+        joining = [t.connect.remote() for t in self.trainers] + [
+            w.join_channel.remote(infos) for w in self.workers
+        ]
         wait_all(joining, "connecting trainers and engines")
 
     def _on_trainers(
         self, calls: Sequence[ray.ObjectRef], what: str, poll: Callable[[], None] | None = None
     ) -> list[Any]:
         """Results of a call to each trainer; one that hangs ends the attempt, and is named with what it is doing."""
-        return wait_all(calls, what, poll=poll, timeout_s=self.args.hang_timeout_s, explain=self._explain)
+        return wait_all(
+            calls, what, poll=poll, timeout_s=self.args.hang_timeout_s, explain=self._explain
+        )
 
     def _explain(self, index: int) -> str:
         """Who is late and where: trainers are counted first, then workers."""
@@ -745,7 +832,10 @@ class Cluster:
         wait_all([*self.spares.beginning(), *ready], "loading the engines")
         self._connect()
         self.push_weights(self.version)
-        wait_all([self.workers[i].load_world.remote(self.worlds[i]) for i in indices], "restoring environments")
+        wait_all(
+            [self.workers[i].load_world.remote(self.worlds[i]) for i in indices],
+            "restoring environments",
+        )
         self.spares.prepare()
 
     def _note_worlds(self) -> None:
@@ -763,27 +853,42 @@ class Cluster:
         self.version = version
         if self.pool.restore_started():  # which sent them to all
             return {}
-        what, num_trainers = f"sending weights of version {version} to the engines", len(self.trainers)
+        what, num_trainers = (
+            f"sending weights of version {version} to the engines",
+            len(self.trainers),
+        )
         self._wake_engines("weights")
         calls = [t.send_weights.remote(version) for t in self.trainers]
         calls += [w.receive_weights.remote(version) for w in self.workers]
         workers = range(num_trainers, len(calls))
-        results = wait_all(calls, what, timeout_s=self.args.hang_timeout_s, replaceable=workers, explain=self._explain)
+        results = wait_all(
+            calls,
+            what,
+            timeout_s=self.args.hang_timeout_s,
+            replaceable=workers,
+            explain=self._explain,
+        )
         num_sent, reports = results[0], results[num_trainers:]
         if any(isinstance(result, ActorFailure) for result in results):
             return self._push_again(version)
         if any(r.num_params != num_sent or r.version != version for r in reports):
-            raise RuntimeError(f"sent {num_sent} tensors of version {version}, the engines report {reports}")
+            raise RuntimeError(
+                f"sent {num_sent} tensors of version {version}, the engines report {reports}"
+            )
         self._wake_engines("kv_cache")
         return {"sync/num_tensors": num_sent, "sync/mib": reports[0].num_bytes / 2**20}
 
     def _push_again(self, version: int) -> dict[str, float]:
         """After a sync that broke off: replace the workers that do not answer; all get their weights with them."""
         calls = [w.policy_version.remote() for w in self.workers]
-        answers = wait_all(calls, "asking the engines", timeout_s=60.0, replaceable=range(len(calls)))
+        answers = wait_all(
+            calls, "asking the engines", timeout_s=60.0, replaceable=range(len(calls))
+        )
         failed = {i: answer for i, answer in enumerate(answers) if isinstance(answer, ActorFailure)}
         if not failed:
-            raise RuntimeError(f"weights of version {version} did not reach the engines, though all of them live")
+            raise RuntimeError(
+                f"weights of version {version} did not reach the engines, though all of them live"
+            )
         self.pool.replace(failed, f"receiving weights of version {version}")
         return {}
 
@@ -826,7 +931,8 @@ class Cluster:
         Without shards the trainers go on with an update that was stopped. Raises StopRequested when it was stopped.
         """
         calls = [
-            t.update.remote(s, step) for t, s in zip(self.trainers, shards or [[]] * len(self.trainers), strict=True)
+            t.update.remote(s, step)
+            for t, s in zip(self.trainers, shards or [[]] * len(self.trainers), strict=True)
         ]
         results = self._on_trainers(calls, f"updating at training step {step}", self._during_update)
         if results[0] is None:
@@ -843,7 +949,9 @@ class Cluster:
 
     def evaluate(self, video_dir: Path | None) -> EvaluationRun:
         """Greedy episodes from every fixed initial state of the run's tasks, shared among the workers."""
-        num_states = self.args.num_trials_per_task or get_suite(self.args.task_suite_name).num_init_states
+        num_states = (
+            self.args.num_trials_per_task or get_suite(self.args.task_suite_name).num_init_states
+        )
         requests = evaluation_requests(self.plan.task_ids, num_states)
         workers = len(self.workers)
         folders = [str(video_dir / f"worker_{i}") if video_dir else None for i in range(workers)]
@@ -856,14 +964,19 @@ class Cluster:
             total.episodes += run.episodes
             total.void += run.void
             total.num_dropped += run.num_dropped
-        calls = [w.world_state.remote() for w in self.workers]  # the episodes under way were given up
+        calls = [
+            w.world_state.remote() for w in self.workers
+        ]  # the episodes under way were given up
         self.worlds = wait_all(calls, "asking for the environments' state")
         return total
 
     def save(self, folder: Path, metadata: dict[str, Any], *, overwrite: bool = False) -> None:
         """Write the policy (adapter or whole model folder), its metadata and the curriculum."""
         files = {"metadata.json": metadata}
-        wait_all([t.save_policy.remote(str(folder), files, overwrite) for t in self.trainers], f"saving {folder}")
+        wait_all(
+            [t.save_policy.remote(str(folder), files, overwrite) for t in self.trainers],
+            f"saving {folder}",
+        )
         self.save_curriculum(folder / "curriculum.json")
 
     def begin_checkpoint(self, folder: Path, state: RunState, metadata: dict[str, Any]) -> None:
@@ -884,12 +997,19 @@ class Cluster:
 
     def minibatches_done(self) -> int | None:
         """Of an update that was stopped; None without one."""
-        return wait_all([t.minibatches_done.remote() for t in self.trainers], "stopping the update")[0]
+        return wait_all(
+            [t.minibatches_done.remote() for t in self.trainers], "stopping the update"
+        )[0]
 
     def load(self, folder: Path, state: RunState) -> None:
         """Bring trainers, environments and curriculum to a checkpoint's state."""
-        calls = [t.load_checkpoint.remote(str(folder), state.num_trainers, state.step) for t in self.trainers]
-        calls += [w.load_world.remote(world) for w, world in zip(self.workers, state.worlds, strict=True)]
+        calls = [
+            t.load_checkpoint.remote(str(folder), state.num_trainers, state.step)
+            for t in self.trainers
+        ]
+        calls += [
+            w.load_world.remote(world) for w, world in zip(self.workers, state.worlds, strict=True)
+        ]
         wait_all(calls, f"loading {folder}")
         self.curriculum.change("load_state_dict", state.curriculum)
         self.version = state.step
@@ -905,7 +1025,9 @@ class Cluster:
 
     def close(self) -> None:
         """End the workers' environments and engines; Ray ends the rest."""
-        ray.wait([w.close.remote() for w in self.workers], num_returns=len(self.workers), timeout=20)
+        ray.wait(
+            [w.close.remote() for w in self.workers], num_returns=len(self.workers), timeout=20
+        )
 
 
 def train(args: Args, plan: Plan, cluster: Cluster, run: Run) -> None:
@@ -918,18 +1040,26 @@ def train(args: Args, plan: Plan, cluster: Cluster, run: Run) -> None:
     for step in range(run.steps_done + 1, plan.num_training_steps + 1):
         cluster.stop.check()
         with timer.phase("step"):
-            if run.collected is None:  # else the trainers are within this step's update, from the checkpoint
-                with timer.phase("collect"):  # what was begun during the last update; the engines rest afterwards
+            if (
+                run.collected is None
+            ):  # else the trainers are within this step's update, from the checkpoint
+                with timer.phase(
+                    "collect"
+                ):  # what was begun during the last update; the engines rest afterwards
                     collected = cluster.finish_collecting(ahead, step) if ahead else None
                 with timer.phase("sync"):
                     sync = cluster.push_weights(version=step - 1)
                 if args.eval_freq and (step - 1) % args.eval_freq == 0:
                     sync |= run.evaluate(step - 1)
                 with timer.phase("collect"):
-                    collected = collected or cluster.finish_collecting(cluster.start_collecting(step), step)
+                    collected = collected or cluster.finish_collecting(
+                        cluster.start_collecting(step), step
+                    )
                 run.collected = dataclasses.replace(collected, metrics=sync)
                 is_last = step == plan.num_training_steps
-                ahead = cluster.start_collecting(step + 1) if args.async_depth and not is_last else []
+                ahead = (
+                    cluster.start_collecting(step + 1) if args.async_depth and not is_last else []
+                )
             with timer.phase("update"):
                 if run.collected.shards:  # else the engines were not woken since the set-up
                     cluster.sleep_engines()
@@ -951,7 +1081,9 @@ def main(args: Args) -> None:
     try:
         num_gpus, nodes = torch.cuda.device_count(), []
         if args.ray_address:
-            ray_utils.start_ray(args.ray_address)  # the cluster says what it has; nothing is placed yet
+            ray_utils.start_ray(
+                args.ray_address
+            )  # the cluster says what it has; nothing is placed yet
             args, nodes = absolute_paths(args), ray_utils.cluster_nodes()
         plan = make_plan(args, has_gpus=any(node.gpus for node in nodes) if nodes else num_gpus > 0)
         exp_dir = Path(plan.exp_dir)
@@ -967,7 +1099,9 @@ def main(args: Args) -> None:
             shutil.rmtree(exp_dir)
         exp_dir.mkdir(parents=True, exist_ok=True)
         add_log_file(exp_dir / "log.txt")
-        logger.info(f"{plan.num_training_steps} training steps of {plan.samples_per_step} environment steps; {exp_dir}")
+        logger.info(
+            f"{plan.num_training_steps} training steps of {plan.samples_per_step} environment steps; {exp_dir}"
+        )
         if not args.ray_address:
             ray_utils.start_ray(None, nodes[0].gpus, nodes[0].cpus)
         stop = StopSignal()
@@ -990,10 +1124,17 @@ def supervise(args: Args) -> int:
     folder = resumed_exp_dir(args.resume)
     name = [] if folder else ["--exp_id", args.exp_id or default_exp_id(args)]
     again = ["--resume", str(folder or "auto"), "--no_overwrite"]
-    first, later = same_command(*name, "--max_restarts", "0"), same_command(*name, *again, "--max_restarts", "0")
+    first, later = (
+        same_command(*name, "--max_restarts", "0"),
+        same_command(*name, *again, "--max_restarts", "0"),
+    )
     return run_attempts(first, later, args.max_restarts)
 
 
 if __name__ == "__main__":
     flags = tyro.cli(Args, description=__doc__, use_underscores=True)
-    sys.exit(supervise(flags) if flags.max_restarts > 0 else run_attempt(lambda: main(flags), CommandLineError))
+    sys.exit(
+        supervise(flags)
+        if flags.max_restarts > 0
+        else run_attempt(lambda: main(flags), CommandLineError)
+    )

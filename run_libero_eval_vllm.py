@@ -134,7 +134,11 @@ def _task_problems(args: Args, suite: TaskSuite) -> list[str]:
     except ValueError as error:
         return [*problems, str(error)]
     tasks = args.task_ids or range(suite.num_tasks)
-    if absent := [f"{t}:{s}" for t, s in sorted(named) if t not in tasks or not 0 <= s < args.num_trials_per_task]:
+    if absent := [
+        f"{t}:{s}"
+        for t, s in sorted(named)
+        if t not in tasks or not 0 <= s < args.num_trials_per_task
+    ]:
         problems.append(
             f"--video_episodes {' '.join(absent)}: not among this evaluation's tasks and its states "
             f"0..{args.num_trials_per_task - 1}"
@@ -146,7 +150,9 @@ def parse_episodes(texts: Sequence[str]) -> set[tuple[int, int]]:
     """("0:3", "1:7") -> {(0, 3), (1, 7)}: task and initial state. Raises ValueError naming what is not of this form."""
     wrong = [text for text in texts if not re.fullmatch(r"\d+:\d+", text)]
     if wrong:
-        raise ValueError(f"--video_episodes {' '.join(wrong)}: give TASK:STATE, two whole numbers each, such as 0:3")
+        raise ValueError(
+            f"--video_episodes {' '.join(wrong)}: give TASK:STATE, two whole numbers each, such as 0:3"
+        )
     pairs = (text.split(":") for text in texts)
     return {(int(task), int(state)) for task, state in pairs}
 
@@ -155,28 +161,42 @@ def _unnorm_problems(args: Args) -> list[str]:
     from prismatic.vla.action_normalization import load_norm_stats, resolve_unnorm_key
 
     try:
-        resolve_unnorm_key(load_norm_stats(args.pretrained_checkpoint), args.task_suite_name, args.unnorm_key)
+        resolve_unnorm_key(
+            load_norm_stats(args.pretrained_checkpoint), args.task_suite_name, args.unnorm_key
+        )
     except ValueError as error:
         return [f"{args.pretrained_checkpoint}: {error}"]
     return []
 
 
 def _range_problems(args: Args) -> list[str]:
-    positive = ["max_env_length", "num_envs", "num_processes", "startup_timeout_s", "step_timeout_s"]
+    positive = [
+        "max_env_length",
+        "num_envs",
+        "num_processes",
+        "startup_timeout_s",
+        "step_timeout_s",
+    ]
     positive += ["max_videos_per_task", "vllm_tensor_parallel_size"]
     values = {name: getattr(args, name) for name in positive}
-    problems = [f"--{n} {v} must be positive" for n, v in values.items() if v is not None and v <= 0]
+    problems = [
+        f"--{n} {v} must be positive" for n, v in values.items() if v is not None and v <= 0
+    ]
     if (args.num_steps_wait or 0) < 0:
         problems.append(f"--num_steps_wait {args.num_steps_wait} must be 0 or more")
     problems += gpu_problems(args.env_gpu_id)
     if args.seed < 0:
         problems.append(f"--seed {args.seed} must be 0 or more")
     if args.temperature != 0 and not 0.01 <= args.temperature <= 2:
-        problems.append(f"--temperature {args.temperature} must be 0 (greedy) or in [0.01, 2], vLLM's limits")
+        problems.append(
+            f"--temperature {args.temperature} must be 0 (greedy) or in [0.01, 2], vLLM's limits"
+        )
     if not 0 < args.video_fps <= 100:
         problems.append(f"--video_fps {args.video_fps} must be above 0 and at most 100")
     if not 0 < args.gpu_memory_utilization <= 1:
-        problems.append(f"--gpu_memory_utilization {args.gpu_memory_utilization} must be above 0 and at most 1")
+        problems.append(
+            f"--gpu_memory_utilization {args.gpu_memory_utilization} must be above 0 and at most 1"
+        )
     return problems
 
 
@@ -184,7 +204,9 @@ def _engine_problems(args: Args) -> list[str]:
     try:
         extra = json.loads(args.engine_args)
     except json.JSONDecodeError as error:
-        return [f"--engine_args {args.engine_args!r} is not JSON ({error}): quote it like '{{\"block_size\": 32}}'"]
+        return [
+            f"--engine_args {args.engine_args!r} is not JSON ({error}): quote it like '{{\"block_size\": 32}}'"
+        ]
     if not isinstance(extra, dict):
         return [f"--engine_args {args.engine_args!r} is not a JSON object"]
     if not extra:
@@ -204,7 +226,13 @@ def validate(args: Args) -> None:
 def make_run_dir(args: Args) -> Path:
     """Make and return a folder that did not exist: EVAL-suite-checkpoint-time[-note][-N]. Safe against a race."""
     now = f"{datetime.datetime.now():%Y%m%d_%H%M%S}"
-    parts = ["EVAL", args.task_suite_name, args.pretrained_checkpoint.resolve().name, now, args.run_id_note]
+    parts = [
+        "EVAL",
+        args.task_suite_name,
+        args.pretrained_checkpoint.resolve().name,
+        now,
+        args.run_id_note,
+    ]
     name = re.sub(r"[^\w.+-]+", "_", "-".join(part for part in parts if part))
     args.local_log_dir.mkdir(parents=True, exist_ok=True)
     for attempt in range(1, 10_000):
@@ -255,7 +283,9 @@ class Policy:
         from prismatic.vla.action_normalization import tokens_to_env_actions
 
         greedy = self.args.temperature == 0
-        seed = int(np.random.SeedSequence([self.args.seed, self.num_calls]).generate_state(1)[0] >> 1)
+        seed = int(
+            np.random.SeedSequence([self.args.seed, self.num_calls]).generate_state(1)[0] >> 1
+        )
         self.num_calls += 1
         generation = self.engine.generate(
             [self.prompts[i] for i in task_ids],
@@ -281,7 +311,9 @@ def engine_config(args: Args, max_batch: int) -> Any:
     device = device_type()
     return EngineConfig(
         model_dir=str(args.pretrained_checkpoint),
-        dtype=("bfloat16" if device == "cuda" else "float32") if args.dtype == "auto" else args.dtype,
+        dtype=("bfloat16" if device == "cuda" else "float32")
+        if args.dtype == "auto"
+        else args.dtype,
         tensor_parallel_size=args.vllm_tensor_parallel_size,
         gpu_memory_utilization=args.gpu_memory_utilization,
         enforce_eager=args.vllm_enforce_eager or device == "cpu",
@@ -300,7 +332,12 @@ def device_type() -> str:
 
 def recorder_for(args: Args, folder: Path, instructions: tuple[str, ...] = ()) -> EpisodeRecorder:
     """The recorder that --save_video and --video_episodes ask for; `instructions` label its contact sheet."""
-    outcomes = {"none": (), "failures": ("failure",), "successes": ("success",), "all": ("success", "failure")}
+    outcomes = {
+        "none": (),
+        "failures": ("failure",),
+        "successes": ("success",),
+        "all": ("success", "failure"),
+    }
     return EpisodeRecorder(
         folder,
         outcomes[args.save_video],
@@ -397,8 +434,12 @@ def _describe(args: Args, run_dir: Path, unnorm_key: str) -> dict[str, Any]:
         "greedy": args.temperature == 0,
         "timestamp": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "run_dir": str(run_dir),
-        "versions": {"python": platform.python_version(), "vllm": vllm_version()} | {n: version(n) for n in packages},
-        "args": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(args).items()},
+        "versions": {"python": platform.python_version(), "vllm": vllm_version()}
+        | {n: version(n) for n in packages},
+        "args": {
+            key: str(value) if isinstance(value, Path) else value
+            for key, value in asdict(args).items()
+        },
     }
 
 

@@ -63,7 +63,9 @@ def driver_command(args: Args, folder: Path) -> list[str]:
         "local_mini_batch_size": samples // ranks // 2, "per_device_train_batch_size": 64, "lora_rank": 16,
         "save_freq": args.save_every, "keep_last": 2, "num_env_processes": 1,
     }  # fmt: skip
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))] + args.extra.split()
+    words = [
+        word for name, value in flags.items() for word in (f"--{name}", str(value))
+    ] + args.extra.split()
     kind = [] if args.full else ["--use_lora", "--freeze_vision_backbone"]
     return [sys.executable, str(ROOT / "ppo_vllm_ray_fsdp_vla.py"), *kind, *words]
 
@@ -77,7 +79,9 @@ def main(args: Args) -> None:
     """Run and print the table."""
     with tempfile.TemporaryDirectory() as name:
         exp_dir = Path(name) / "run"
-        subprocess.run(driver_command(args, Path(name)), cwd=ROOT, check=True, env=environment(args.device))
+        subprocess.run(
+            driver_command(args, Path(name)), cwd=ROOT, check=True, env=environment(args.device)
+        )
         lines = [line for line in read_metrics(exp_dir) if line["step"] > 2]
         state_dir = next(exp_dir.glob("step_*")) / "training_state"
         mib = sum(file.stat().st_size for file in state_dir.iterdir()) / 2**20
@@ -85,10 +89,20 @@ def main(args: Args) -> None:
     after = [line for line in lines if (line["step"] - 1) % args.save_every == 0]
     free = [line["time/step_s"] for line in lines if line not in after]
     waited = statistics.median(line["time/checkpoint_s"] for line in after)
-    beside, without = statistics.median(line["time/step_s"] for line in after), statistics.median(free)
+    beside, without = (
+        statistics.median(line["time/step_s"] for line in after),
+        statistics.median(free),
+    )
     low, _, high = statistics.quantiles(free, n=4)
     cost = (waited + beside - without) / without
-    columns = ("training state", "step without (quartiles)", "beside the writing", "copy", "of a step", "of training")
+    columns = (
+        "training state",
+        "step without (quartiles)",
+        "beside the writing",
+        "copy",
+        "of a step",
+        "of training",
+    )
     table = Table(*columns)
     table.add_row(
         f"{mib:.0f} MiB", f"{without:.2f} s ({low:.2f} to {high:.2f})", f"{beside:.2f} s", f"{waited:.3f} s",

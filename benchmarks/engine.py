@@ -26,7 +26,16 @@ from rich.table import Table
 from utils.vllm_utils import ActionEngine, EngineConfig, engine_env
 
 INSTRUCTION = "pick up the red block and place it on the blue plate"
-PARTS = ("rendering", "scheduler", "input preparation", "vision", "decoder", "sampler", "output", "rest")
+PARTS = (
+    "rendering",
+    "scheduler",
+    "input preparation",
+    "vision",
+    "decoder",
+    "sampler",
+    "output",
+    "rest",
+)
 
 
 @dataclass
@@ -116,7 +125,9 @@ def take_turns(calls: dict[str, Callable[[], Any]], num_repeats: int) -> dict[st
     return {name: float(np.median(values[2:])) for name, values in times.items()}
 
 
-def make_calls(engine: ActionEngine, model: Any, processor: Any, batch_size: int, temperature: float) -> dict[str, Any]:
+def make_calls(
+    engine: ActionEngine, model: Any, processor: Any, batch_size: int, temperature: float
+) -> dict[str, Any]:
     """Build the two competitors on the same inputs."""
     size = model.config.image_sizes[0]
     images = np.random.default_rng(0).integers(0, 256, (batch_size, size, size, 3), dtype=np.uint8)
@@ -126,9 +137,16 @@ def make_calls(engine: ActionEngine, model: Any, processor: Any, batch_size: int
     def plain_loop() -> np.ndarray:
         ids, mask = processor.collate_prompts(prompts)
         pixels = processor.image_processor.normalize(torch.from_numpy(images).to(device), dtype)
-        return model.generate_actions(ids.to(device), mask.to(device), pixel_values=pixels).cpu().numpy()
+        return (
+            model.generate_actions(ids.to(device), mask.to(device), pixel_values=pixels)
+            .cpu()
+            .numpy()
+        )
 
-    return {"engine": lambda: engine.generate(prompts, images, temperature=temperature, seed=0), "loop": plain_loop}
+    return {
+        "engine": lambda: engine.generate(prompts, images, temperature=temperature, seed=0),
+        "loop": plain_loop,
+    }
 
 
 def tiny_model_dir() -> str:
@@ -159,11 +177,24 @@ def main(args: Args) -> None:
     engine = ActionEngine(config)
     model = load_model(model_dir, dtype=getattr(torch, args.dtype), device=device)
     processor = load_processor(model_dir)
-    rates = Table("batch", "engine actions/s", "loop actions/s", "engine / loop", title=f"{device}, {args.dtype}")
-    calls_by_size = {size: make_calls(engine, model, processor, size, args.temperature) for size in args.batch_sizes}
+    rates = Table(
+        "batch",
+        "engine actions/s",
+        "loop actions/s",
+        "engine / loop",
+        title=f"{device}, {args.dtype}",
+    )
+    calls_by_size = {
+        size: make_calls(engine, model, processor, size, args.temperature)
+        for size in args.batch_sizes
+    }
     for size, calls in calls_by_size.items():
         seconds = take_turns(calls, args.num_repeats)
-        row = [size / seconds["engine"], size / seconds["loop"], seconds["loop"] / seconds["engine"]]
+        row = [
+            size / seconds["engine"],
+            size / seconds["loop"],
+            seconds["loop"] / seconds["engine"],
+        ]
         rates.add_row(str(size), *(f"{value:.4g}" for value in row))
     split = Table("batch", *PARTS, "total", title="milliseconds of one engine call")
     watch = watch_engine(engine)
@@ -175,7 +206,11 @@ def main(args: Args) -> None:
             calls["engine"]()
         total_s = now() - start
         parts = split_ms(watch, total_s, args.num_repeats)
-        split.add_row(str(size), *(f"{parts[p]:.1f}" for p in PARTS), f"{1e3 * total_s / args.num_repeats:.1f}")
+        split.add_row(
+            str(size),
+            *(f"{parts[p]:.1f}" for p in PARTS),
+            f"{1e3 * total_s / args.num_repeats:.1f}",
+        )
     console = Console(width=140)
     console.print(rates)
     console.print(split)

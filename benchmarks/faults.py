@@ -61,7 +61,9 @@ def kill_one(driver: psutil.Process, title: str) -> None:
     """SIGKILL to the first process of the run whose command line has `title`; not to a spare, which has no child."""
     for process in driver.children(recursive=True):
         try:
-            if title in " ".join(process.cmdline()) and (title == ENVIRONMENTS or process.children()):
+            if title in " ".join(process.cmdline()) and (
+                title == ENVIRONMENTS or process.children()
+            ):
                 process.kill()
                 return
         except psutil.Error:
@@ -74,7 +76,10 @@ def disturb(run: "subprocess.Popen[bytes]", exp_dir: Path, args: Args) -> None:
     driver = psutil.Process(run.pid)
     for at in args.at:
         step = int(at)
-        while len(lines := read_metrics(exp_dir) if (exp_dir / "metrics.jsonl").exists() else []) < step - 1:
+        while (
+            len(lines := read_metrics(exp_dir) if (exp_dir / "metrics.jsonl").exists() else [])
+            < step - 1
+        ):
             if run.poll() is not None:
                 raise RuntimeError(f"the run ended with {run.returncode} before step {step}")
             time.sleep(POLL_S)
@@ -108,9 +113,19 @@ def main(args: Args) -> None:
     costs = [steps[step] + steps.get(step + 1, usual) - 2 * usual for step in at_steps]
     # the delay alone: in whichever step it was noticed; the rest is what the new process takes from the others
     at = {int(line["step"]): line["time/collect_s"] + line["time/sync_s"] for line in lines}
-    usual_at = statistics.median(seconds for step, seconds in at.items() if step > 2 and step not in hit)
+    usual_at = statistics.median(
+        seconds for step, seconds in at.items() if step > 2 and step not in hit
+    )
     delays = [max(at[step], at.get(step + 1, 0.0)) - usual_at for step in at_steps]
-    table = Table("killed", "step (quartiles)", "cost of each", "median", "in steps", "delay of rollout", "in steps")
+    table = Table(
+        "killed",
+        "step (quartiles)",
+        "cost of each",
+        "median",
+        "in steps",
+        "delay of rollout",
+        "in steps",
+    )
     low, _, high = statistics.quantiles(free, n=4)
     table.add_row(
         args.process, f"{usual:.1f} s ({low:.1f} to {high:.1f})", ", ".join(f"{cost:.1f}" for cost in costs) + " s",

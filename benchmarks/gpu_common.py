@@ -27,7 +27,12 @@ NUM_ACTION_TOKENS = 7
 # BOS, OpenVLA's template and a LIBERO instruction of average length with Llama's tokenizer; 256 patches make it 290.
 NUM_TEXT_TOKENS = 34
 # Products of a 7B's prefill (16384 tokens into 4096 or 11008 channels) and the square one that is usually quickest.
-CEILING_SHAPES = ((8192, 8192, 8192), (16384, 4096, 4096), (16384, 11008, 4096), (16384, 4096, 11008))
+CEILING_SHAPES = (
+    (8192, 8192, 8192),
+    (16384, 4096, 4096),
+    (16384, 11008, 4096),
+    (16384, 4096, 11008),
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,11 @@ class ModelFlops:
     def action(self, num_text_tokens: int = NUM_TEXT_TOKENS) -> float:
         """FLOPs of one action: image, prompt, and six of the seven action tokens fed back."""
         first, num_fed = self.num_patches + num_text_tokens, NUM_ACTION_TOKENS - 1
-        return self.prefill(num_text_tokens) + self.sequence(first, num_fed) + num_fed * self.head_token
+        return (
+            self.prefill(num_text_tokens)
+            + self.sequence(first, num_fed)
+            + num_fed * self.head_token
+        )
 
 
 def model_flops(config: OpenVLAConfig) -> ModelFlops:
@@ -72,7 +81,10 @@ def model_flops(config: OpenVLAConfig) -> ModelFlops:
         projector=2.0 * _matrix_numel(model.projector) * model.vision_backbone.num_patches,
         llm_token=2.0 * _matrix_numel(layers),
         # Scores and weighted values: 2 x 2 FLOPs for each channel of each layer's heads.
-        attention_pair=4.0 * llama.num_hidden_layers * llama.num_attention_heads * layers[0].self_attn.head_dim,
+        attention_pair=4.0
+        * llama.num_hidden_layers
+        * llama.num_attention_heads
+        * layers[0].self_attn.head_dim,
         head_token=2.0 * config.n_action_bins * llama.hidden_size,
         num_patches=model.vision_backbone.num_patches,
     )
@@ -84,11 +96,16 @@ def _matrix_numel(module: nn.Module) -> int:
 
 def _vit_flops(vit: Any) -> float:
     """One image through a timm ViT up to its last block but one."""
-    num_patches, num_tokens = vit.patch_embed.num_patches, vit.patch_embed.num_patches + vit.num_prefix_tokens
+    num_patches, num_tokens = (
+        vit.patch_embed.num_patches,
+        vit.patch_embed.num_patches + vit.num_prefix_tokens,
+    )
     blocks = vit.blocks[:-1]
     attention = 4.0 * len(blocks) * num_tokens**2 * vit.embed_dim
     return (
-        2.0 * vit.patch_embed.proj.weight.numel() * num_patches + 2.0 * _matrix_numel(blocks) * num_tokens + attention
+        2.0 * vit.patch_embed.proj.weight.numel() * num_patches
+        + 2.0 * _matrix_numel(blocks) * num_tokens
+        + attention
     )
 
 
@@ -98,7 +115,9 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def device_seconds(function: Callable[[], Any], num_repeats: int = 10, num_warmups: int = 2) -> float:
+def device_seconds(
+    function: Callable[[], Any], num_repeats: int = 10, num_warmups: int = 2
+) -> float:
     """Median seconds of `function` on the device, by CUDA events (on CPU by the clock)."""
     for _ in range(num_warmups):
         function()
@@ -167,8 +186,12 @@ def hardware() -> dict[str, Any]:
         "gpus": [],
     }
     if torch.cuda.is_available():
-        devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-        facts["gpus"] = [f"{device.name}, {device.total_memory / 2**30:.0f} GiB" for device in devices]
+        devices = [
+            torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())
+        ]
+        facts["gpus"] = [
+            f"{device.name}, {device.total_memory / 2**30:.0f} GiB" for device in devices
+        ]
     return facts
 
 
@@ -179,7 +202,9 @@ def describe_hardware() -> str:
     return f"{machine}, torch {facts['torch']}, vLLM {facts['vllm']}, {facts['date']}"
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], width: int = 150) -> None:
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], width: int = 150
+) -> None:
     """Print one table; floats with four significant digits, None as a dash."""
     table = Table(*columns)
     for row in rows:

@@ -86,7 +86,10 @@ def layout(args: Args, case: Case) -> tuple[int, int]:
 def layout_flags(args: Args, case: Case) -> dict[str, Any]:
     """Flags of the device and its processes."""
     trainers, engines = layout(args, case)
-    flags: dict[str, Any] = {"actor_num_gpus_per_node": f"[{trainers}]", "vllm_num_engines": engines}
+    flags: dict[str, Any] = {
+        "actor_num_gpus_per_node": f"[{trainers}]",
+        "vllm_num_engines": engines,
+    }
     if args.device == "cpu":
         return flags | {"device": "cpu"}
     if trainers + engines > args.num_gpus:
@@ -101,13 +104,21 @@ def case_flags(args: Args, case: Case) -> dict[str, Any]:
         words = re.findall(r"^    --(\w+)(?: (\S+))? \\$", script, flags=re.M)
         flags: dict[str, Any] = {name: value or True for name, value in words}
         # One trainer and one engine on a GPU do what two of each do there: the same samples in the same minibatches.
-        mini, envs, processes = int(flags["local_mini_batch_size"]), int(flags["local_rollout_batch_size"]), 2
+        mini, envs, processes = (
+            int(flags["local_mini_batch_size"]),
+            int(flags["local_rollout_batch_size"]),
+            2,
+        )
         gone = ("device", "actor_num_gpus_per_node", "vllm_num_engines", "num_env_processes")
         flags = {name: value for name, value in flags.items() if name not in gone}
         trainers, engines = layout(args, case)
         flags |= {"local_mini_batch_size": mini * processes // trainers}
         flags |= {"local_rollout_batch_size": envs * processes // engines}
-        return flags | {"per_device_train_batch_size": 128, "num_env_processes": 4, "eval_final": True}
+        return flags | {
+            "per_device_train_batch_size": 128,
+            "num_env_processes": 4,
+            "eval_final": True,
+        }
     samples, (trainers, engines) = args.num_envs * args.rollout_steps, layout(args, case)
     return {
         "total_episodes": samples * args.train_steps, "num_steps": args.rollout_steps,
@@ -124,13 +135,22 @@ def command_line(flags: dict[str, Any]) -> list[str]:
     """{"lr": 0.1, "use_lora": True, "offload": False} -> --lr 0.1 --use_lora --no_offload."""
     words = []
     for name, value in flags.items():
-        words += [f"--{'' if value else 'no_'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+        words += (
+            [f"--{'' if value else 'no_'}{name}"]
+            if isinstance(value, bool)
+            else [f"--{name}", str(value)]
+        )
     return words
 
 
 def run_case(args: Args, case: Case, model: str) -> dict[str, Any]:
     """Run the driver once and return its medians; the whole log is in the run's folder."""
-    flags = {"vla_path": model, "run_root_dir": args.work_dir, "exp_id": case, "task_suite_name": "tabletop"}
+    flags = {
+        "vla_path": model,
+        "run_root_dir": args.work_dir,
+        "exp_id": case,
+        "task_suite_name": "tabletop",
+    }
     words = command_line(flags | layout_flags(args, case) | case_flags(args, case)) + [
         "--overwrite",
         *args.extra.split(),
@@ -149,23 +169,42 @@ def run_case(args: Args, case: Case, model: str) -> dict[str, Any]:
     (folder / "output.txt").write_text(output)
     metrics = [line for line in read_metrics(folder) if "time/step_s" in line]
     counted = metrics[NUM_SKIPPED_STEPS:] or metrics
-    names = [f"time/{p}_s" for p in ("step", *PHASES)] + [f"time/{b}" for b in BUSY] + ["time/env_steps_per_s"]
+    names = (
+        [f"time/{p}_s" for p in ("step", *PHASES)]
+        + [f"time/{b}" for b in BUSY]
+        + ["time/env_steps_per_s"]
+    )
     names += ["train/engine_logprob_abs_diff", "train/ratio_mean", "mem/trainer_peak_gib"]
-    result: dict[str, Any] = {"case": case, "wall_s": time.perf_counter() - started, "num_steps": len(counted)}
-    result |= {n: statistics.median(m[n] for m in counted if n in m) for n in names if any(n in m for m in counted)}
+    result: dict[str, Any] = {
+        "case": case,
+        "wall_s": time.perf_counter() - started,
+        "num_steps": len(counted),
+    }
+    result |= {
+        n: statistics.median(m[n] for m in counted if n in m)
+        for n in names
+        if any(n in m for m in counted)
+    }
     trainers, engines = layout(args, case)
-    busy = trainers * result["time/trainer_busy_fraction"] + engines * result["time/engine_busy_fraction"]
+    busy = (
+        trainers * result["time/trainer_busy_fraction"]
+        + engines * result["time/engine_busy_fraction"]
+    )
     result["gpus_busy_fraction"] = busy / args.num_gpus
     if case == "learn":
         overall = json.loads((folder / "eval_final.json").read_text())["overall"]
         result |= {"success_rate": overall["rate"], "num_episodes": overall["episodes"]}
-        result["curve"] = [(m["time/env_steps_total"], m.get("rollout/success_rate")) for m in metrics]
+        result["curve"] = [
+            (m["time/env_steps_total"], m.get("rollout/success_rate")) for m in metrics
+        ]
     return result
 
 
 def main(args: Args) -> int:
     """Run every case and print the table; 1 if a case failed."""
-    model = args.vla_path or ensure_model(str(Path(args.work_dir) / f"model_{args.size}"), args.size)
+    model = args.vla_path or ensure_model(
+        str(Path(args.work_dir) / f"model_{args.size}"), args.size
+    )
     results = [run_case(args, case, model) for case in args.cases]
     rates = {r["case"]: r["time/env_steps_per_s"] for r in results if "error" not in r}
     rows = []
@@ -177,11 +216,31 @@ def main(args: Args) -> int:
         busy = [*(r[f"time/{name}"] for name in BUSY), r["gpus_busy_fraction"]]
         ratio = rates[r["case"]] / rates["lockstep"] if "lockstep" in rates else None
         agreement = [r.get("train/engine_logprob_abs_diff"), r["mem/trainer_peak_gib"]]
-        rows.append([r["case"], *seconds, *busy, r["time/env_steps_per_s"], ratio, *agreement, r.get("success_rate")])
-    columns = [f"{phase} s" for phase in PHASES] + ["trainer busy", "worker busy", "engine busy", "GPUs busy"]
-    title = f"{model}, {args.num_envs} environments x {args.rollout_steps} steps; {describe_hardware()}"
+        rows.append(
+            [
+                r["case"],
+                *seconds,
+                *busy,
+                r["time/env_steps_per_s"],
+                ratio,
+                *agreement,
+                r.get("success_rate"),
+            ]
+        )
+    columns = [f"{phase} s" for phase in PHASES] + [
+        "trainer busy",
+        "worker busy",
+        "engine busy",
+        "GPUs busy",
+    ]
+    title = (
+        f"{model}, {args.num_envs} environments x {args.rollout_steps} steps; {describe_hardware()}"
+    )
     print_table(
-        title, ["case", *columns, "env steps/s", "ratio", "|d log-prob|", "peak GiB", "success"], rows, width=180
+        title,
+        ["case", *columns, "env steps/s", "ratio", "|d log-prob|", "peak GiB", "success"],
+        rows,
+        width=180,
     )
     write_json(args.output, "gpu_end_to_end", results)
     return int(any("error" in r for r in results))

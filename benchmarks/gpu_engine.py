@@ -63,7 +63,10 @@ CATEGORIES = (
     ("matmul", r"gemm|nvjet|cutlass|cublas|wgmma|splitk"),
     ("copy", r"memcpy|memset|copy"),
     ("sampling", r"gumbel|softmax|topk|_ranks|temperature|sample"),
-    ("element-wise", r"triton|elementwise|norm|act_and_mul|rotary|reshape_and_cache|cat|reduce|index|fill"),
+    (
+        "element-wise",
+        r"triton|elementwise|norm|act_and_mul|rotary|reshape_and_cache|cat|reduce|index|fill",
+    ),
 )
 
 
@@ -97,11 +100,15 @@ class Args:
     """JSON file to write."""
 
 
-def make_inputs(config: Any, batch_size: int, num_text_tokens: int) -> tuple[list[list[int]], np.ndarray]:
+def make_inputs(
+    config: Any, batch_size: int, num_text_tokens: int
+) -> tuple[list[list[int]], np.ndarray]:
     """Random prompts of one length (BOS first) and smooth random images (B, H, W, 3) uint8."""
     random = np.random.default_rng(batch_size)
     # Ids of bytes and words in every tokenizer here.
-    prompts = [[1, *random.integers(3, 300, num_text_tokens - 1).tolist()] for _ in range(batch_size)]
+    prompts = [
+        [1, *random.integers(3, 300, num_text_tokens - 1).tolist()] for _ in range(batch_size)
+    ]
     return prompts, smooth_images(random, batch_size, config.image_sizes[0])
 
 
@@ -109,7 +116,9 @@ def smooth_images(random: np.random.Generator, num_images: int, size: int) -> np
     """Images of random patches in random colours: unlike noise, no two look alike to a ViT."""
     coarse = random.integers(0, 256, (num_images, 7, 7, 3), dtype=np.uint8)
     repeats = -(-size // 7)
-    return np.ascontiguousarray(coarse.repeat(repeats, axis=1).repeat(repeats, axis=2)[:, :size, :size])
+    return np.ascontiguousarray(
+        coarse.repeat(repeats, axis=1).repeat(repeats, axis=2)[:, :size, :size]
+    )
 
 
 def build_engine(model_dir: str, case: str, args: Args) -> tuple[ActionEngine, float]:
@@ -129,7 +138,9 @@ def build_engine(model_dir: str, case: str, args: Args) -> tuple[ActionEngine, f
     return engine, time.perf_counter() - started
 
 
-def measure_engine(engine: ActionEngine, config: Any, flops: ModelFlops, ceiling: float, args: Args) -> list[dict]:
+def measure_engine(
+    engine: ActionEngine, config: Any, flops: ModelFlops, ceiling: float, args: Args
+) -> list[dict]:
     """Rates and parts of the engine at every batch size."""
     rows = []
     for batch_size in args.batch_sizes:
@@ -152,7 +163,10 @@ def measure_engine(engine: ActionEngine, config: Any, flops: ModelFlops, ceiling
                 "call_ms": 1e3 * seconds,
                 "vision_ms": 1e3 * vision_seconds(engine, images, args.num_repeats),
                 "prefill_ms": 1e3 * prefill_s,
-                "prefill_of_ceiling": batch_size * flops.prefill(args.num_text_tokens) / prefill_s / ceiling,
+                "prefill_of_ceiling": batch_size
+                * flops.prefill(args.num_text_tokens)
+                / prefill_s
+                / ceiling,
                 "decode_step_ms": 1e3 * (seconds - prefill_s) / 6,
                 "busy": None if busy_s is None else busy_s / seconds,
             }
@@ -213,12 +227,16 @@ def print_kernels(engine: ActionEngine, config: Any, args: Args) -> dict[str, An
     kernels = kernel_seconds(lambda: engine.generate(prompts, images, temperature=1.0))
     categories: dict[str, float] = defaultdict(float)
     for name, seconds in kernels.items():
-        categories[next((c for c, p in CATEGORIES if re.search(p, name, re.IGNORECASE)), "other")] += seconds
+        categories[
+            next((c for c, p in CATEGORIES if re.search(p, name, re.IGNORECASE)), "other")
+        ] += seconds
     total = sum(kernels.values())
     top = sorted(kernels.items(), key=lambda item: -item[1])[:20]
     by_category = sorted(categories.items(), key=lambda item: -item[1])
     rows = [[name, 1e3 * s, s / total] for name, s in by_category]
-    print_table(f"GPU time of one call at batch {batch_size} by category", ["category", "ms", "share"], rows)
+    print_table(
+        f"GPU time of one call at batch {batch_size} by category", ["category", "ms", "share"], rows
+    )
     rows = [[name[:110], 1e3 * s, s / total] for name, s in top]
     print_table("its longest kernels", ["kernel", "ms", "share"], rows)
     return {"batch": batch_size, "categories": dict(by_category), "kernels": dict(top)}
@@ -233,13 +251,21 @@ def print_python(engine: ActionEngine, config: Any, args: Args) -> None:
             engine.generate(prompts, images, temperature=1.0)
     calls = sorted(pstats.Stats(profiler).stats.items(), key=lambda item: -item[1][2])[:25]  # type: ignore[attr-defined]
     rows = [
-        [f"{Path(file).name}:{line} {name}"[:90], count // args.num_repeats, 1e3 * own / args.num_repeats]
+        [
+            f"{Path(file).name}:{line} {name}"[:90],
+            count // args.num_repeats,
+            1e3 * own / args.num_repeats,
+        ]
         for (file, line, name), (_, count, own, _, _) in calls
     ]
-    print_table(f"Python at batch {min(args.batch_sizes)}", ["function", "calls", "own ms a call"], rows)
+    print_table(
+        f"Python at batch {min(args.batch_sizes)}", ["function", "calls", "own ms a call"], rows
+    )
 
 
-def measure_hf(model: Any, processor: Any, flops: ModelFlops, ceiling: float, args: Args) -> list[dict]:
+def measure_hf(
+    model: Any, processor: Any, flops: ModelFlops, ceiling: float, args: Args
+) -> list[dict]:
     """Rates of transformers' batched generate, vision included."""
     rows = []
     for batch_size in args.hf_batch_sizes:
@@ -253,7 +279,9 @@ def measure_hf(model: Any, processor: Any, flops: ModelFlops, ceiling: float, ar
             embeddings = model._embed(ids, model.encode_vision(normalized))
             return model.language_model.generate(
                 inputs_embeds=embeddings,
-                attention_mask=torch.ones(embeddings.shape[:2], dtype=torch.long, device=model.device),
+                attention_mask=torch.ones(
+                    embeddings.shape[:2], dtype=torch.long, device=model.device
+                ),
                 max_new_tokens=7,
                 min_new_tokens=7,
                 do_sample=True,
@@ -263,14 +291,23 @@ def measure_hf(model: Any, processor: Any, flops: ModelFlops, ceiling: float, ar
         assert call().shape == (batch_size, 7)
         seconds = wall_seconds(call, max(args.num_repeats // 2, 2), 1)
         achieved = batch_size * flops.action(args.num_text_tokens) / seconds
-        rate = {"batch": batch_size, "actions_per_s": batch_size / seconds, "of_ceiling": achieved / ceiling}
+        rate = {
+            "batch": batch_size,
+            "actions_per_s": batch_size / seconds,
+            "of_ceiling": achieved / ceiling,
+        }
         rows.append(rate | {"call_ms": 1e3 * seconds})
     return rows
 
 
 @torch.inference_mode()
 def trainer_logprobs(
-    model: Any, processor: Any, prompts: list[list[int]], images: np.ndarray, tokens: np.ndarray, temperature: float
+    model: Any,
+    processor: Any,
+    prompts: list[list[int]],
+    images: np.ndarray,
+    tokens: np.ndarray,
+    temperature: float,
 ) -> np.ndarray:
     """Log-probs (B, 7) of the tokens as the trainer computes them, in micro-batches of 32."""
     first, parts = model.config.first_action_token_id, []
@@ -282,32 +319,48 @@ def trainer_logprobs(
         actions = torch.from_numpy(tokens[rows]).to(model.device)
         logits = model.forward_actions(ids, mask, actions, pixel_values=normalized).logits_BAV
         logprobs = (logits / temperature).log_softmax(-1)
-        parts.append(logprobs.gather(-1, (actions - first)[..., None])[..., 0].float().cpu().numpy())
+        parts.append(
+            logprobs.gather(-1, (actions - first)[..., None])[..., 0].float().cpu().numpy()
+        )
     return np.concatenate(parts)
 
 
-def sample_actions(engine: ActionEngine, processor: Any, config: Any, args: Args) -> dict[float, tuple]:
+def sample_actions(
+    engine: ActionEngine, processor: Any, config: Any, args: Args
+) -> dict[float, tuple]:
     """Actions of the engine for real prompts of several lengths, by temperature."""
     random = np.random.default_rng(0)
     num = args.num_agreement_actions
-    prompts = [processor.prompt_ids(INSTRUCTIONS[index % len(INSTRUCTIONS)]) for index in range(num)]
+    prompts = [
+        processor.prompt_ids(INSTRUCTIONS[index % len(INSTRUCTIONS)]) for index in range(num)
+    ]
     images = smooth_images(random, num, config.image_sizes[0])
-    return {t: (prompts, images, engine.generate(prompts, images, temperature=t)) for t in (1.0, 1.5)}
+    return {
+        t: (prompts, images, engine.generate(prompts, images, temperature=t)) for t in (1.0, 1.5)
+    }
 
 
 def agreement(model: Any, processor: Any, samples: dict[float, tuple]) -> list[dict]:
     """Engine against trainer and both against float32. Leaves `model` in float32."""
-    trainer = {t: trainer_logprobs(model, processor, p, i, g.token_ids, t) for t, (p, i, g) in samples.items()}
+    trainer = {
+        t: trainer_logprobs(model, processor, p, i, g.token_ids, t)
+        for t, (p, i, g) in samples.items()
+    }
     model.float()
     rows = []
     for temperature, (prompts, images, generation) in samples.items():
-        exact = trainer_logprobs(model, processor, prompts, images, generation.token_ids, temperature)
+        exact = trainer_logprobs(
+            model, processor, prompts, images, generation.token_ids, temperature
+        )
         pairs = {
             "engine - trainer": (generation.logprobs, trainer[temperature]),
             "engine - float32": (generation.logprobs, exact),
             "trainer - float32": (trainer[temperature], exact),
         }
-        rows += [{"temperature": temperature, "pair": name, **compare(*pair)} for name, pair in pairs.items()]
+        rows += [
+            {"temperature": temperature, "pair": name, **compare(*pair)}
+            for name, pair in pairs.items()
+        ]
     return rows
 
 
@@ -327,15 +380,22 @@ def compare(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
     }
 
 
-def run_case(model_dir: str, case: str, config: Any, flops: ModelFlops, ceiling: float, args: Args) -> dict[str, Any]:
+def run_case(
+    model_dir: str, case: str, config: Any, flops: ModelFlops, ceiling: float, args: Args
+) -> dict[str, Any]:
     """Build the engine of one case, measure it, print its table, and close it."""
     from prismatic.extern.hf.processing_prismatic import load_processor
 
     engine, start_s = build_engine(model_dir, case, args)
-    result: dict[str, Any] = {"start_s": start_s, "rows": measure_engine(engine, config, flops, ceiling, args)}
+    result: dict[str, Any] = {
+        "start_s": start_s,
+        "rows": measure_engine(engine, config, flops, ceiling, args),
+    }
     columns = list(result["rows"][0])
     print_table(
-        f"engine, case {case} (started in {start_s:.0f} s)", columns, [list(r.values()) for r in result["rows"]]
+        f"engine, case {case} (started in {start_s:.0f} s)",
+        columns,
+        [list(r.values()) for r in result["rows"]],
     )
     if case == args.cases[0]:
         if args.num_agreement_actions:
@@ -347,13 +407,17 @@ def run_case(model_dir: str, case: str, config: Any, flops: ModelFlops, ceiling:
     return result
 
 
-def compare_with_hf(rows: list[dict], model: Any, processor: Any, flops: ModelFlops, ceiling: float, args: Args) -> Any:
+def compare_with_hf(
+    rows: list[dict], model: Any, processor: Any, flops: ModelFlops, ceiling: float, args: Args
+) -> Any:
     """Measure the baseline, print both with their ratio, and return the baseline's rows."""
     hf_rows = measure_hf(model, processor, flops, ceiling, args)
     rates = {row["batch"]: row["actions_per_s"] for row in rows}
     table = []
     for row in hf_rows:
-        row["engine_over_hf"] = rates[row["batch"]] / row["actions_per_s"] if row["batch"] in rates else None
+        row["engine_over_hf"] = (
+            rates[row["batch"]] / row["actions_per_s"] if row["batch"] in rates else None
+        )
         table.append(list(row.values()))
     print_table("transformers' generate on the same weights", list(hf_rows[0]), table)
     return hf_rows
@@ -378,10 +442,27 @@ def main(args: Args) -> None:
     load_s = time.perf_counter() - started - make_s
     print_table(
         f"{describe_hardware()}; model made in {make_s:.0f} s, loaded in {load_s:.0f} s",
-        ["matmul ceiling TFLOP/s", "TFLOP an action", "of it vision + projector", "actions/s at the ceiling"],
-        [[ceiling / 1e12, action_tflop, (flops.vision + flops.projector) / 1e12, ceiling / 1e12 / action_tflop]],
+        [
+            "matmul ceiling TFLOP/s",
+            "TFLOP an action",
+            "of it vision + projector",
+            "actions/s at the ceiling",
+        ],
+        [
+            [
+                ceiling / 1e12,
+                action_tflop,
+                (flops.vision + flops.projector) / 1e12,
+                ceiling / 1e12 / action_tflop,
+            ]
+        ],
     )
-    results: dict[str, Any] = {"args": args, "make_model_s": make_s, "ceiling_tflops": ceiling / 1e12, "flops": flops}
+    results: dict[str, Any] = {
+        "args": args,
+        "make_model_s": make_s,
+        "ceiling_tflops": ceiling / 1e12,
+        "flops": flops,
+    }
     results["cases"] = {}
     for case in args.cases:
         # A process for each: what an engine leaves on the GPU after `close` would be too much for the next one.

@@ -23,7 +23,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
-from gpu_common import describe_hardware, ensure_model, print_table, synchronize, wall_seconds, write_json
+from gpu_common import (
+    describe_hardware,
+    ensure_model,
+    print_table,
+    synchronize,
+    wall_seconds,
+    write_json,
+)
 from remote import Remote, serve
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -38,7 +45,12 @@ from utils.weight_export import WeightExporter
 from utils.weight_sender import WeightSender
 from utils.weight_transfer import engine_info
 
-INSTRUCTIONS = ("pick up the red block", "open the drawer", "push the bowl to the plate", "close the cabinet")
+INSTRUCTIONS = (
+    "pick up the red block",
+    "open the drawer",
+    "push the bowl to the plate",
+    "close the cabinet",
+)
 COLUMNS = (
     "case", "bucket MiB", "receiver", "GB", "seconds", "GB/s", "limit s", "times limit", "export s", "verified s",
     "first s", "peak GiB",
@@ -94,9 +106,14 @@ class BareReceiver:
         self.close()
         layout = BucketLayout.from_dict(info["layout"])
         if self.copies:
-            self.weights = {n: torch.empty(s, dtype=layout.dtype, device=self.device) for n, s in layout.manifest}
+            self.weights = {
+                n: torch.empty(s, dtype=layout.dtype, device=self.device)
+                for n, s in layout.manifest
+            }
         (place,) = info["joins"]
-        self.end = ReceivingEnd(ChannelAddress(**place["address"]), place["rank"], layout, self.device)
+        self.end = ReceivingEnd(
+            ChannelAddress(**place["address"]), place["rank"], layout, self.device
+        )
 
     def receive_weights(self, version: int) -> Any:
         """Receive a version; returns what came."""
@@ -120,7 +137,9 @@ def build_receiver(kind: str, args: Args, model_dir: str) -> Any:
     """One of `args.receivers`, in its own process."""
     on_gpu = args.device == "cuda"
     if kind != "vllm":
-        return BareReceiver(torch.device("cuda", 0) if on_gpu else torch.device("cpu"), kind == "copy")
+        return BareReceiver(
+            torch.device("cuda", 0) if on_gpu else torch.device("cpu"), kind == "copy"
+        )
     from utils.vllm_utils import ActionEngine, EngineConfig
 
     return ActionEngine(
@@ -201,7 +220,9 @@ class Trainer:
         """Open a channel for a new receiver."""
         if self.sender is not None:
             self.sender.close()
-        self.sender = WeightSender(self.exporter, self.args.backend, rank=self.rank, timeout_s=120.0)
+        self.sender = WeightSender(
+            self.exporter, self.args.backend, rank=self.rank, timeout_s=120.0
+        )
         return self.sender.open()
 
     def connect(self) -> None:
@@ -232,7 +253,10 @@ class Trainer:
         pixels = processor.image_processor.normalize(torch.from_numpy(images), torch.float32)
         tokens = torch.from_numpy(token_ids.copy()).to(self.device)
         logits_BAV = self.model.forward_actions(
-            ids.to(self.device), mask.to(self.device), tokens, pixel_values=pixels.to(self.device, self.dtype)
+            ids.to(self.device),
+            mask.to(self.device),
+            tokens,
+            pixel_values=pixels.to(self.device, self.dtype),
         ).logits_BAV
         chosen = (tokens - self.model.config.first_action_token_id)[..., None]
         return logits_BAV.float().log_softmax(-1).gather(-1, chosen)[..., 0].cpu().numpy()
@@ -289,14 +313,18 @@ def bandwidth_main(pipe: Connection, device: str) -> None:
     serve(pipe, Bandwidth(device))
 
 
-def limit_seconds(receiver: str, master_bytes: float, num_bytes: int, bandwidth: dict[str, Any], backend: str) -> float:
+def limit_seconds(
+    receiver: str, master_bytes: float, num_bytes: int, bandwidth: dict[str, Any], backend: str
+) -> float:
     """Shortest time of a sync if only memory and wire counted; see the module's docstring."""
     export = master_bytes + num_bytes
     load = 0 if receiver == "discard" else 2 * num_bytes
     if backend == "nccl" and bandwidth["peer"]:
         # Trainer, wire and engine work at the same time, each on its own bytes.
         return max(
-            export / bandwidth["device"], num_bytes / bandwidth["peer"], (num_bytes + load) / bandwidth["device"]
+            export / bandwidth["device"],
+            num_bytes / bandwidth["peer"],
+            (num_bytes + load) / bandwidth["device"],
         )
     return (export + load) / bandwidth["device"]
 
@@ -338,13 +366,21 @@ class Benchmark:
         for kind in sorted(args.receivers, key=lambda kind: kind != "vllm"):
             start = time.perf_counter()
             env = engine_env(args.device) if kind == "vllm" else {}
-            self.receivers[kind] = self._remote(receiver_main, kind, args, self.model_dir, gpu=receiver_gpu, **env)
+            self.receivers[kind] = self._remote(
+                receiver_main, kind, args, self.model_dir, gpu=receiver_gpu, **env
+            )
             print(f"  receiver {kind}: ready after {time.perf_counter() - start:.1f} s", flush=True)
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(args.num_trainers)}
+        address = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "WORLD_SIZE": str(args.num_trainers),
+        }
         starting = []
         for rank in range(args.num_trainers):
             gpu = rank if on_gpu else None
-            starting.append(Remote(trainer_main, rank, args, self.model_dir, gpu=gpu, RANK=str(rank), **address))
+            starting.append(
+                Remote(trainer_main, rank, args, self.model_dir, gpu=gpu, RANK=str(rank), **address)
+            )
         self.remotes += starting
         self.trainers = starting
         for trainer in self.trainers:
@@ -368,10 +404,17 @@ class Benchmark:
                 for kind in self.args.receivers:
                     is_first = kind == "vllm" and bucket_mib == self.args.bucket_mib[0]
                     before = self.disagreement() if is_first else None
-                    row = {"case": case, "bucket MiB": bucket_mib, "receiver": kind, "export s": export_s}
+                    row = {
+                        "case": case,
+                        "bucket MiB": bucket_mib,
+                        "receiver": kind,
+                        "export s": export_s,
+                    }
                     self.rows.append(row | self.measure(kind, master_bytes))
                     if before is not None:
-                        self.agreements.append({"case": case} | compare(before, self.disagreement()))
+                        self.agreements.append(
+                            {"case": case} | compare(before, self.disagreement())
+                        )
 
     def measure(self, kind: str, master_bytes: float) -> dict[str, Any]:
         """Connect, sync once, `num_repeats` times, and once verified."""
@@ -407,7 +450,9 @@ class Benchmark:
     def disagreement(self) -> np.ndarray:
         """|engine's log-probs - trainer's| (B, 7) of actions that the engine samples now."""
         prompts = prompts_of(self.model_dir)
-        generation = self.receivers["vllm"].call("generate", prompts, self.images, temperature=1.0, seed=0)
+        generation = self.receivers["vllm"].call(
+            "generate", prompts, self.images, temperature=1.0, seed=0
+        )
         expected = self.on_trainers("logprobs", generation.token_ids, self.images)[0]
         return np.abs(expected - generation.logprobs)
 
@@ -429,13 +474,17 @@ def random_images(model_dir: str) -> np.ndarray:
         size = json.load(file)["image_sizes"][0]
     shape = (len(INSTRUCTIONS), 7, 7, 3)
     coarse = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    return np.ascontiguousarray(coarse.repeat(-(-size // 7), 1).repeat(-(-size // 7), 2)[:, :size, :size])
+    return np.ascontiguousarray(
+        coarse.repeat(-(-size // 7), 1).repeat(-(-size // 7), 2)[:, :size, :size]
+    )
 
 
 def main(args: Args) -> None:
     """Measure, print two tables and write them."""
     if args.backend == "auto":
-        args.backend = "gloo" if args.device == "cpu" else "nccl" if torch.cuda.device_count() > 1 else "ipc"
+        args.backend = (
+            "gloo" if args.device == "cpu" else "nccl" if torch.cuda.device_count() > 1 else "ipc"
+        )
     benchmark = Benchmark(args)
     try:
         benchmark.run()
@@ -444,12 +493,24 @@ def main(args: Args) -> None:
         speeds = {name: value and value / 1e9 for name, value in benchmark.bandwidth.items()}
         title = f"Weight sync, {args.size}, {args.backend}, {args.num_trainers} trainer(s); {describe_hardware()}"
         copies = ", ".join(f"{name} {value:.0f} GB/s" for name, value in speeds.items() if value)
-        print_table(f"{title}\ncopies: {copies}", COLUMNS, [[row[name] for name in COLUMNS] for row in benchmark.rows])
+        print_table(
+            f"{title}\ncopies: {copies}",
+            COLUMNS,
+            [[row[name] for name in COLUMNS] for row in benchmark.rows],
+        )
         if benchmark.agreements:
             rows = [[row[name] for name in AGREEMENT_COLUMNS] for row in benchmark.agreements]
             print_table("Engine and trainer, the same actions", AGREEMENT_COLUMNS, rows)
-        results = {"syncs": benchmark.rows, "agreement": benchmark.agreements, "copies GB/s": speeds}
-        write_json(args.output, "gpu_sync", results | {"backend": args.backend, "num_trainers": args.num_trainers})
+        results = {
+            "syncs": benchmark.rows,
+            "agreement": benchmark.agreements,
+            "copies GB/s": speeds,
+        }
+        write_json(
+            args.output,
+            "gpu_sync",
+            results | {"backend": args.backend, "num_trainers": args.num_trainers},
+        )
 
 
 if __name__ == "__main__":

@@ -50,7 +50,11 @@ from ppo.learner import PPOLearner, Trainable
 from ppo.rollout import Rollout
 from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
 from prismatic.extern.hf.processing_prismatic import PrismaticImageProcessor, PrismaticProcessor
-from prismatic.extern.hf.random_prismatic import build_llama_sized_tokenizer, openvla_7b_config, random_tensor
+from prismatic.extern.hf.random_prismatic import (
+    build_llama_sized_tokenizer,
+    openvla_7b_config,
+    random_tensor,
+)
 from prismatic.extern.hf.tiny_prismatic import MEANS, STDS, TinyVLAConfig, build_tiny_vla
 from utils import fsdp_utils, peft_utils
 from utils.logging_utils import PhaseTimer
@@ -155,7 +159,9 @@ class TimedLearner(PPOLearner):
             super()._optimizer_step(*args, **kwargs)
 
 
-def build_model(size: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, PrismaticProcessor]:
+def build_model(
+    size: str, device: torch.device, dtype: torch.dtype
+) -> tuple[Any, PrismaticProcessor]:
     """An OpenVLA of `size` with random weights, made on `device` in `dtype` without a file, and its processor."""
     if size == "7b":
         config, image_processor = openvla_7b_config(), PrismaticImageProcessor(
@@ -169,7 +175,10 @@ def build_model(size: str, device: torch.device, dtype: torch.dtype) -> tuple[An
     with torch.device("meta"):
         model = OpenVLAForActionPrediction(config)
     model = model.to(dtype).to_empty(device=device)
-    generator, num_layers = torch.Generator(device).manual_seed(0), config.text_config.num_hidden_layers
+    generator, num_layers = (
+        torch.Generator(device).manual_seed(0),
+        config.text_config.num_hidden_layers,
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(random_tensor(name, tuple(parameter.shape), generator, num_layers))
@@ -183,10 +192,16 @@ def build_model(size: str, device: torch.device, dtype: torch.dtype) -> tuple[An
 
 def build_learner(case: Case, args: Args) -> PPOLearner:
     """Policy, critic and optimizers as the driver builds them."""
-    device = torch.device(args.device, torch.cuda.current_device()) if args.device == "cuda" else torch.device("cpu")
+    device = (
+        torch.device(args.device, torch.cuda.current_device())
+        if args.device == "cuda"
+        else torch.device("cpu")
+    )
     compute = torch.bfloat16 if args.device == "cuda" else torch.float32
     torch.manual_seed(0)
-    model, processor = build_model(args.size, device, compute if case.kind == "lora" else torch.float32)
+    model, processor = build_model(
+        args.size, device, compute if case.kind == "lora" else torch.float32
+    )
     model.eval()
     if case.checkpointing:
         model.gradient_checkpointing_enable()
@@ -202,10 +217,16 @@ def build_learner(case: Case, args: Args) -> PPOLearner:
     hidden_size = model.config.text_config.hidden_size
 
     def trainable(module: torch.nn.Module, dtype: torch.dtype, learning_rate: float) -> Trainable:
-        module = fsdp_utils.shard_model(module, param_dtype=dtype, reshard_after_forward=case.zero == 3)
+        module = fsdp_utils.shard_model(
+            module, param_dtype=dtype, reshard_after_forward=case.zero == 3
+        )
         parameters = peft_utils.trainable_parameters(module)
-        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=args.device == "cuda")
-        return Trainable(module, parameters, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0, 1))
+        optimizer = torch.optim.AdamW(
+            parameters, lr=learning_rate, weight_decay=0.0, fused=args.device == "cuda"
+        )
+        return Trainable(
+            module, parameters, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0, 1)
+        )
 
     policy = trainable(model, compute, 1e-6)
     if case.compile:
@@ -239,7 +260,9 @@ def make_rollout(learner: PPOLearner, num_samples: int) -> Rollout:
     return Rollout(
         prompts=[learner.processor.prompt_ids(text) for text in INSTRUCTIONS],
         images_TBHWC=images,
-        action_ids_TBA=torch.randint(first, first + 256, (*shape, NUM_ACTION_TOKENS), generator=generator),
+        action_ids_TBA=torch.randint(
+            first, first + 256, (*shape, NUM_ACTION_TOKENS), generator=generator
+        ),
         logprob_TBA=torch.full((*shape, NUM_ACTION_TOKENS), -5.5),
         reward_TB=torch.rand(shape, generator=generator),
         terminated_TB=torch.zeros(shape, dtype=torch.bool),
@@ -282,7 +305,9 @@ def count_work(case: Case, flops: ModelFlops, lengths: list[int]) -> Work:
     return Work(*totals)
 
 
-def measure(learner: PPOLearner, case: Case, micro: int, args: Args, ceiling: float, flops: ModelFlops) -> dict:
+def measure(
+    learner: PPOLearner, case: Case, micro: int, args: Args, ceiling: float, flops: ModelFlops
+) -> dict:
     """One row: an update to warm up (of one minibatch), then one that counts."""
     learner.micro_batch_size = micro
     learner.update(make_rollout(learner, args.minibatch), step=1)
@@ -306,7 +331,10 @@ def measure(learner: PPOLearner, case: Case, micro: int, args: Args, ceiling: fl
         "MFU policy": num * work.policy / policy_s / ceiling,
         "MFU all": num * (work.prepare + work.policy) / seconds / ceiling,
         "peak GiB": torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else None,
-        **{f"{n} s": metrics[f"time/trainer_{n}_s"] for n in ("prepare", "value", "policy", "optimizer")},
+        **{
+            f"{n} s": metrics[f"time/trainer_{n}_s"]
+            for n in ("prepare", "value", "policy", "optimizer")
+        },
     }
 
 
@@ -325,14 +353,20 @@ def run_case(name: str, args: Args, ceiling: float, flops: ModelFlops) -> Iterat
             if case.compile:
                 torch._dynamo.reset()  # else the second size is compiled with a symbolic batch
                 torch._functorch.config.activation_memory_budget = budget
-            yield {"case": name, "budget": budget, **measure(learner, case, micro, args, ceiling, flops)}
+            yield {
+                "case": name,
+                "budget": budget,
+                **measure(learner, case, micro, args, ceiling, flops),
+            }
         if args.profile:
             profile(learner, args)
     except torch.OutOfMemoryError as error:
         end_if_others_wait(error)
         yield {"case": name, "micro": micro, "samples/s": "out of memory"}
         print(f"  {name} {micro}: {str(error).splitlines()[0][:200]}")
-    except Exception as error:  # a run on a lent GPU goes on with the next case, whatever this one met
+    except (
+        Exception
+    ) as error:  # a run on a lent GPU goes on with the next case, whatever this one met
         end_if_others_wait(error)
         traceback.print_exc()
         yield {"case": name, "micro": micro, "samples/s": type(error).__name__}
@@ -346,7 +380,10 @@ def end_if_others_wait(error: Exception) -> None:
 
 CATEGORIES = (
     ("attention", ("flash", "fmha", "attention", "cudnn_generated")),
-    ("matrix products", ("gemm", "nvjet", "cutlass", "xmma", "sm90_", "splitk", "addmm", "aten::mm", "bmm")),
+    (
+        "matrix products",
+        ("gemm", "nvjet", "cutlass", "xmma", "sm90_", "splitk", "addmm", "aten::mm", "bmm"),
+    ),
     ("compiled pointwise", ("triton",)),
     ("optimizer and foreach", ("multi_tensor", "adam")),
     ("reductions", ("reduce", "norm")),
@@ -358,7 +395,9 @@ CATEGORIES = (
 def profile(learner: PPOLearner, args: Args) -> None:
     """Print the 25 costliest kernels of one update (one minibatch) and the sum by category."""
     on_gpu = args.device == "cuda"
-    activities = [torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU]
+    activities = [
+        torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    ]
     rollout = make_rollout(learner, args.minibatch)
     with torch.profiler.profile(activities=activities) as profiler:
         learner.update(rollout, step=3)
@@ -372,17 +411,32 @@ def profile(learner: PPOLearner, args: Args) -> None:
     sums: dict[str, float] = defaultdict(float)
     for name, microseconds, _ in events:
         lowered = name.lower()
-        sums[next((c for c, words in CATEGORIES if any(w in lowered for w in words)), "other")] += microseconds
+        sums[next((c for c, words in CATEGORIES if any(w in lowered for w in words)), "other")] += (
+            microseconds
+        )
     rows = [(name[:110], us / 1e3, 100 * us / total, count) for name, us, count in events[:25]]
-    print_table("kernels of one minibatch, prepare included", ("kernel", "ms", "%", "calls"), rows, width=160)
+    print_table(
+        "kernels of one minibatch, prepare included",
+        ("kernel", "ms", "%", "calls"),
+        rows,
+        width=160,
+    )
     categories = sorted(sums.items(), key=lambda item: -item[1])
-    print_table("by category", ("category", "ms", "%"), [(c, us / 1e3, 100 * us / total) for c, us in categories])
+    print_table(
+        "by category",
+        ("category", "ms", "%"),
+        [(c, us / 1e3, 100 * us / total) for c, us in categories],
+    )
 
 
 def shape_ceilings(num_tokens: int = 9440) -> dict[str, float]:
     """FLOP/s of the products of a micro-batch of 32 of the 7B, forward; the model cannot be faster than these."""
     rates = {}
-    for name, (columns, inner) in {"q k v o": (4096, 4096), "gate up": (11008, 4096), "down": (4096, 11008)}.items():
+    for name, (columns, inner) in {
+        "q k v o": (4096, 4096),
+        "gate up": (11008, 4096),
+        "down": (4096, 11008),
+    }.items():
         left = torch.randn(num_tokens, inner, device="cuda", dtype=torch.bfloat16)
         right = torch.randn(columns, inner, device="cuda", dtype=torch.bfloat16)
 
@@ -400,7 +454,10 @@ def main(args: Args) -> None:
     if args.device == "cpu":
         args.num_samples, args.minibatch = 16, 8
     # With every GPU at work, as in the update: they may share a power limit.
-    ceiling = fsdp_utils.all_reduce_sums({"": matmul_ceiling(args.device)}, info.device)[""] / info.world_size
+    ceiling = (
+        fsdp_utils.all_reduce_sums({"": matmul_ceiling(args.device)}, info.device)[""]
+        / info.world_size
+    )
     shapes = shape_ceilings() if args.device == "cuda" else {}
     config = openvla_7b_config() if args.size == "7b" else build_tiny_vla(TinyVLAConfig())[0].config
     flops = model_flops(config)
@@ -411,7 +468,11 @@ def main(args: Args) -> None:
                 continue
             rows.append(row)
             print(f"{time.perf_counter() - begin:6.1f} s  {row}", flush=True)
-            results = {"ceiling": ceiling, "shapes": shapes, "cases": {n: asdict(c) for n, c in CASES.items()}}
+            results = {
+                "ceiling": ceiling,
+                "shapes": shapes,
+                "cases": {n: asdict(c) for n, c in CASES.items()},
+            }
             write_json(args.output, "gpu_update", {**results, "rows": rows})
         gc.collect()
         torch._dynamo.reset()

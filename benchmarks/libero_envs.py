@@ -91,7 +91,9 @@ def plain_process(connection: Connection, args: Args, index: int) -> None:
     )
     env.seed(request.seed)
     env.reset()
-    env.set_init_state(libero_install.load_init_states(suite, request.task_id)[request.init_state_id])
+    env.set_init_state(
+        libero_install.load_init_states(suite, request.task_id)[request.init_state_id]
+    )
     steps = actions(args.num_steps + 5)
     for action in steps[:5]:
         env.step(action)
@@ -107,7 +109,9 @@ def measure_plain(args: Args, num: int) -> tuple[float, float]:
     """Steps/s of `num` plain environments together, and GiB per process."""
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(num)]
-    children = [context.Process(target=plain_process, args=(pipes[i][1], args, i)) for i in range(num)]
+    children = [
+        context.Process(target=plain_process, args=(pipes[i][1], args, i)) for i in range(num)
+    ]
     for child, (_, child_end) in zip(children, pipes, strict=True):
         child.start()
         child_end.close()  # so that a child's death is the end of its pipe
@@ -173,7 +177,9 @@ def measure_resets(args: Args, num: int) -> tuple[float, float, float]:
         episode = np.zeros(num, dtype=int)
 
         def request(env_id: int) -> ResetRequest:
-            return ResetRequest(int(env_id + 3 * episode[env_id]) % 10, None, int(1000 * env_id + episode[env_id]))
+            return ResetRequest(
+                int(env_id + 3 * episode[env_id]) % 10, None, int(1000 * env_id + episode[env_id])
+            )
 
         def send(group: np.ndarray) -> None:
             offered: list[ResetRequest | None] = [request(i) for i in group]
@@ -216,7 +222,9 @@ def measure_parts(args: Args) -> list[list[str]]:
     from ppo.envs.libero import LiberoEnv
     from ppo.envs.libero_arm import Arm
 
-    env = LiberoEnv(args.task_suite_name, args.image_size, render_quality="fast", env_gpu_id=args.env_gpu_id)
+    env = LiberoEnv(
+        args.task_suite_name, args.image_size, render_quality="fast", env_gpu_id=args.env_gpu_id
+    )
     env.reset(start_of(args, 0))
     simulator = env.simulator
     robosuites = Arm(simulator.domain, simulator.model, simulator.data)
@@ -272,7 +280,16 @@ def compare(args: Args) -> list[list[str]]:
         for kind, (name, _) in enumerate(measures):
             rate, memory = (statistics.median(r[kind][i] for r in rounds) for i in (0, 1))
             ratio = statistics.median(r[kind][0] / r[0][0] for r in rounds)
-            rows.append([str(num), name, f"{rate:.1f}", f"{rate / num:.1f}", f"{ratio:.2f}", f"{memory:.2f}"])
+            rows.append(
+                [
+                    str(num),
+                    name,
+                    f"{rate:.1f}",
+                    f"{rate / num:.1f}",
+                    f"{ratio:.2f}",
+                    f"{memory:.2f}",
+                ]
+            )
     return rows
 
 
@@ -283,7 +300,14 @@ def main(args: Args) -> None:
         columns = ["ms", "robosuite's controller", "ours", "ratio"]
         show(f"a training step of {args.task_suite_name}, {backend}", columns, measure_parts(args))
         return
-    columns = ["processes", "environment", "steps/s", "a process", "ratio to plain", "GiB a process"]
+    columns = [
+        "processes",
+        "environment",
+        "steps/s",
+        "a process",
+        "ratio to plain",
+        "GiB a process",
+    ]
     show(f"{args.task_suite_name}, {backend}, {os.cpu_count()} cores", columns, compare(args))
     rows = []
     for num in args.num_processes:

@@ -67,9 +67,13 @@ def requests_of(args: Args) -> list[ResetRequest]:
     """The episodes, task by task. Raises ValueError for tasks or states that are not there."""
     tasks = args.task_ids or EXPERT_TASKS[args.task_suite_name]
     if args.init_states == "fixed" and args.num_episodes > NUM_INIT_STATES:
-        raise ValueError(f"--num_episodes {args.num_episodes}: a task has {NUM_INIT_STATES} fixed initial states")
+        raise ValueError(
+            f"--num_episodes {args.num_episodes}: a task has {NUM_INIT_STATES} fixed initial states"
+        )
     return [
-        ResetRequest(task, index if args.init_states == "fixed" else None, args.seed * 100_000 + index)
+        ResetRequest(
+            task, index if args.init_states == "fixed" else None, args.seed * 100_000 + index
+        )
         for task, index in itertools.product(tasks, range(args.num_episodes))
     ]
 
@@ -77,7 +81,9 @@ def requests_of(args: Args) -> list[ResetRequest]:
 def play(args: Args, requests: Sequence[ResetRequest]) -> list[EpisodeResult]:
     """Play episodes in this process."""
     quality: Literal["eval", "fast"] = "eval" if args.exact else "fast"
-    env = LiberoEnv(args.task_suite_name, 16, args.max_env_length, render_quality=quality, images=False)
+    env = LiberoEnv(
+        args.task_suite_name, 16, args.max_env_length, render_quality=quality, images=False
+    )
     results = []
     for request in requests:
         rng = np.random.default_rng((_PUSHES, request.task_id, request.seed))
@@ -85,7 +91,12 @@ def play(args: Args, requests: Sequence[ResetRequest]) -> list[EpisodeResult]:
         length = len(episode.actions)
         results.append(
             EpisodeResult(
-                request.task_id, request.init_state_id, request.seed, episode.success, length, float(episode.success)
+                request.task_id,
+                request.init_state_id,
+                request.seed,
+                episode.success,
+                length,
+                float(episode.success),
             )
         )
     env.close()
@@ -127,16 +138,31 @@ def main(args: Args) -> None:
     title = f"{args.task_suite_name}, {args.init_states} initial states, imperfection {args.imperfection:g}, "
     title += f"haste {args.haste:g}"
     caption = f"{num_steps} steps in {seconds:.0f} s on {args.num_processes} processes"
-    table = Table("task", "instruction", "successes", "rate (95 %)", "steps", "longest", title=title, caption=caption)
+    table = Table(
+        "task",
+        "instruction",
+        "successes",
+        "rate (95 %)",
+        "steps",
+        "longest",
+        title=title,
+        caption=caption,
+    )
     for task in sorted({result.task_id for result in results}):
         of_task = [result for result in results if result.task_id == task]
         table.add_row(str(task), instruction(names[task]), *row(of_task))
     table.add_section()
     table.add_row("", "total", *row(results))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
-    failed = [(r.task_id, r.seed if r.init_state_id is None else r.init_state_id) for r in results if not r.success]
+    failed = [
+        (r.task_id, r.seed if r.init_state_id is None else r.init_state_id)
+        for r in results
+        if not r.success
+    ]
     if failed:
-        Console().print(f"failed (task, {'state' if args.init_states == 'fixed' else 'seed'}): {failed}")
+        Console().print(
+            f"failed (task, {'state' if args.init_states == 'fixed' else 'seed'}): {failed}"
+        )
     if args.min_rate is not None and summarize(results)["rate"] < args.min_rate:
         sys.exit(1)
 

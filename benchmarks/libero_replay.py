@@ -58,9 +58,14 @@ def replay(episode: Replay, args: Args) -> dict[str, bool]:
     name = episode.suite_name
     if name not in _environments:
         _environments[name] = LiberoEnv(name, 16, images=False, render_quality=args.render_quality)
-    actions = dict(zip(WAYS, (episode.stored_T7, episode.actions_T7, episode.token_actions_T7), strict=True))
+    actions = dict(
+        zip(WAYS, (episode.stored_T7, episode.actions_T7, episode.token_actions_T7), strict=True)
+    )
     extra = {"tokens": args.num_extra_steps}
-    return {way: play(_environments[name], episode.request, actions[way], extra.get(way, 0)) for way in args.ways}
+    return {
+        way: play(_environments[name], episode.request, actions[way], extra.get(way, 0))
+        for way in args.ways
+    }
 
 
 def main(args: Args) -> int:
@@ -71,13 +76,17 @@ def main(args: Args) -> int:
     episodes.sort(key=lambda episode: episode.request.task_id)
     solved, totals = Counter[tuple[int, str]](), Counter[int]()
     with ProcessPoolExecutor(args.num_processes, mp_context=get_context("spawn")) as pool:
-        for episode, successes in zip(episodes, pool.map(replay, episodes, [args] * len(episodes)), strict=True):
+        for episode, successes in zip(
+            episodes, pool.map(replay, episodes, [args] * len(episodes)), strict=True
+        ):
             task_id = episode.request.task_id
             totals[task_id] += 1
             for way, success in successes.items():
                 solved[task_id, way] += success
                 if not success:
-                    console.print(f"{way}: failed at {episode.request}, {len(episode.stored_T7)} steps")
+                    console.print(
+                        f"{way}: failed at {episode.request}, {len(episode.stored_T7)} steps"
+                    )
     table = Table("task", "episodes", *args.ways)
     for task_id, total in sorted(totals.items()):
         table.add_row(str(task_id), str(total), *[str(solved[task_id, way]) for way in args.ways])

@@ -100,7 +100,11 @@ class EnginePolicy:
 
         from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
         from prismatic.extern.hf.processing_prismatic import load_processor
-        from prismatic.vla.action_normalization import load_norm_stats, resolve_unnorm_key, tokens_to_env_actions
+        from prismatic.vla.action_normalization import (
+            load_norm_stats,
+            resolve_unnorm_key,
+            tokens_to_env_actions,
+        )
         from prismatic.vla.action_tokenizer import ActionTokenizer
         from utils.vllm_utils import ActionEngine, EngineConfig
 
@@ -108,7 +112,9 @@ class EnginePolicy:
         has_gpu = torch.cuda.is_available()
         self.processor = load_processor(args.vla_path)
         statistics = load_norm_stats(args.vla_path)
-        self.statistics = statistics[resolve_unnorm_key(statistics, args.task_suite_name, None)]["action"]
+        self.statistics = statistics[resolve_unnorm_key(statistics, args.task_suite_name, None)][
+            "action"
+        ]
         self.tokenizer = ActionTokenizer.from_config(OpenVLAConfig.from_pretrained(args.vla_path))
         self.to_actions = tokens_to_env_actions
         self.engine = ActionEngine(
@@ -127,7 +133,9 @@ class EnginePolicy:
         return self.to_actions(token_ids_BA, self.tokenizer, self.statistics)
 
 
-def collecting(args: Args, policy: Any, prompts: list[list[int]], processes: int, quality: Quality) -> list[float]:
+def collecting(
+    args: Args, policy: Any, prompts: list[list[int]], processes: int, quality: Quality
+) -> list[float]:
     """Env steps/s, and of a step of all groups the ms in the policy and waiting for simulators."""
     os.sched_setaffinity(0, ALL_CORES)  # what the simulators' processes begin with
     suite = get_suite(args.task_suite_name)
@@ -139,7 +147,9 @@ def collecting(args: Args, policy: Any, prompts: list[list[int]], processes: int
         startup_timeout_s=300, step_timeout_s=300, env_kwargs=suite.training_options(options),
     ) as vector:  # fmt: skip
         keep_apart(args.num_reserved_cores)
-        collector = Collector(vector, prompts, policy.generate, policy.decode, num_groups=args.num_groups, seed=(0,))
+        collector = Collector(
+            vector, prompts, policy.generate, policy.decode, num_groups=args.num_groups, seed=(0,)
+        )
         tasks = cycle(range(suite.num_tasks))
         collector.collect(args.num_warmup, tasks)
         started = time.perf_counter()
@@ -162,7 +172,9 @@ def keep_apart(num_reserved: int) -> None:
 def acting(args: Args, policy: EnginePolicy, prompts: list[list[int]]) -> float:
     """Actions/s of the engine alone, in calls for one group."""
     size = args.num_envs // args.num_groups
-    images = np.random.default_rng(0).integers(0, 256, (size, args.image_size, args.image_size, 3), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(
+        0, 256, (size, args.image_size, args.image_size, 3), dtype=np.uint8
+    )
     called = [prompts[i % len(prompts)] for i in range(size)]
     for _ in range(5):
         policy.generate(called, images)
@@ -181,7 +193,15 @@ def main(args: Args) -> None:
         title=f"{args.num_envs} environments in {args.num_groups} groups, {len(ALL_CORES)} cores, "
         f"{args.num_reserved_cores} for the engine alone"
     )
-    for column in ("what", "processes", "drawing", "env steps/s", "ratio", "policy ms", "waiting ms"):
+    for column in (
+        "what",
+        "processes",
+        "drawing",
+        "env steps/s",
+        "ratio",
+        "policy ms",
+        "waiting ms",
+    ):
         table.add_column(column, justify="left" if column == "what" else "right")
     rates = {}
     for quality in args.qualities:
@@ -195,12 +215,16 @@ def main(args: Args) -> None:
         args = replace(args, image_size=policy.processor.image_processor.image_size[0])
         prompts = [policy.processor.prompt_ids(text) for text in suite.instructions]
         alone = acting(args, policy, prompts)
-        table.add_row("engine", "", "", f"{alone:.0f}", "", f"{1000 * args.num_envs / alone:.1f}", "")
+        table.add_row(
+            "engine", "", "", f"{alone:.0f}", "", f"{1000 * args.num_envs / alone:.1f}", ""
+        )
         for processes in args.num_processes:
             rate, *parts = collecting(args, policy, prompts, processes, args.qualities[-1])
             ratio = rate / min(alone, rates[processes])
             cells = [f"{x:.1f}" for x in parts]
-            table.add_row("both", str(processes), args.qualities[-1], f"{rate:.0f}", f"{ratio:.2f}", *cells)
+            table.add_row(
+                "both", str(processes), args.qualities[-1], f"{rate:.0f}", f"{ratio:.2f}", *cells
+            )
     Console(width=120).print(table)
 
 

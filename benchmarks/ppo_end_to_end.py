@@ -27,7 +27,16 @@ sys.path.insert(0, str(ROOT))
 
 from utils.logging_utils import read_metrics  # noqa: E402
 
-PHASES = ("sync", "collect", "generate", "wait_env", "update", "trainer_prepare", "trainer_value", "trainer_policy")
+PHASES = (
+    "sync",
+    "collect",
+    "generate",
+    "wait_env",
+    "update",
+    "trainer_prepare",
+    "trainer_value",
+    "trainer_policy",
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,13 @@ def measure(args: Args, model: Path, folder: Path, processes: int) -> dict[str, 
         "engine_num_threads": 3 - processes, "num_env_processes": 1,
     }  # fmt: skip
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, "ppo_vllm_ray_fsdp_vla.py", "--use_lora", "--freeze_vision_backbone", *words]
+    command = [
+        sys.executable,
+        "ppo_vllm_ray_fsdp_vla.py",
+        "--use_lora",
+        "--freeze_vision_backbone",
+        *words,
+    ]
     subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     steps = read_metrics(folder / f"processes-{processes}")[1:]
     names = [f"time/{phase}_s" for phase in PHASES] + ["time/env_steps_per_s"]
@@ -78,7 +93,12 @@ def main(args: Args) -> None:
         folder = Path(name)
         model = prepare_model(folder)
         results = {n: measure(args, model, folder, n) for n in (1, 2)}
-    table = Table("layout", *[p.replace("trainer_", "update: ") + " s" for p in PHASES], "env steps/s", "ratio")
+    table = Table(
+        "layout",
+        *[p.replace("trainer_", "update: ") + " s" for p in PHASES],
+        "env steps/s",
+        "ratio",
+    )
     for processes, result in results.items():
         cells = [f"{result[f'time/{phase}_s']:.2f}" for phase in PHASES]
         rate, reference = result["time/env_steps_per_s"], results[1]["time/env_steps_per_s"]

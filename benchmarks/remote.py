@@ -50,9 +50,13 @@ class Remote:
         deadline = time.monotonic() + ANSWER_TIMEOUT_S
         while not self.pipe.poll(1.0):
             if not self.process.is_alive() and not self.pipe.poll(0):
-                raise RuntimeError(f"{self.process.name} ended with exit code {self.process.exitcode}")
+                raise RuntimeError(
+                    f"{self.process.name} ended with exit code {self.process.exitcode}"
+                )
             if time.monotonic() > deadline:
-                raise RuntimeError(f"{self.process.name} did not answer within {ANSWER_TIMEOUT_S:.0f} s")
+                raise RuntimeError(
+                    f"{self.process.name} did not answer within {ANSWER_TIMEOUT_S:.0f} s"
+                )
         kind, value = self.pipe.recv()
         if kind == "error":
             raise RuntimeError(f"in {self.process.name}:\n{value}")

@@ -26,10 +26,14 @@ def parse_trainers_per_node(text: str) -> tuple[int, ...]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f'--actor_num_gpus_per_node {text[:80]!r} is not a list such as "[8,8]"') from error
+        raise ValueError(
+            f'--actor_num_gpus_per_node {text[:80]!r} is not a list such as "[8,8]"'
+        ) from error
     counts = value if isinstance(value, list) else [value]
     if not counts or not all(is_int(c, 1, MAX_TRAINERS_PER_NODE) for c in counts):
-        raise ValueError(f'--actor_num_gpus_per_node {text!r}: give positive whole numbers, "[2]" or "[8,8]"')
+        raise ValueError(
+            f'--actor_num_gpus_per_node {text!r}: give positive whole numbers, "[2]" or "[8,8]"'
+        )
     return tuple(counts)
 
 
@@ -40,21 +44,30 @@ class CommandLineError(ValueError):
 def raise_problems(problems: Sequence[str]) -> None:
     """Raise CommandLineError with all `problems`, one a line, if there are any."""
     if problems:
-        raise CommandLineError(f"{len(problems)} problem(s) with this command line:\n- " + "\n- ".join(problems))
+        raise CommandLineError(
+            f"{len(problems)} problem(s) with this command line:\n- " + "\n- ".join(problems)
+        )
 
 
 def range_problems(args: Any) -> list[str]:
     """Numbers outside their range."""
     positive = "total_episodes num_steps local_rollout_batch_size num_epochs learning_rate"
     positive += " local_mini_batch_size value_learning_rate lora_rank"
-    positive += " num_env_processes num_env_groups env_timeout_s vllm_num_engines vllm_tensor_parallel_size"
+    positive += (
+        " num_env_processes num_env_groups env_timeout_s vllm_num_engines vllm_tensor_parallel_size"
+    )
     positive += " sync_bucket_mib trainer_num_threads engine_num_threads placement_timeout_s num_trials_per_task"
-    positive += " per_device_forward_batch_size max_env_length num_value_epochs curriculum_tau cliprange"
+    positive += (
+        " per_device_forward_batch_size max_env_length num_value_epochs curriculum_tau cliprange"
+    )
     positive += " importance_weight_cap lora_alpha hang_timeout_s"
     not_negative = "save_freq eval_freq value_init_steps policy_lr_warmup_steps max_grad_norm cliprange_value vf_coef"
     not_negative += " entropy_coef beta best_min_delta best_patience curriculum_min_prob num_steps_wait cliprange_high"
     not_negative += " seed per_device_train_batch_size keep_last max_restarts"
-    unit, unit_not_zero = "gamma lam activation_memory_budget", "curriculum_ema_alpha gpu_memory_utilization"
+    unit, unit_not_zero = (
+        "gamma lam activation_memory_budget",
+        "curriculum_ema_alpha gpu_memory_utilization",
+    )
     unit_not_one = "lora_dropout"
     problems = []
     for names, rule, holds in (
@@ -73,7 +86,9 @@ def range_problems(args: Any) -> list[str]:
     if not 0.01 <= args.temperature <= 2:
         problems.append(f"--temperature {args.temperature} must be in [0.01, 2], vLLM's limits")
     if args.cliprange >= 1:
-        problems.append(f"--cliprange {args.cliprange} must be < 1: the ratio's lower bound is 1 - cliprange")
+        problems.append(
+            f"--cliprange {args.cliprange} must be < 1: the ratio's lower bound is 1 - cliprange"
+        )
     return problems
 
 
@@ -98,7 +113,9 @@ def choice_problems(args: Any) -> list[str]:
     if len(set(args.task_ids)) != len(args.task_ids):
         problems.append(f"--task_ids {args.task_ids} names a task twice")
     if args.load_adapter_checkpoint and not args.use_lora:
-        problems.append("--load_adapter_checkpoint needs --use_lora (or merge the adapter first: vla-scripts/merge.py)")
+        problems.append(
+            "--load_adapter_checkpoint needs --use_lora (or merge the adapter first: vla-scripts/merge.py)"
+        )
     if args.use_wandb and not args.wandb_project:
         problems.append("--use_wandb needs --wandb_project: there is no default project")
     if args.data_root_dir and not args.dataset_name:
@@ -107,7 +124,9 @@ def choice_problems(args: Any) -> list[str]:
     if args.exp_id and args.run_id_note:
         problems.append("--run_id_note is appended to the default name only: put it into --exp_id")
     if args.device == "cpu" and args.offload:
-        problems.append("--offload moves GPU memory to the CPU: it has no meaning with --device cpu")
+        problems.append(
+            "--offload moves GPU memory to the CPU: it has no meaning with --device cpu"
+        )
     if args.activation_memory_budget < 1 and not args.compile:
         problems.append("--activation_memory_budget is the compiler's: add --compile, or use "
                         "--enable_gradient_checkpointing")  # fmt: skip
@@ -131,7 +150,11 @@ def nearest_divisors(number: int, wanted: int) -> list[int]:
 def gpu_problems(env_gpu_id: Sequence[int]) -> list[str]:
     """Numbers that no GPU has."""
     wrong = [i for i in env_gpu_id if not 0 <= i <= LARGEST_NUMBER]
-    return [f"--env_gpu_id {' '.join(map(str, wrong))} must be numbers of GPUs, from 0 on"] if wrong else []
+    return (
+        [f"--env_gpu_id {' '.join(map(str, wrong))} must be numbers of GPUs, from 0 on"]
+        if wrong
+        else []
+    )
 
 
 def world_flags(args: Any) -> dict[str, Any]:
@@ -169,10 +192,14 @@ def size_problems(args: Any, num_trainers: int) -> list[str]:
                         f"use {' or '.join(map(str, near))}")  # fmt: skip
     micro = args.per_device_train_batch_size
     if micro > 0 and mini > 0 and mini % micro:
-        problems.append(f"--per_device_train_batch_size {micro} does not divide --local_mini_batch_size {mini}")
+        problems.append(
+            f"--per_device_train_batch_size {micro} does not divide --local_mini_batch_size {mini}"
+        )
     for name in ("num_env_groups", "num_env_processes"):
         if (getattr(args, name) or 0) > envs:
-            problems.append(f"--{name} {getattr(args, name)} exceeds --local_rollout_batch_size {envs}")
+            problems.append(
+                f"--{name} {getattr(args, name)} exceeds --local_rollout_batch_size {envs}"
+            )
     if args.total_episodes < steps * num_envs:
         problems.append(f"--total_episodes {args.total_episodes} is less than one rollout ({steps} steps x {num_envs} "
                         f"envs = {steps * num_envs})")  # fmt: skip

@@ -27,7 +27,9 @@ class Batch:
 
     prompt_ids_NL: Tensor
     prompt_mask_NL: Tensor
-    length_N: Tensor  # real prompt tokens; on the CPU, where a micro-batch's longest prompt is looked up
+    length_N: (
+        Tensor  # real prompt tokens; on the CPU, where a micro-batch's longest prompt is looked up
+    )
     images_NHWC: Tensor | None  # uint8; None once nothing reads them
     action_ids_NA: Tensor
     old_logprob_NA: Tensor
@@ -35,7 +37,9 @@ class Batch:
     features_NPD: Tensor | None = None  # vision features, where the vision backbone is frozen
     hidden_ND: Tensor | None = None  # the policy's prompt features, for the shared critic
     ref_logprob_NA: Tensor | None = None
-    importance_weight_N: Tensor | None = None  # pi_old / pi_rollout, truncated, where the rollout is a step old
+    importance_weight_N: Tensor | None = (
+        None  # pi_old / pi_rollout, truncated, where the rollout is a step old
+    )
     old_value_N: Tensor | None = None
     advantage_N: Tensor | None = None
     return_N: Tensor | None = None
@@ -45,7 +49,8 @@ class Batch:
         device = self.action_ids_NA.device
         on_device = index if isinstance(index, slice) else to_device(index, device)
         taken: dict[str, Any] = {
-            name: value[on_device if value.device == device else index] for name, value in self.tensors().items()
+            name: value[on_device if value.device == device else index]
+            for name, value in self.tensors().items()
         }
         return dataclasses.replace(self, **taken)
 
@@ -59,7 +64,9 @@ class Batch:
         kept = ["length_N"]
         if self.images_NHWC is not None and self.images_NHWC.numel() > MAX_DEVICE_IMAGE_BYTES:
             kept.append("images_NHWC")
-        moved: dict[str, Any] = {n: v.to(device) for n, v in self.tensors().items() if n not in kept}
+        moved: dict[str, Any] = {
+            n: v.to(device) for n, v in self.tensors().items() if n not in kept
+        }
         return dataclasses.replace(self, **moved)
 
     def __len__(self) -> int:
@@ -70,7 +77,9 @@ class Batch:
     def concat(batches: Sequence["Batch"]) -> "Batch":
         """The batches' samples in order; all have the same fields."""
         parts = [batch.tensors() for batch in batches]
-        joined: dict[str, Any] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        joined: dict[str, Any] = {
+            name: torch.cat([part[name] for part in parts]) for name in parts[0]
+        }
         return dataclasses.replace(batches[0], **joined)
 
     def micro_batches(
@@ -148,7 +157,8 @@ class Averages:
         averages = Averages()
         averages._sums = dict(state["sums"])
         averages._maxima = {
-            name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in state["maxima"].items()
+            name: torch.tensor(value, dtype=torch.float64, device=device)
+            for name, value in state["maxima"].items()
         }
         return averages
 
@@ -160,7 +170,11 @@ class Averages:
         maxima = torch.tensor([known[n] for n in names], dtype=torch.float64, device=device)
         if names:
             dist.all_reduce(maxima, dist.ReduceOp.MAX)
-        means = {n: sums[n] / sums[f"{n}#"] if sums[f"{n}#"] else None for n in sums if not n.endswith("#")}
+        means = {
+            n: sums[n] / sums[f"{n}#"] if sums[f"{n}#"] else None
+            for n in sums
+            if not n.endswith("#")
+        }
         return means | dict(zip(names, maxima.tolist(), strict=True))
 
 
@@ -169,4 +183,6 @@ def _to_floats(values: Mapping[str, Tensor | float]) -> dict[str, float]:
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     numbers = torch.stack(list(tensors.values())).tolist() if tensors else []
     read = dict(zip(tensors, numbers, strict=True))
-    return {name: read[name] if isinstance(value, Tensor) else value for name, value in values.items()}
+    return {
+        name: read[name] if isinstance(value, Tensor) else value for name, value in values.items()
+    }

@@ -60,12 +60,19 @@ class Collector:
         num_groups: int,
         seed: tuple[int, ...],
     ) -> None:
-        self.vector, self.prompts, self.generate, self.decode = vector, list(prompts), generate, decode
+        self.vector, self.prompts, self.generate, self.decode = (
+            vector,
+            list(prompts),
+            generate,
+            decode,
+        )
         self.groups = [g for g in np.array_split(np.arange(vector.num_envs), num_groups) if len(g)]
         self.seed = seed
         self._num_episodes = np.zeros(vector.num_envs, dtype=np.int64)
         self.generate_s = self.wait_env_s = 0.0  # of the last collect
-        self.num_not_repeated = 0  # episodes that a resumed run could not bring to where they had been
+        self.num_not_repeated = (
+            0  # episodes that a resumed run could not bring to where they had been
+        )
         self._images: np.ndarray | None = None  # (B, H, W, 3) next observation to act on
         self._task_id_B = np.zeros(vector.num_envs, dtype=np.int64)
         self._episodes: list[RunningEpisode] = []
@@ -86,14 +93,18 @@ class Collector:
         requests = [self._request(i, tasks) for i in env_ids]
         images = self.vector.reset(list(env_ids), requests)
         self._task_id_B[:] = [r.task_id for r in requests]
-        self._episodes = [RunningEpisode(r, self._request(i, tasks)) for i, r in enumerate(requests)]
+        self._episodes = [
+            RunningEpisode(r, self._request(i, tasks)) for i, r in enumerate(requests)
+        ]
         return images
 
     def state_dict(self) -> dict[str, Any]:
         """Episodes under way and counters, of plain JSON types; between two calls of `collect`."""
         running = None
         if self._images is not None:
-            running = [e.to_json(image) for e, image in zip(self._episodes, self._images, strict=True)]
+            running = [
+                e.to_json(image) for e, image in zip(self._episodes, self._images, strict=True)
+            ]
         return {
             "num_episodes": self._num_episodes.tolist(),
             "running": running,
@@ -186,7 +197,9 @@ class Collector:
 
 
 def _result(step: VectorStep, row: int, request: ResetRequest) -> EpisodeResult:
-    assert int(step.task_ids[row]) == request.task_id, "an environment played another task than it was given"
+    assert int(step.task_ids[row]) == request.task_id, (
+        "an environment played another task than it was given"
+    )
     return EpisodeResult(
         task_id=request.task_id,
         init_state_id=request.init_state_id,
@@ -214,25 +227,41 @@ class _RolloutWriter:
         self.final: list[tuple[int, int, np.ndarray]] = []
 
     def add_actions(
-        self, t: int, group: np.ndarray, images: np.ndarray, tasks: np.ndarray, generation: Generation
+        self,
+        t: int,
+        group: np.ndarray,
+        images: np.ndarray,
+        tasks: np.ndarray,
+        generation: Generation,
     ) -> None:
         self.images[t, group], self.task_id[t, group] = images, tasks
-        self.action_ids[t, group], self.logprob[t, group] = generation.token_ids, generation.logprobs
+        self.action_ids[t, group], self.logprob[t, group] = (
+            generation.token_ids,
+            generation.logprobs,
+        )
 
     def add_results(self, t: int, group: np.ndarray, step: VectorStep) -> None:
         self.reward[t, group], self.terminated[t, group] = step.reward, step.terminated
         self.truncated[t, group] = step.truncated
         for row, env_id in enumerate(group):
-            if step.dropped[row]:  # the episode is void from its start; a wall in the GAE recursion ends it
+            if step.dropped[
+                row
+            ]:  # the episode is void from its start; a wall in the GAE recursion ends it
                 self.valid[self.episode_start[env_id] : t + 1, env_id] = False
-                self.reward[t, env_id], self.terminated[t, env_id], self.truncated[t, env_id] = 0.0, True, False
+                self.reward[t, env_id], self.terminated[t, env_id], self.truncated[t, env_id] = (
+                    0.0,
+                    True,
+                    False,
+                )
             elif step.truncated[row]:
                 self.final.append((t, int(env_id), step.final_images[row].copy()))
             if step.reset_used[row]:
                 self.episode_start[env_id] = t + 1
 
     def finish(self, prompts: list[list[int]], images: np.ndarray, task_ids: np.ndarray) -> Rollout:
-        final_images = [image for _, _, image in self.final] or np.empty((0, *images.shape[1:]), np.uint8)
+        final_images = [image for _, _, image in self.final] or np.empty(
+            (0, *images.shape[1:]), np.uint8
+        )
         return Rollout(
             prompts=prompts,
             images_TBHWC=torch.from_numpy(self.images),

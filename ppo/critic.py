@@ -72,7 +72,10 @@ class VLACritic(nn.Module):
             vision_features: (B, P, vision_dim) of *this* critic's `encode_vision`.
         """
         output = self.backbone.forward_actions(
-            prompt_ids_BL, prompt_mask_BL, pixel_values=pixel_values, vision_features=vision_features
+            prompt_ids_BL,
+            prompt_mask_BL,
+            pixel_values=pixel_values,
+            vision_features=vision_features,
         )
         return self.value_head(output.prompt_hidden_BD)
 

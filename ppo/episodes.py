@@ -38,7 +38,10 @@ class RunningEpisode:
     def from_json(content: dict[str, Any]) -> "RunningEpisode":
         """The episode of `to_json`. Raises ValueError, KeyError or TypeError for content that is none."""
         actions = np.frombuffer(base64.b64decode(content["actions"], validate=True), np.float32)
-        request, next_request = ResetRequest(*content["request"]), ResetRequest(*content["next_request"])
+        request, next_request = (
+            ResetRequest(*content["request"]),
+            ResetRequest(*content["next_request"]),
+        )
         return RunningEpisode(request, next_request, list(actions.reshape(-1, ACTION_DIM)))
 
 

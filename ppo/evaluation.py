@@ -79,9 +79,17 @@ class _Group:
         self.sent: list[int] = []
         self.offered: dict[int, ResetRequest] = {}
 
-    def begin(self, env_id: int, request: ResetRequest, image: np.ndarray, observer: EpisodeObserver | None) -> None:
+    def begin(
+        self,
+        env_id: int,
+        request: ResetRequest,
+        image: np.ndarray,
+        observer: EpisodeObserver | None,
+    ) -> None:
         self.running[env_id] = request
-        self.images[env_id] = np.array(image)  # the vector's buffer is written again by the next step
+        self.images[env_id] = np.array(
+            image
+        )  # the vector's buffer is written again by the next step
         self.num_steps[env_id] = 0
         if observer is not None:
             observer.start(env_id, request, self.images[env_id])
@@ -91,7 +99,12 @@ class _Evaluation:
     """State of one `run_episodes` call."""
 
     def __init__(
-        self, vector_env: Any, num_envs: int, act: Act, requests: Sequence[ResetRequest], max_attempts: int
+        self,
+        vector_env: Any,
+        num_envs: int,
+        act: Act,
+        requests: Sequence[ResetRequest],
+        max_attempts: int,
     ) -> None:
         self.vector_env, self.act, self.max_attempts = vector_env, act, max_attempts
         self.observer: EpisodeObserver | None = None
@@ -119,7 +132,9 @@ class _Evaluation:
         self.run.act_s += time.perf_counter() - started
         by_age = sorted(group.sent, key=lambda i: -group.num_steps[i])
         # What idle environments of the other group can start at once is not offered here.
-        num_idle = sum(len(other.env_ids) - len(other.running) for other in self.groups if other is not group)
+        num_idle = sum(
+            len(other.env_ids) - len(other.running) for other in self.groups if other is not group
+        )
         num_offered = max(0, len(self.queue) - num_idle)
         group.offered = {env_id: self.queue.popleft() for env_id in by_age[:num_offered]}
         self.vector_env.send(group.sent, actions, [group.offered.get(i) for i in group.sent])
@@ -228,10 +243,16 @@ def evaluation_requests(
         return int(np.random.SeedSequence([seed, task_id, state]).generate_state(1)[0])
 
     states = range(num_trials_per_task)
-    return [ResetRequest(task_id, state, seed_of(task_id, state)) for task_id in task_ids for state in states]
+    return [
+        ResetRequest(task_id, state, seed_of(task_id, state))
+        for task_id in task_ids
+        for state in states
+    ]
 
 
-def wilson_interval(successes: int, episodes: int, z: float = 1.959963984540054) -> tuple[float, float]:
+def wilson_interval(
+    successes: int, episodes: int, z: float = 1.959963984540054
+) -> tuple[float, float]:
     """Wilson score interval of a success rate (95 % by default; Wilson 1927).
 
     Raises ValueError without episodes: a rate of nothing is undefined.
@@ -242,7 +263,9 @@ def wilson_interval(successes: int, episodes: int, z: float = 1.959963984540054)
     centre = rate + z2 / (2 * episodes)
     spread = z * math.sqrt(rate * (1 - rate) / episodes + z2 / (4 * episodes * episodes))
     low, high = ((centre + sign * spread) / (1 + z2 / episodes) for sign in (-1, 1))
-    return (0.0 if successes == 0 else low), (1.0 if successes == episodes else high)  # exact, not 1e-18
+    return (0.0 if successes == 0 else low), (
+        1.0 if successes == episodes else high
+    )  # exact, not 1e-18
 
 
 def summarize(episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
@@ -259,7 +282,9 @@ def summarize(episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
     return summary
 
 
-def summarize_run(run: EvaluationRun, task_ids: Sequence[int], instructions: Sequence[str]) -> dict[str, Any]:
+def summarize_run(
+    run: EvaluationRun, task_ids: Sequence[int], instructions: Sequence[str]
+) -> dict[str, Any]:
     """Per-task and overall summaries, with dropped attempts and void episodes counted beside them.
 
     `instructions` are the suite's, indexed by task id. Episodes come in task and initial-state order.
@@ -268,11 +293,22 @@ def summarize_run(run: EvaluationRun, task_ids: Sequence[int], instructions: Seq
     def of_task(task_id: int) -> dict[str, Any]:
         episodes = [e for e in run.episodes if e.task_id == task_id]
         void = [r for r in run.void if r.task_id == task_id]
-        return {"task_id": task_id, "instruction": instructions[task_id], **summarize(episodes), "void": len(void)}
+        return {
+            "task_id": task_id,
+            "instruction": instructions[task_id],
+            **summarize(episodes),
+            "void": len(void),
+        }
 
-    ordered = sorted(run.episodes, key=lambda e: (e.task_id, -1 if e.init_state_id is None else e.init_state_id))
+    ordered = sorted(
+        run.episodes, key=lambda e: (e.task_id, -1 if e.init_state_id is None else e.init_state_id)
+    )
     return {
-        "overall": {**summarize(run.episodes), "void": len(run.void), "dropped_attempts": run.num_dropped},
+        "overall": {
+            **summarize(run.episodes),
+            "void": len(run.void),
+            "dropped_attempts": run.num_dropped,
+        },
         "per_task": [of_task(task_id) for task_id in task_ids],
         "episodes": [asdict(episode) for episode in ordered],
         "void_episodes": [asdict(request) for request in run.void],

@@ -44,7 +44,9 @@ def check_task(env: Any, task_id: int, seeds: Iterable[int]) -> np.ndarray:
         env.reset(ResetRequest(task_id, None, seed))
         addresses = free_joint_addresses(env.simulator.model)
         layouts.append(object_places(env.simulator.data.qpos, addresses))
-    states = libero_install.load_init_states(env.suite_name, task_id)[: libero_install.NUM_INIT_STATES]
+    states = libero_install.load_init_states(env.suite_name, task_id)[
+        : libero_install.NUM_INIT_STATES
+    ]
     positions = states[:, 1 : 1 + env.simulator.model.nq]  # a state is time, positions, velocities
     return nearest_distances(np.stack(layouts), object_places(positions, addresses))
 

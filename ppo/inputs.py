@@ -23,7 +23,9 @@ def check_files(args: Any, exp_dir: Path) -> None:
     if args.load_adapter_checkpoint:
         adapter_problems = checkpoint_utils.check_adapter_dir(args.load_adapter_checkpoint)
         if not adapter_problems and not problems:
-            adapter_problems = peft_utils.check_adapter_fits(args.load_adapter_checkpoint, args.vla_path)
+            adapter_problems = peft_utils.check_adapter_fits(
+                args.load_adapter_checkpoint, args.vla_path
+            )
         problems += adapter_problems
     problems += suite.find_problems(**split_options(suite, **world_flags(args))[0])
     try:
@@ -32,7 +34,9 @@ def check_files(args: Any, exp_dir: Path) -> None:
     except json.JSONDecodeError as error:
         problems.append(f"--engine_args is not JSON: {error}")
     if exp_dir.exists() and any(exp_dir.iterdir()) and not (args.overwrite or args.resume):
-        problems.append(f"{exp_dir} already holds a run: choose another --exp_id, or pass --overwrite or --resume auto")
+        problems.append(
+            f"{exp_dir} already holds a run: choose another --exp_id, or pass --overwrite or --resume auto"
+        )
     raise_problems(problems)
 
 
@@ -58,8 +62,12 @@ def _statistics_problems(args: Any) -> list[str]:
 def action_statistics(args: Any) -> dict[str, Any]:
     """q01/q99 statistics of the actions: the dataset's under data_root_dir if given, else the checkpoint's."""
     if args.data_root_dir and args.dataset_name:
-        from prismatic.vla.datasets.statistics import load_dataset_statistics  # TensorFlow: only where needed
+        from prismatic.vla.datasets.statistics import (
+            load_dataset_statistics,
+        )  # TensorFlow: only where needed
 
         return load_dataset_statistics(args.data_root_dir, args.dataset_name)["action"]
     norm_stats = load_norm_stats(args.vla_path)
-    return norm_stats[resolve_unnorm_key(norm_stats, args.task_suite_name, args.dataset_name)]["action"]
+    return norm_stats[resolve_unnorm_key(norm_stats, args.task_suite_name, args.dataset_name)][
+        "action"
+    ]

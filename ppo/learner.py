@@ -118,12 +118,18 @@ class PPOLearner:
         self.reference, self.dtype = reference, dtype
         self.device = fsdp_utils.compute_device(policy.model)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.first_action_id = int(ActionTokenizer.from_config(policy.model.config).action_token_ids[0])
+        self.first_action_id = int(
+            ActionTokenizer.from_config(policy.model.config).action_token_ids[0]
+        )
         self.timer = PhaseTimer()
-        self.progress: UpdateProgress | None = None  # of the update under way, or of the one that was stopped
+        self.progress: UpdateProgress | None = (
+            None  # of the update under way, or of the one that was stopped
+        )
         self.stop_requested = False  # may be set by another thread, on any rank
         # 0: not chosen yet, see `ppo.memory.check_memory`
-        self.micro_batch_size = args.per_device_train_batch_size or largest_micro_batch(args.local_mini_batch_size)
+        self.micro_batch_size = args.per_device_train_batch_size or largest_micro_batch(
+            args.local_mini_batch_size
+        )
 
     @property
     def forward_batch_size(self) -> int:
@@ -146,7 +152,9 @@ class PPOLearner:
                 with self.timer.phase("prepare"):
                     require_finite({"rewards": rollout.reward_TB}, step)
                     batch = self.prepare(rollout, averages)
-                    require_finite({"advantages": batch.advantage_N, "returns": batch.return_N}, step)
+                    require_finite(
+                        {"advantages": batch.advantage_N, "returns": batch.return_N}, step
+                    )
                 self.progress = UpdateProgress(batch, averages)
             assert self.progress is not None
             batch, averages = self.progress.batch, self.progress.averages
@@ -172,13 +180,17 @@ class PPOLearner:
         if flag:
             raise UpdateStopped
 
-    def _micro_batches(self, batch: Batch, size: int, indices: Tensor | None = None) -> Iterator[Batch]:
+    def _micro_batches(
+        self, batch: Batch, size: int, indices: Tensor | None = None
+    ) -> Iterator[Batch]:
         # Compiled code wants one shape for all; the template makes up most of a prompt, so the padding is little.
         return batch.micro_batches(size, indices, whole_prompts=self.args.compile)
 
     def _pixels(self, micro: Batch) -> Tensor:
         assert micro.images_NHWC is not None
-        return self.processor.image_processor.normalize(to_device(micro.images_NHWC, self.device), self.dtype)
+        return self.processor.image_processor.normalize(
+            to_device(micro.images_NHWC, self.device), self.dtype
+        )
 
     def _forward(self, model: Any, micro: Batch, *, with_actions: bool = True) -> Any:
         """`forward_actions` of a policy on a micro-batch, from cached vision features where there are any."""
@@ -212,11 +224,19 @@ class PPOLearner:
         next_value_TB = rollout.next_values(value_TB, values[1], values[2])
         ends_TB = rollout.terminated_TB if self.args.bootstrap_truncated else rollout.done_TB
         advantage_TB, return_TB = gae(
-            rollout.reward_TB, value_TB, next_value_TB, ends_TB, rollout.done_TB, self.args.gamma, self.args.lam
+            rollout.reward_TB,
+            value_TB,
+            next_value_TB,
+            ends_TB,
+            rollout.done_TB,
+            self.args.gamma,
+            self.args.lam,
         )
         batch = batch[slice(0, num_samples)]
         batch.return_N = return_TB.flatten().to(self.device)
-        batch.advantage_N = self._normalise(advantage_TB.flatten(), batch.weight_N.cpu()).to(self.device)
+        batch.advantage_N = self._normalise(advantage_TB.flatten(), batch.weight_N.cpu()).to(
+            self.device
+        )
         self._log_prepared(batch, engine_logprob_NA[:num_samples], averages)
         fsdp_utils.free_gathered(self.policy.model)
         fsdp_utils.free_gathered(self.critic.model)
@@ -232,7 +252,11 @@ class PPOLearner:
         dist.all_reduce(most, dist.ReduceOp.MAX)
         final_task_K = rollout.task_id_TB[rollout.final_t_K, rollout.final_b_K]
         task_N = torch.cat([rollout.task_id_TB.flatten(), rollout.last_task_id_B, final_task_K])
-        images = [rollout.images_TBHWC.flatten(0, 1), rollout.last_images_BHWC, rollout.final_images_KHWC]
+        images = [
+            rollout.images_TBHWC.flatten(0, 1),
+            rollout.last_images_BHWC,
+            rollout.final_images_KHWC,
+        ]
         num_rows = len(task_N) + int(most) - num_final
         if self.args.compile:  # every forward micro-batch of one size
             num_rows = math.ceil(num_rows / self.forward_batch_size) * self.forward_batch_size
@@ -258,7 +282,9 @@ class PPOLearner:
         if args.freeze_vision_backbone:
             for number, micro in enumerate(self._micro_batches(batch, size)):
                 features = policy.encode_vision(self._pixels(micro))
-                if batch.features_NPD is None:  # whole at once: a list of pieces would need the memory twice
+                if (
+                    batch.features_NPD is None
+                ):  # whole at once: a list of pieces would need the memory twice
                     batch.features_NPD = features.new_empty(len(batch), *features.shape[1:])
                 batch.features_NPD[number * size : number * size + len(micro)] = features
         recompute = args.old_logprobs == "recompute"
@@ -287,7 +313,9 @@ class PPOLearner:
     def _values(self, micro: Batch) -> Tensor:
         if self.args.value_model_type == "shared":
             return self.critic.model(micro.hidden_ND)
-        return self.critic.model(micro.prompt_ids_NL, micro.prompt_mask_NL, pixel_values=self._pixels(micro))
+        return self.critic.model(
+            micro.prompt_ids_NL, micro.prompt_mask_NL, pixel_values=self._pixels(micro)
+        )
 
     def _normalise(self, advantage_N: Tensor, weight_N: Tensor) -> Tensor:
         """Advantages with mean 0 and deviation 1 over the valid samples of all ranks (`norm_adv`)."""
@@ -324,7 +352,9 @@ class PPOLearner:
         dist.all_reduce(sums_23)
         return explained_variance_of_moments(sums_23[0], sums_23[1])
 
-    def _training_passes(self, trained: Trainable, batch: Batch, indices: Tensor) -> Iterator[tuple[Batch, bool]]:
+    def _training_passes(
+        self, trained: Trainable, batch: Batch, indices: Tensor
+    ) -> Iterator[tuple[Batch, bool]]:
         """The micro-batches of a minibatch, each with whether it is the last, and FSDP told so."""
         keep = self.args.sharding_strategy == "shard-grad-op"
         for micro, is_last in with_last(self._micro_batches(batch, self.micro_batch_size, indices)):
@@ -357,7 +387,10 @@ class PPOLearner:
             with torch.no_grad():
                 self._evaluate(batch)
             normalizer = torch.tensor(float(len(indices)), device=self.device)
-            for trained, loss_of in ((self.critic, self._value_loss), (self.policy, self._policy_loss)):
+            for trained, loss_of in (
+                (self.critic, self._value_loss),
+                (self.policy, self._policy_loss),
+            ):
                 with training_mode(trained.model):
                     for micro, _ in self._training_passes(trained, batch, indices):
                         loss_of(micro, normalizer)[0].backward()
@@ -368,7 +401,9 @@ class PPOLearner:
         args = self.args
         if args.value_model_type == "shared":  # reads features only
             batch = dataclasses.replace(batch, images_NHWC=None, features_NPD=None)
-        for _, indices in self._minibatch_indices(len(batch), step, args.num_value_epochs or args.num_epochs, "value"):
+        for _, indices in self._minibatch_indices(
+            len(batch), step, args.num_value_epochs or args.num_epochs, "value"
+        ):
             normalizer = self._normalizer(batch, indices)
             total = torch.zeros((), device=self.device)
             for micro, is_last in self._training_passes(self.critic, batch, indices):
@@ -385,7 +420,10 @@ class PPOLearner:
             self._values(micro), micro.old_value_N, micro.return_N, self.args.cliprange_value or None,
             weight_B=micro.weight_N, normalizer=normalizer,
         )  # fmt: skip
-        shares = {"train/value_loss": result.loss.detach(), "train/value_clip_fraction": result.clip_fraction}
+        shares = {
+            "train/value_loss": result.loss.detach(),
+            "train/value_clip_fraction": result.clip_fraction,
+        }
         return self.args.vf_coef * result.loss, shares
 
     def update_policy(self, batch: Batch, step: int, averages: Averages) -> None:
@@ -405,12 +443,17 @@ class PPOLearner:
                     averages.add_maximum("train/first_minibatch_ratio_max_abs_dev", ratio_dev)
                 approx_kl += shares["train/approx_kl_k3"]
             self._optimizer_step("policy", self.policy, total, step, averages)
-            if args.max_approx_kl is not None and self._mean_over_ranks(approx_kl) > args.max_approx_kl:
+            if (
+                args.max_approx_kl is not None
+                and self._mean_over_ranks(approx_kl) > args.max_approx_kl
+            ):
                 averages.add({"train/stopped_by_kl": 1.0})
                 return
         averages.add({"train/stopped_by_kl": 0.0})
 
-    def _policy_loss(self, micro: Batch, normalizer: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    def _policy_loss(
+        self, micro: Batch, normalizer: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Loss and statistics of a micro-batch, as shares of its minibatch's, and its largest |ratio - 1|."""
         args = self.args
         logits_BAV = self._forward(self.policy.model, micro).logits_BAV
@@ -422,7 +465,9 @@ class PPOLearner:
             level=args.ratio_level, importance_weight_B=micro.importance_weight_N, weight_B=micro.weight_N,
             normalizer=normalizer,
         )  # fmt: skip
-        entropy_share = weighted_mean(entropy(logits_BAV, args.temperature).sum(1), micro.weight_N, normalizer)
+        entropy_share = weighted_mean(
+            entropy(logits_BAV, args.temperature).sum(1), micro.weight_N, normalizer
+        )
         loss = result.loss - args.entropy_coef * entropy_share
         shares = {
             "train/policy_loss": result.loss, "train/entropy": entropy_share,
@@ -431,10 +476,16 @@ class PPOLearner:
         }  # fmt: skip
         if args.beta:
             assert micro.ref_logprob_NA is not None
-            kl = weighted_mean(kl_k3(logprob_BA, micro.ref_logprob_NA).sum(1), micro.weight_N, normalizer)
+            kl = weighted_mean(
+                kl_k3(logprob_BA, micro.ref_logprob_NA).sum(1), micro.weight_N, normalizer
+            )
             loss = loss + args.beta * kl
             shares["train/ref_kl_k3"] = kl
-        return loss, {name: share.detach() for name, share in shares.items()}, result.ratio_max_abs_dev
+        return (
+            loss,
+            {name: share.detach() for name, share in shares.items()},
+            result.ratio_max_abs_dev,
+        )
 
     def _mean_over_ranks(self, value: Tensor) -> float:
         """The same number on every rank, so that every rank takes the same branch."""
@@ -468,7 +519,9 @@ class PPOLearner:
         dist.all_reduce(total)
         return total.clamp(min=1.0) / self.world_size
 
-    def _optimizer_step(self, group: str, trained: Trainable, loss: Tensor, step: int, averages: Averages) -> None:
+    def _optimizer_step(
+        self, group: str, trained: Trainable, loss: Tensor, step: int, averages: Averages
+    ) -> None:
         """Clip and step; raises where loss or gradient is not finite (both are over all ranks, so every rank does)."""
         mean_loss = self._mean_over_ranks(loss)
         norm = fsdp_utils.clip_gradients(trained.parameters, self.args.max_grad_norm)

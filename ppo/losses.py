@@ -54,7 +54,9 @@ class ValueLoss:
     clip_fraction: Tensor
 
 
-def weighted_mean(x_B: Tensor, weight_B: Tensor | None = None, normalizer: Tensor | float | None = None) -> Tensor:
+def weighted_mean(
+    x_B: Tensor, weight_B: Tensor | None = None, normalizer: Tensor | float | None = None
+) -> Tensor:
     """Return sum(weight * x) / normalizer, a scalar; weight 1 and normaliser sum(weight) when left out.
 
     Entries of weight 0 count for nothing, in the value and in the gradient. Over entries of total weight 0 the result
@@ -69,7 +71,9 @@ def weighted_mean(x_B: Tensor, weight_B: Tensor | None = None, normalizer: Tenso
     return (torch.where(weight_B != 0, x_B, torch.zeros_like(x_B)) * weight_B).sum() / normalizer
 
 
-def action_logprobs(logits_BAV: Tensor, action_index_BA: Tensor, temperature: float = 1.0) -> Tensor:
+def action_logprobs(
+    logits_BAV: Tensor, action_index_BA: Tensor, temperature: float = 1.0
+) -> Tensor:
     """Return the log-probability of each action token, (B, A) float32, under softmax(logits / temperature).
 
     Args:
@@ -131,11 +135,24 @@ def policy_loss(
     with torch.no_grad():
         outside_BK = ((ratio_BK < 1.0 - clip_low) | (ratio_BK > 1.0 + clip_high)).float()
         log_ratio_B = log_ratio_BA.sum(-1)
-        counted_BK = torch.ones_like(ratio_BK, dtype=torch.bool) if weight_B is None else weight_B.unsqueeze(-1) > 0
+        counted_BK = (
+            torch.ones_like(ratio_BK, dtype=torch.bool)
+            if weight_B is None
+            else weight_B.unsqueeze(-1) > 0
+        )
         max_dev = torch.where(counted_BK, (ratio_BK - 1.0).abs(), torch.zeros_like(ratio_BK)).max()
-        stats_B = (outside_BK.mean(-1), log_ratio_B.exp() - 1.0 - log_ratio_B, -log_ratio_B, ratio_BK.mean(-1))
-        clip_fraction, k3, k1, ratio_mean = (weighted_mean(x, weight_B, normalizer) for x in stats_B)
-    return PolicyLoss(weighted_mean(loss_B, weight_B, normalizer), clip_fraction, k3, k1, ratio_mean, max_dev)
+        stats_B = (
+            outside_BK.mean(-1),
+            log_ratio_B.exp() - 1.0 - log_ratio_B,
+            -log_ratio_B,
+            ratio_BK.mean(-1),
+        )
+        clip_fraction, k3, k1, ratio_mean = (
+            weighted_mean(x, weight_B, normalizer) for x in stats_B
+        )
+    return PolicyLoss(
+        weighted_mean(loss_B, weight_B, normalizer), clip_fraction, k3, k1, ratio_mean, max_dev
+    )
 
 
 def value_loss(
@@ -165,13 +182,19 @@ def value_loss(
             f"value {tuple(value_B.shape)}, old value {tuple(old_value_B.shape)} and return "
             f"{tuple(return_B.shape)} must have one shape"
         )
-    value_B, old_value_B, return_B = value_B.float(), old_value_B.detach().float(), return_B.detach().float()
+    value_B, old_value_B, return_B = (
+        value_B.float(),
+        old_value_B.detach().float(),
+        return_B.detach().float(),
+    )
     error_B = (value_B - return_B) ** 2
     if cliprange_value is None:
         loss = 0.5 * weighted_mean(error_B, weight_B, normalizer)
         return ValueLoss(loss, torch.zeros_like(loss.detach()))
     if cliprange_value <= 0:
-        raise ValueError(f"cliprange_value {cliprange_value} must be positive: use None for no clipping")
+        raise ValueError(
+            f"cliprange_value {cliprange_value} must be positive: use None for no clipping"
+        )
     clipped_B = torch.clamp(value_B, old_value_B - cliprange_value, old_value_B + cliprange_value)
     clipped_error_B = (clipped_B - return_B) ** 2
     loss = 0.5 * weighted_mean(torch.maximum(error_B, clipped_error_B), weight_B, normalizer)
@@ -189,7 +212,9 @@ def kl_k3(logprob: Tensor, ref_logprob: Tensor) -> Tensor:
     return difference.exp() - 1.0 - difference
 
 
-def truncated_importance_weight(old_logprob_BA: Tensor, behaviour_logprob_BA: Tensor, cap: float) -> Tensor:
+def truncated_importance_weight(
+    old_logprob_BA: Tensor, behaviour_logprob_BA: Tensor, cap: float
+) -> Tensor:
     """Return min(pi_old / pi_behaviour, cap) per action, (B,) float32 without gradient.
 
     Corrects for actions sampled by a policy older than the one at the start of the update (`--async_depth 1`);
@@ -209,7 +234,9 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Tensor:
     x = x.detach().double()
     if mask is not None:
         x = x[mask.bool()]
-    return torch.stack([torch.tensor(float(x.numel()), dtype=x.dtype, device=x.device), x.sum(), (x * x).sum()])
+    return torch.stack(
+        [torch.tensor(float(x.numel()), dtype=x.dtype, device=x.device), x.sum(), (x * x).sum()]
+    )
 
 
 def normalize(x: Tensor, moments_3: Tensor, eps: float = 1e-8) -> Tensor:
@@ -248,18 +275,31 @@ def explained_variance_of_moments(error_moments_3: Tensor, return_moments_3: Ten
 
 def _log_softmax(logits_BAV: Tensor, temperature: float) -> Tensor:
     if temperature <= 0:
-        raise ValueError(f"temperature {temperature} must be positive: greedy actions have no log-probability")
+        raise ValueError(
+            f"temperature {temperature} must be positive: greedy actions have no log-probability"
+        )
     return F.log_softmax(logits_BAV.float() / temperature, dim=-1)
 
 
 def _check_policy_arguments(
-    logprob_BA: Tensor, old_logprob_BA: Tensor, advantage_B: Tensor, clip_low: float, clip_high: float, level: str
+    logprob_BA: Tensor,
+    old_logprob_BA: Tensor,
+    advantage_B: Tensor,
+    clip_low: float,
+    clip_high: float,
+    level: str,
 ) -> None:
     if level not in ("action", "token"):
         raise ValueError(f"ratio level {level!r} is not known: use action or token")
     if not (0.0 < clip_low <= 1.0 and clip_high > 0.0):
-        raise ValueError(f"clip range ({clip_low}, {clip_high}): need 0 < clip_low <= 1 and clip_high > 0")
-    if logprob_BA.ndim != 2 or logprob_BA.shape != old_logprob_BA.shape or advantage_B.shape != logprob_BA.shape[:1]:
+        raise ValueError(
+            f"clip range ({clip_low}, {clip_high}): need 0 < clip_low <= 1 and clip_high > 0"
+        )
+    if (
+        logprob_BA.ndim != 2
+        or logprob_BA.shape != old_logprob_BA.shape
+        or advantage_B.shape != logprob_BA.shape[:1]
+    ):
         raise ValueError(
             f"log-probs {tuple(logprob_BA.shape)} and {tuple(old_logprob_BA.shape)} must both be (B, A) "
             f"and the advantage {tuple(advantage_B.shape)} (B,)"

@@ -42,7 +42,12 @@ def candidate_sizes(minibatch: int, limit: int = LARGEST) -> list[int]:
 
 
 def choose_size(
-    sizes: Sequence[int], rehearse: Callable[[int], float], available: float, *, may_skip: bool, options: str
+    sizes: Sequence[int],
+    rehearse: Callable[[int], float],
+    available: float,
+    *,
+    may_skip: bool,
+    options: str,
 ) -> MemoryCheck:
     """Return the first of `sizes` that fits into `available` bytes; `rehearse(size)` runs it and returns its bytes.
 
@@ -98,7 +103,9 @@ def check_memory(
     if learner.device.type != "cuda":
         return None
     args: Any = learner.args
-    options = [name for name in ("enable_gradient_checkpointing", "offload") if not getattr(args, name)]
+    options = [
+        name for name in ("enable_gradient_checkpointing", "offload") if not getattr(args, name)
+    ]
     described = " or ".join([*(f"--{name}" for name in options), "more GPUs"])
     reserved = optimizer_bytes(learner) + cached_bytes(learner, num_samples)
     torch.cuda.empty_cache()
@@ -110,7 +117,11 @@ def check_memory(
 
     def rehearse(size: int) -> float:
         # The small sizes only serve the estimate: what they compile would not be used again.
-        stance = torch.compiler.set_stance("force_eager") if size < min(3, *sizes) else contextlib.nullcontext()
+        stance = (
+            torch.compiler.set_stance("force_eager")
+            if size < min(3, *sizes)
+            else contextlib.nullcontext()
+        )
         torch.cuda.reset_peak_memory_stats(learner.device)
         learner.micro_batch_size = size
         with stance:
@@ -141,7 +152,9 @@ def optimizer_bytes(learner: PPOLearner) -> int:
         for trained in (learner.policy, learner.critic)
         for parameter in trained.parameters
     ]
-    return sum(2 * 4 * shard.numel() for shard in shards if shard.device.type == learner.device.type)
+    return sum(
+        2 * 4 * shard.numel() for shard in shards if shard.device.type == learner.device.type
+    )
 
 
 def cached_bytes(learner: PPOLearner, num_samples: int) -> int:

@@ -62,7 +62,9 @@ class ModelBuilder:
 
     def _load(self, *, trained: bool) -> Any:
         """The model on this rank's device: float32 if it `trained` itself, else in the compute dtype."""
-        model = load_model(self.args.vla_path, dtype=torch.float32 if trained else self.dtype, device=self.device)
+        model = load_model(
+            self.args.vla_path, dtype=torch.float32 if trained else self.dtype, device=self.device
+        )
         if self.args.enable_gradient_checkpointing:
             model.gradient_checkpointing_enable()
         return model
@@ -73,17 +75,23 @@ class ModelBuilder:
         model.eval()  # an adapter comes in training mode: its dropout would act on the first old log-probs
         fsdp_utils.cast_frozen(model, dtype)
         reshard = args.sharding_strategy == "full-shard"
-        fsdp_utils.shard_model(model, param_dtype=dtype, offload=args.offload, reshard_after_forward=reshard)
+        fsdp_utils.shard_model(
+            model, param_dtype=dtype, offload=args.offload, reshard_after_forward=reshard
+        )
         if args.compile:
             fsdp_utils.compile_blocks(model, memory_budget=args.activation_memory_budget)
         return model
 
 
-def make_trainable(model: Any, learning_rate: float, schedule: str, warmup: int, total: int) -> Trainable:
+def make_trainable(
+    model: Any, learning_rate: float, schedule: str, warmup: int, total: int
+) -> Trainable:
     """AdamW without weight decay; the scheduler counts optimizer steps (`warmup` and `total` do too)."""
     parameters = peft_utils.trainable_parameters(model)
     fused = fsdp_utils.compute_device(model).type == "cuda"
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, eps=1e-5, weight_decay=0.0, fused=fused)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=learning_rate, eps=1e-5, weight_decay=0.0, fused=fused
+    )
     name = "constant_with_warmup" if schedule == "constant" else schedule
     scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total)
     return Trainable(model, parameters, optimizer, scheduler)

@@ -36,7 +36,9 @@ class UpdateProgress:
         return {"num_done": dict(self.num_done), "averages": self.averages.state_dict()}
 
     @staticmethod
-    def restore(tensors: dict[str, Tensor], numbers: dict[str, Any], device: torch.device) -> "UpdateProgress":
+    def restore(
+        tensors: dict[str, Tensor], numbers: dict[str, Any], device: torch.device
+    ) -> "UpdateProgress":
         """Continue from `tensors` and `numbers` of a rank, on `device`."""
         averages = Averages.from_state(numbers["averages"], device)
         return UpdateProgress(Batch(**tensors).to(device), averages, dict(numbers["num_done"]))
@@ -48,7 +50,11 @@ def parts_of(rank: int, num_ranks: int, num_parts: int) -> range:
 
 
 def redistribute(
-    batches: Sequence[Batch], numbers: Sequence[dict[str, Any]], rank: int, num_ranks: int, minibatch: int
+    batches: Sequence[Batch],
+    numbers: Sequence[dict[str, Any]],
+    rank: int,
+    num_ranks: int,
+    minibatch: int,
 ) -> UpdateProgress:
     """Give a rank its share of an update that another number of ranks had begun.
 
@@ -66,10 +72,18 @@ def redistribute(
     share = part_size * num_parts // num_ranks
     begin = rank * share - parts_of(rank, num_ranks, num_parts)[0] * part_size
     batch = Batch.concat(batches)[slice(begin, begin + share)]
-    epochs = {purpose: count // (part_size // minibatch) for purpose, count in numbers[0]["num_done"].items()}
-    num_done: dict[Purpose, int] = {purpose: count * (share // minibatch) for purpose, count in epochs.items()}
+    epochs = {
+        purpose: count // (part_size // minibatch)
+        for purpose, count in numbers[0]["num_done"].items()
+    }
+    num_done: dict[Purpose, int] = {
+        purpose: count * (share // minibatch) for purpose, count in epochs.items()
+    }
     logged = [part["averages"] for part in numbers]
-    sums = {name: sum(part["sums"][name] for part in logged) if rank == 0 else 0.0 for name in logged[0]["sums"]}
+    sums = {
+        name: sum(part["sums"][name] for part in logged) if rank == 0 else 0.0
+        for name in logged[0]["sums"]
+    }
     maxima = {name: max(part["maxima"][name] for part in logged) for name in logged[0]["maxima"]}
     averages = Averages.from_state({"sums": sums, "maxima": maxima}, batch.weight_N.device)
     return UpdateProgress(batch, averages, num_done)

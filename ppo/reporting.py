@@ -26,13 +26,19 @@ class BestReturn:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`'s result."""
-        self.ema, self.best, self.last_saved_step = state["ema"], state["best"], state["last_saved_step"]
+        self.ema, self.best, self.last_saved_step = (
+            state["ema"],
+            state["best"],
+            state["last_saved_step"],
+        )
 
     def update(self, episode_returns: Sequence[float], step: int) -> bool:
         """Take in the returns of the episodes that ended in this step; True if the policy is to be saved."""
         for value in episode_returns:
             self.ema = value if self.ema is None else 0.99 * self.ema + 0.01 * value
-        if self.ema is None or (self.last_saved_step is not None and step - self.last_saved_step < self.patience):
+        if self.ema is None or (
+            self.last_saved_step is not None and step - self.last_saved_step < self.patience
+        ):
             return False
         if self.best is not None and self.ema <= self.best + self.min_delta:
             return False
@@ -40,7 +46,9 @@ class BestReturn:
         return True
 
 
-def rollout_metrics(episodes: Sequence[EpisodeResult], worker_stats: Sequence[dict[str, float]]) -> dict[str, float]:
+def rollout_metrics(
+    episodes: Sequence[EpisodeResult], worker_stats: Sequence[dict[str, float]]
+) -> dict[str, float]:
     """`rollout/` metrics of one step over all workers; success, return and length only if an episode ended."""
     metrics = {
         "rollout/num_episodes": float(len(episodes)),
@@ -70,8 +78,10 @@ def time_metrics(
     return {f"time/{name}_s": value for name, value in seconds.items()} | {
         "time/env_steps_per_s": samples_per_step / step_s,
         "time/trainer_busy_fraction": seconds["update"] / step_s,
-        "time/worker_busy_fraction": float(np.mean([s["collect_s"] for s in worker_stats])) / step_s,
-        "time/engine_busy_fraction": float(np.mean([s["generate_s"] for s in worker_stats])) / step_s,
+        "time/worker_busy_fraction": float(np.mean([s["collect_s"] for s in worker_stats]))
+        / step_s,
+        "time/engine_busy_fraction": float(np.mean([s["generate_s"] for s in worker_stats]))
+        / step_s,
     }
 
 
@@ -89,7 +99,8 @@ def progress_line(step: int, num_steps: int, metrics: dict[str, float], step_s: 
     return " | ".join(
         [
             f"step {step}/{num_steps}",
-            show("rollout/success_rate", "success", ".3f") + f" ({metrics['rollout/num_episodes']:.0f} ep)",
+            show("rollout/success_rate", "success", ".3f")
+            + f" ({metrics['rollout/num_episodes']:.0f} ep)",
             show("train/approx_kl_k3", "kl", ".4f"),
             show("train/clip_fraction", "clip", ".3f"),
             show("train/explained_variance", "ev", ".2f"),

@@ -44,7 +44,11 @@ FIXED_FLAGS = {
 }  # fmt: skip
 # Also fixed where the checkpoint is from within an update.
 UPDATE_FLAGS = {
-    "the update under way is cut by it": ("local_mini_batch_size", "num_epochs", "num_value_epochs"),
+    "the update under way is cut by it": (
+        "local_mini_batch_size",
+        "num_epochs",
+        "num_value_epochs",
+    ),
 }
 PATH_FLAGS = ("vla_path", "load_adapter_checkpoint", "data_root_dir")
 # Differences that mean nothing.
@@ -108,7 +112,9 @@ class RunState:
     @property
     def name(self) -> str:
         """Of the checkpoint's folder."""
-        return f"step_{self.step}" + ("" if self.num_minibatches is None else f"_minibatch_{self.num_minibatches}")
+        return f"step_{self.step}" + (
+            "" if self.num_minibatches is None else f"_minibatch_{self.num_minibatches}"
+        )
 
     def write(self, folder: Path) -> None:
         """Write `state.json` into `folder`."""
@@ -126,7 +132,9 @@ class RunState:
             raise ValueError(f"{file} is not of format {FORMAT}, which this version reads")
         wanted = {field.name for field in dataclasses.fields(RunState)}
         if content.keys() != wanted:
-            raise ValueError(f"{file}: {', '.join(sorted(content.keys() ^ wanted))} missing or unknown")
+            raise ValueError(
+                f"{file}: {', '.join(sorted(content.keys() ^ wanted))} missing or unknown"
+            )
         state = RunState(**content)
         try:
             state.check()
@@ -137,7 +145,10 @@ class RunState:
     def check(self) -> None:
         """Raise ValueError, KeyError or TypeError if a part is not what it should be."""
         counts = [self.step, self.num_trainers, self.num_minibatches or 0]
-        if not all(isinstance(count, int) and count >= 0 for count in counts) or self.num_trainers < 1:
+        if (
+            not all(isinstance(count, int) and count >= 0 for count in counts)
+            or self.num_trainers < 1
+        ):
             raise ValueError(f"step, num_trainers, num_minibatches are {counts}")
         if (self.num_minibatches is None) != (self.rollout is None):
             raise ValueError("an update under way needs its rollout's results, and only that does")
@@ -147,7 +158,13 @@ class RunState:
         if self.rollout is not None:
             Collected.from_json(self.rollout)
         missing = {"ema", "best", "last_saved_step"} ^ self.best.keys()
-        missing |= {"task_ids", "ema", "num_episodes", "num_successes", "rng"} ^ self.curriculum.keys()
+        missing |= {
+            "task_ids",
+            "ema",
+            "num_episodes",
+            "num_successes",
+            "rng",
+        } ^ self.curriculum.keys()
         if missing:
             raise ValueError(f"{', '.join(sorted(missing))} missing or unknown")
 
@@ -163,7 +180,9 @@ def position(folder: Path) -> tuple[int, int] | None:
 
 def step_folders(exp_dir: Path) -> list[Path]:
     """Folders `step_<N>` of a run, with or without a training state, oldest first."""
-    return sorted((p for p in exp_dir.glob("step_*") if position(p)), key=lambda p: position(p) or (0, 0))
+    return sorted(
+        (p for p in exp_dir.glob("step_*") if position(p)), key=lambda p: position(p) or (0, 0)
+    )
 
 
 def checkpoints(exp_dir: Path) -> list[Path]:
@@ -218,7 +237,9 @@ def find_checkpoint(resume: str, exp_dir: Path) -> tuple[Path | None, list[str]]
         return None, [f"--resume: no checkpoint of {exp_dir} is whole: {'; '.join(damage)}"]
     if resume == "auto":
         return None, []
-    return None, [f"--resume {resume}: no checkpoint step_<N>/ with a training state there: give a run's folder or one"]
+    return None, [
+        f"--resume {resume}: no checkpoint step_<N>/ with a training state there: give a run's folder or one"
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- flags
@@ -231,7 +252,9 @@ def resume_problems(args: Any) -> list[str]:
         return []
     problems = []
     if args.overwrite:
-        problems.append("--overwrite deletes the run that --resume is to go on with: give one of them")
+        problems.append(
+            "--overwrite deletes the run that --resume is to go on with: give one of them"
+        )
     if resume == "auto" and not args.exp_id:
         problems.append("--resume auto needs --exp_id: the default name is a new one every time")
     exp_dir = resumed_exp_dir(resume)

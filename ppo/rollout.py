@@ -59,10 +59,16 @@ class Rollout:
             shape = (self.num_steps, self.num_envs) if "_TB" in field.name else (self.num_envs,)
             if "_K" in field.name:
                 shape = (len(self.final_t_K),)
-            assert not isinstance(value, Tensor) or value.shape[: len(shape)] == shape, (field.name, value.shape, shape)
+            assert not isinstance(value, Tensor) or value.shape[: len(shape)] == shape, (
+                field.name,
+                value.shape,
+                shape,
+            )
         ends = torch.nonzero(self.truncated_TB & self.valid_TB).tolist()
         listed = set(zip(self.final_t_K.tolist(), self.final_b_K.tolist(), strict=True))
-        assert all(tuple(end) in listed for end in ends), "a truncated episode lacks its final observation"
+        assert all(tuple(end) in listed for end in ends), (
+            "a truncated episode lacks its final observation"
+        )
 
     @property
     def num_steps(self) -> int:
@@ -125,7 +131,9 @@ class Rollout:
             if "_TB" in field.name:
                 shares[field.name] = value[:, begin:end].clone()
             else:
-                shares[field.name] = value[mine_K] if "_K" in field.name else value[begin:end].clone()
+                shares[field.name] = (
+                    value[mine_K] if "_K" in field.name else value[begin:end].clone()
+                )
         shares["final_b_K"] -= begin
         return dataclasses.replace(self, **shares)  # type: ignore[arg-type]
 
@@ -152,7 +160,9 @@ class Rollout:
             if isinstance(values[0], Tensor):
                 joined[field.name] = torch.cat(values, dim=1 if "_TB" in field.name else 0)
         offsets = np.cumsum([0] + [r.num_envs for r in rollouts[:-1]]).tolist()
-        joined["final_b_K"] = torch.cat([r.final_b_K + offset for r, offset in zip(rollouts, offsets, strict=True)])
+        joined["final_b_K"] = torch.cat(
+            [r.final_b_K + offset for r, offset in zip(rollouts, offsets, strict=True)]
+        )
         return dataclasses.replace(rollouts[0], **joined)  # type: ignore[arg-type]
 
 

@@ -14,7 +14,16 @@ import numpy as np
 from ppo.envs.base import get_suite
 from ppo.evaluation import EpisodeResult, summarize_run
 from ppo.reporting import BestReturn, progress_line
-from ppo.resume import STATE_DIR, Collected, RunState, changed_flags, checkpoints, cut_after, remove_old, remove_partial
+from ppo.resume import (
+    STATE_DIR,
+    Collected,
+    RunState,
+    changed_flags,
+    checkpoints,
+    cut_after,
+    remove_old,
+    remove_partial,
+)
 from utils.logging_utils import MetricWriter, get_logger
 
 logger = get_logger("driver")
@@ -83,20 +92,26 @@ class Run:
             "seed": self.args.seed,
         }
 
-    def report(self, step: int, metrics: dict[str, float | None], episodes: Sequence[EpisodeResult]) -> None:
+    def report(
+        self, step: int, metrics: dict[str, float | None], episodes: Sequence[EpisodeResult]
+    ) -> None:
         """Write a finished training step's metrics and line, the curriculum, and a best-return checkpoint if due."""
         self.steps_done, self.collected, self.episodes = step, None, list(episodes)
         is_best = self.best.update([e.episode_return for e in episodes], step)
         metrics["rollout/ema_return"] = self.best.ema
         metrics["time/env_steps_total"] = float(step * self.plan.samples_per_step)
         tasks = self.cluster.curriculum_stats()
-        curriculum = {f"curriculum/task_{t}_{k}": v for t, stats in tasks.items() for k, v in stats.items()}
+        curriculum = {
+            f"curriculum/task_{t}_{k}": v for t, stats in tasks.items() for k, v in stats.items()
+        }
         defined = self.writer.write(step, metrics | curriculum)
         step_s = (time.perf_counter() - self.started) / (step - self.first_step + 1)
         logger.info(progress_line(step, self.plan.num_training_steps, defined, step_s))
         self.cluster.save_curriculum(self.exp_dir / "curriculum.json")
         if is_best:
-            self.cluster.save(self.exp_dir / "best_return", self.metadata(step, episodes), overwrite=True)
+            self.cluster.save(
+                self.exp_dir / "best_return", self.metadata(step, episodes), overwrite=True
+            )
 
     def save_if_due(self) -> None:
         """Every `save_freq` steps begin the checkpoint of the finished one; it is written in the background."""
@@ -112,7 +127,9 @@ class Run:
     def _begin_checkpoint(self, num_minibatches: int | None) -> Path:
         """Begin a complete checkpoint of the present state; `num_minibatches` of an update under way."""
         in_update = num_minibatches is not None
-        worlds, curriculum = self.cluster.world_states(is_rollout_used=in_update or self.collected is None)
+        worlds, curriculum = self.cluster.world_states(
+            is_rollout_used=in_update or self.collected is None
+        )
         state = RunState(
             step=self.steps_done,
             num_minibatches=num_minibatches,
@@ -143,15 +160,25 @@ class Run:
         start = time.perf_counter()
         suite = get_suite(self.args.task_suite_name)
         video_dir = self.exp_dir / "videos" / f"step_{step}" if self.args.save_video else None
-        summary = summarize_run(self.cluster.evaluate(video_dir), self.plan.task_ids, suite.instructions)
+        summary = summarize_run(
+            self.cluster.evaluate(video_dir), self.plan.task_ids, suite.instructions
+        )
         overall = summary["overall"]
-        metrics = {"time/eval_s": time.perf_counter() - start, "eval/num_episodes": float(overall["episodes"])}
-        for name, part in [("", overall), *((f"task_{t['task_id']}_", t) for t in summary["per_task"])]:
+        metrics = {
+            "time/eval_s": time.perf_counter() - start,
+            "eval/num_episodes": float(overall["episodes"]),
+        }
+        for name, part in [
+            ("", overall),
+            *((f"task_{t['task_id']}_", t) for t in summary["per_task"]),
+        ]:
             metrics |= {f"eval/{name}success_rate": part["rate"]} if "rate" in part else {}
         if file_name:
             summary |= {"training_step": step, "remarks": suite.remarks()}
             (self.exp_dir / file_name).write_text(json.dumps(summary, indent=1) + "\n")
-        logger.info(f"greedy evaluation: {overall['successes']} of {overall['episodes']} episodes succeed")
+        logger.info(
+            f"greedy evaluation: {overall['successes']} of {overall['episodes']} episodes succeed"
+        )
         return metrics
 
     def finish(self) -> None:

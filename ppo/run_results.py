@@ -25,19 +25,28 @@ def merge_results(parts: Sequence[Results]) -> dict[str, Any]:
     """
     for name in ("checkpoint_fingerprint", "task_suite_name", "seed", "temperature"):
         if len({repr(part.get(name)) for part in parts}) > 1:
-            raise ValueError(f"parts of an evaluation differ in {name}: {[part.get(name) for part in parts]}")
-    per_task = sorted((task for part in parts for task in part["per_task"]), key=lambda task: task["task_id"])
+            raise ValueError(
+                f"parts of an evaluation differ in {name}: {[part.get(name) for part in parts]}"
+            )
+    per_task = sorted(
+        (task for part in parts for task in part["per_task"]), key=lambda task: task["task_id"]
+    )
     if max(Counter(task["task_id"] for task in per_task).values()) > 1:
         raise ValueError("two parts of an evaluation have a task in common")
     episodes = [episode for part in parts for episode in part["episodes"]]
     episodes.sort(key=lambda e: (e["task_id"], e["init_state_id"]))
     names = EpisodeResult.__dataclass_fields__
-    overall: dict[str, Any] = summarize([EpisodeResult(**{n: e[n] for n in names if n in e}) for e in episodes])
+    overall: dict[str, Any] = summarize(
+        [EpisodeResult(**{n: e[n] for n in names if n in e}) for e in episodes]
+    )
     for name in ("void", "dropped_attempts"):
         overall[name] = sum(part["overall"].get(name, 0) for part in parts)
     remarks = list(dict.fromkeys(remark for part in parts for remark in part.get("remarks", [])))
     return {
-        **{name: parts[0].get(name) for name in ("task_suite_name", "checkpoint_fingerprint", "seed", "temperature")},
+        **{
+            name: parts[0].get(name)
+            for name in ("task_suite_name", "checkpoint_fingerprint", "seed", "temperature")
+        },
         "overall": overall,
         "per_task": per_task,
         "episodes": episodes,
@@ -84,7 +93,10 @@ def compare(before: Results, after: Results) -> dict[str, Any]:
     """What `after` gains over `before`: points with their interval, and initial states that turned either way."""
     old, new = outcomes(before), outcomes(after)
     both = old.keys() & new.keys()
-    num_won, num_lost = sum(new[key] > old[key] for key in both), sum(new[key] < old[key] for key in both)
+    num_won, num_lost = (
+        sum(new[key] > old[key] for key in both),
+        sum(new[key] < old[key] for key in both),
+    )
     low, high = difference_interval(before["overall"], after["overall"])
     return {
         "gain_points": round(100 * (after["overall"]["rate"] - before["overall"]["rate"]), 2),
@@ -97,10 +109,20 @@ def compare(before: Results, after: Results) -> dict[str, Any]:
 
 def summarize_policy(results: Results, before: Results | None = None) -> dict[str, Any]:
     """What summary.json says about one policy: overall and per task, and its gain over `before`."""
-    shown = ("successes", "episodes", "rate", "wilson_95", "mean_length", "mean_length_success", "void")
+    shown = (
+        "successes",
+        "episodes",
+        "rate",
+        "wilson_95",
+        "mean_length",
+        "mean_length_success",
+        "void",
+    )
     summary = {name: results["overall"][name] for name in shown if name in results["overall"]}
     tasks = ("task_id", "instruction", *shown)
-    summary["per_task"] = [{name: task[name] for name in tasks if name in task} for task in results["per_task"]]
+    summary["per_task"] = [
+        {name: task[name] for name in tasks if name in task} for task in results["per_task"]
+    ]
     return summary | (compare(before, results) if before is not None else {})
 
 
@@ -128,7 +150,10 @@ def curve_points(metrics: Metrics, settled_at: int = 0) -> tuple[CurvePoint, ...
     for line in training_lines(metrics):
         seconds += line["time/step_s"] + line.get("time/checkpoint_s", 0.0)
         if "rollout/success_rate" in line:
-            steps, count = int(line["time/env_steps_total"]), int(line["rollout/num_episodes"]) + early
+            steps, count = (
+                int(line["time/env_steps_total"]),
+                int(line["rollout/num_episodes"]) + early,
+            )
             successes = line["rollout/success_rate"] * (count - early) + early_successes
             if steps < settled_at:
                 early, early_successes = count, successes
@@ -138,7 +163,9 @@ def curve_points(metrics: Metrics, settled_at: int = 0) -> tuple[CurvePoint, ...
     return tuple(points)
 
 
-def ppo_phases(metrics: Metrics, stage_s: float, rest: str = "start-up and saving") -> dict[str, float]:
+def ppo_phases(
+    metrics: Metrics, stage_s: float, rest: str = "start-up and saving"
+) -> dict[str, float]:
     """Split `stage_s` seconds of PPO by the driver's time/ metrics; what remains is called `rest`.
 
     With `--async_depth 1` the engine and the environments work beside the updates: only waiting for them is time spent.
@@ -168,7 +195,10 @@ def piece_spans(pieces: Sequence[Mapping[str, Any]], metrics: Metrics) -> list[t
     """Of each piece with a finished training step: seconds after its start at which training began, and its end."""
     step_s = {int(line["step"]): line["time/step_s"] for line in training_lines(metrics)}
     return [
-        (max(0.0, piece["first_step_s"] - step_s.get(int(piece["first_step"]), 0.0)), piece["seconds"])
+        (
+            max(0.0, piece["first_step_s"] - step_s.get(int(piece["first_step"]), 0.0)),
+            piece["seconds"],
+        )
         for piece in pieces
         if "first_step" in piece
     ]
@@ -193,7 +223,10 @@ def summarize_ppo(metrics: Metrics, pieces: Sequence[Mapping[str, Any]]) -> dict
         "startup_s": round(wall_s - training_s, 1),
         "training_s": round(training_s, 1),
         "num_pieces": len(pieces),
-        "time_split_s": {k: round(v, 1) for k, v in ppo_phases(metrics, training_s, "saving and stopping").items()},
+        "time_split_s": {
+            k: round(v, 1)
+            for k, v in ppo_phases(metrics, training_s, "saving and stopping").items()
+        },
     }
     if training_s > 0:
         summary["env_steps_per_s"] = round(env_steps / training_s, 1)
@@ -209,7 +242,11 @@ def summarize_ppo(metrics: Metrics, pieces: Sequence[Mapping[str, Any]]) -> dict
 def choose_episodes(before: Results, after: Results, count: int) -> list[dict[str, Any]]:
     """At most `count` episodes that PPO turned from failure to success (then any), one per task while that lasts."""
     solved = {(e["task_id"], e["init_state_id"]) for e in after["episodes"] if e["success"]}
-    turned = [e for e in before["episodes"] if not e["success"] and (e["task_id"], e["init_state_id"]) in solved]
+    turned = [
+        e
+        for e in before["episodes"]
+        if not e["success"] and (e["task_id"], e["init_state_id"]) in solved
+    ]
     seen: Counter[int] = Counter()
     order: list[tuple[int, int, dict[str, Any]]] = []
     for episode in turned or before["episodes"]:
@@ -218,7 +255,9 @@ def choose_episodes(before: Results, after: Results, count: int) -> list[dict[st
     return [episode for *_, episode in sorted(order, key=lambda item: item[:2])[:count]]
 
 
-def choose_columns(before: Results, after: Results, recorded: set[Episode], count: int) -> list[Episode]:
+def choose_columns(
+    before: Results, after: Results, recorded: set[Episode], count: int
+) -> list[Episode]:
     """At most `count` recorded episodes: one per task, such that turned to success first, then other tasks' first."""
     old, new = outcomes(before), outcomes(after)
     turned = [key for key in sorted(recorded) if new[key] and not old[key]]

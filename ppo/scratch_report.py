@@ -69,13 +69,20 @@ def make_grid(run: ScratchRun, file: Path) -> Grid | None:
     chosen = choose_columns(before, after, set(recorded), NUM_COLUMNS)
     if not chosen:
         return None
-    episodes = [{(e["task_id"], e["init_state_id"]): e for e in result["episodes"]} for result in results]
+    episodes = [
+        {(e["task_id"], e["init_state_id"]): e for e in result["episodes"]} for result in results
+    ]
     captions = distinct_words([task["instruction"] for task in before["per_task"]])
-    caption_of = {task["task_id"]: text for task, text in zip(before["per_task"], captions, strict=True)}
+    caption_of = {
+        task["task_id"]: text for task, text in zip(before["per_task"], captions, strict=True)
+    }
     columns = [
         Column(
             f"{caption_of[key[0]]}, state {key[1]}",
-            tuple(read_video(v[key], e[key]["length"] + 1) for v, e in zip(videos, episodes, strict=True)),
+            tuple(
+                read_video(v[key], e[key]["length"] + 1)
+                for v, e in zip(videos, episodes, strict=True)
+            ),
             tuple(e[key]["success"] for e in episodes),
         )
         for key in chosen
@@ -112,7 +119,9 @@ def make_series(run: ScratchRun, axis: Axis) -> list[Series]:
         for policy, at in ((SUPERVISED, 0.0), (name, end)):
             if (policy, MAIN) in run.evaluations:
                 rate = read_evaluation(policy, run.evaluations[policy, MAIN]).overall
-                greedy.append((at, rate, "var(--before)" if policy == SUPERVISED else series_colour(i)))
+                greedy.append(
+                    (at, rate, "var(--before)" if policy == SUPERVISED else series_colour(i))
+                )
         made.append(Series(name, series_colour(i), points, tuple(greedy)))
     return made
 
@@ -126,7 +135,9 @@ def policy_rates(run: ScratchRun) -> tuple[list[Rate], list[str]]:
     """Greedy success of the supervised policy and all variants, and their colours."""
     names = [name for name in (SUPERVISED, *run.variants) if (name, MAIN) in run.evaluations]
     rates = [read_evaluation(name, run.evaluations[name, MAIN]).overall for name in names]
-    colours = {name: series_colour(i) for i, name in enumerate(run.variants)} | {SUPERVISED: "var(--before)"}
+    colours = {name: series_colour(i) for i, name in enumerate(run.variants)} | {
+        SUPERVISED: "var(--before)"
+    }
     return rates, [colours[name] for name in names]
 
 
@@ -135,8 +146,13 @@ def figure(run: ScratchRun) -> str:
     rates, colours = policy_rates(run)
     split, top = max(320, 60 + 115 * len(rates)), 28
     episodes = rates[0].episodes if rates else 0
-    titles = {0: f"greedy success on {episodes} fixed episodes", split: "success while training (sampled actions)"}
-    parts = [f'<text x="{x + 40}" y="20" class="strong">{text}</text>' for x, text in titles.items()]
+    titles = {
+        0: f"greedy success on {episodes} fixed episodes",
+        split: "success while training (sampled actions)",
+    }
+    parts = [
+        f'<text x="{x + 40}" y="20" class="strong">{text}</text>' for x, text in titles.items()
+    ]
     parts.append(shifted(bars(rates, colours, split - 20, FIGURE_HEIGHT), 0, top))
     parts.append(shifted(curve(run, CURVE_WIDTH, FIGURE_HEIGHT).content(), split, top))
     label = f"greedy success on {episodes} fixed episodes before and after PPO, and success while training"
@@ -170,9 +186,16 @@ def pairs_section(pairs: Sequence[Mapping[str, Any]]) -> str:
     """The PPO runs against each other, on the same initial states."""
     if not pairs:
         return ""
-    rows = [[pair["before"], pair["after"], *gain_cells(pair), f"{pair['mcnemar_p']:.2g}"] for pair in pairs]
+    rows = [
+        [pair["before"], pair["after"], *gain_cells(pair), f"{pair['mcnemar_p']:.2g}"]
+        for pair in pairs
+    ]
     note = "p: McNemar's exact test of the states that turned. It says nothing of how much runs differ by their seed."
-    return section("Runs against each other", table(rows, ("from", "to", "points (95 %)", "states turned", "p")), note)
+    return section(
+        "Runs against each other",
+        table(rows, ("from", "to", "points (95 %)", "states turned", "p")),
+        note,
+    )
 
 
 def ppo_table(ppo: Mapping[str, Mapping[str, Any]]) -> str:
@@ -200,7 +223,9 @@ def checks_section(checks: Mapping[str, Any]) -> str:
         "fast": "Drawn fast (no multisampling, no reflections, no redundant physics passes), else the same.",
         "seed": "Another evaluation seed: it moves the fixtures, which the fixed states do not hold; else the same.",
     }
-    parts = [f"<p>{titles.get(k, k)}</p>{policy_table(v)}" for k, v in checks.items() if k != "held_out"]
+    parts = [
+        f"<p>{titles.get(k, k)}</p>{policy_table(v)}" for k, v in checks.items() if k != "held_out"
+    ]
     if held_out := checks.get("held_out"):
         parts.append(
             f"<p>Initial states are held out: of {held_out['num_layouts']} random layouts that training drew or may "
@@ -218,13 +243,25 @@ def _tiles(summary: Mapping[str, Any], variant: str | None) -> str:
             policy = policies[name]
             gain = f"{policy['gain_points']:+.1f} points, " if "gain_points" in policy else ""
             label = name if name == SUPERVISED else f"after PPO ({name})"
-            parts.append(tile(percent(policy["rate"]), label, f"{gain}{policy['successes']} of {policy['episodes']}"))
+            parts.append(
+                tile(
+                    percent(policy["rate"]),
+                    label,
+                    f"{gain}{policy['successes']} of {policy['episodes']}",
+                )
+            )
     if variant in summary["ppo"]:
         ppo = summary["ppo"][variant]
-        parts.append(tile(format_duration(ppo["training_s"]), "PPO", f"{ppo['env_steps']:,} environment steps"))
+        parts.append(
+            tile(
+                format_duration(ppo["training_s"]), "PPO", f"{ppo['env_steps']:,} environment steps"
+            )
+        )
     total_s = sum(stage["seconds"] for stage in summary["stages"].values())
     state = "complete" if summary["is_complete"] else "not complete yet"
-    parts.append(tile(format_duration(total_s), "all stages", f"{len(summary['stages'])} of them, {state}"))
+    parts.append(
+        tile(format_duration(total_s), "all stages", f"{len(summary['stages'])} of them, {state}")
+    )
     return "".join(parts)
 
 
@@ -236,15 +273,21 @@ def _times(run: ScratchRun, summary: Mapping[str, Any], variant: str | None) -> 
     blocks = time_block("All stages", seconds)
     if variant is not None and variant in summary["ppo"]:
         training_s = summary["ppo"][variant]["training_s"]
-        blocks += time_block(f"PPO ({variant})", ppo_phases(run.metrics(variant), training_s, "saving and stopping"))
-    return section("Where the time went", f'<div class="two">{blocks}</div>{ppo_table(summary["ppo"])}')
+        blocks += time_block(
+            f"PPO ({variant})", ppo_phases(run.metrics(variant), training_s, "saving and stopping")
+        )
+    return section(
+        "Where the time went", f'<div class="two">{blocks}</div>{ppo_table(summary["ppo"])}'
+    )
 
 
 def _curves(run: ScratchRun) -> str:
     keys = [("", series_colour(i), name) for i, name in enumerate(run.variants)]
     keys.append(("dot", "var(--before)", f"greedy, {SUPERVISED}"))
     parts = [
-        curve_block(legend(keys), curve(run, 800, 320, axis).svg(), curve(run, 360, 270, axis).svg())
+        curve_block(
+            legend(keys), curve(run, 800, 320, axis).svg(), curve(run, 360, 270, axis).svg()
+        )
         for axis in (ENV_STEPS, MINUTES)
     ]
     note = (
@@ -267,11 +310,25 @@ def render_page(run: ScratchRun, summary: Mapping[str, Any], grid: Grid | None) 
         sections.append(_curves(run))
     if variant is not None and (SUPERVISED, MAIN) in run.evaluations:
         before, after = (run.evaluations[name, MAIN] for name in (SUPERVISED, variant))
-        sections.append(tasks_section(read_evaluation(SUPERVISED, before), read_evaluation(f"PPO ({variant})", after)))
+        sections.append(
+            tasks_section(
+                read_evaluation(SUPERVISED, before), read_evaluation(f"PPO ({variant})", after)
+            )
+        )
     if grid is not None:
-        sections.append(section("Before and after", video_tag(grid.file.read_bytes(), "grid"), grid.note))
-    sections += [checks_section(summary["checks"]), pairs_section(summary["pairs"]), _times(run, summary, variant)]
-    settings = {f"{stage}.{flag}": str(v) for stage, values in summary["recipe"].items() for flag, v in values.items()}
+        sections.append(
+            section("Before and after", video_tag(grid.file.read_bytes(), "grid"), grid.note)
+        )
+    sections += [
+        checks_section(summary["checks"]),
+        pairs_section(summary["pairs"]),
+        _times(run, summary, variant),
+    ]
+    settings = {
+        f"{stage}.{flag}": str(v)
+        for stage, values in summary["recipe"].items()
+        for flag, v in values.items()
+    }
     sections.append(settings_section(settings))
     lead = (
         "A scripted expert's demonstrations, a small model from random weights fine-tuned on them, then PPO with LoRA, "

@@ -33,7 +33,14 @@ RECORDS = (
     "stages/*.json", "logs/*", "held_out.json", "eval/*/*/*/*/results.json", "eval/*/*/*/*/eval.log",
     "sft/metrics.jsonl", "sft/args.json", "sft/dataset_statistics.json",
 )  # fmt: skip
-PPO_RECORDS = ("metrics.jsonl", "args.json", "log.txt", "metadata.json", "curriculum.json", "cut/*/metrics.jsonl")
+PPO_RECORDS = (
+    "metrics.jsonl",
+    "args.json",
+    "log.txt",
+    "metadata.json",
+    "curriculum.json",
+    "cut/*/metrics.jsonl",
+)
 ADAPTER_FILES = (
     "adapter_config.json", "adapter_model.safetensors", "base_model.json", "metadata.json", "checksums.json",
     "dataset_statistics.json",
@@ -130,8 +137,14 @@ class ScratchRun:
 
     def _part_files(self, policy: str, kind: str) -> list[Path]:
         """results.json of each part that is done."""
-        parts = sorted(self.paths.evaluation(policy, kind).glob("*"), key=lambda folder: int(folder.name))
-        done = [folder for folder in parts if self.ledger.marker(f"eval.{policy}.{kind}.{folder.name}") is not None]
+        parts = sorted(
+            self.paths.evaluation(policy, kind).glob("*"), key=lambda folder: int(folder.name)
+        )
+        done = [
+            folder
+            for folder in parts
+            if self.ledger.marker(f"eval.{policy}.{kind}.{folder.name}") is not None
+        ]
         return [max(folder.glob("*/results.json")) for folder in done]
 
     def videos(self, policy: str) -> dict[tuple[int, int], Path]:
@@ -152,14 +165,21 @@ class ScratchRun:
         """A PPO run's learning curve so far."""
         if not (metrics := self.metrics(variant)):
             return ()
-        return curve_points(metrics, settling_steps(read_json(self.paths.ppo(variant) / "args.json")))
+        return curve_points(
+            metrics, settling_steps(read_json(self.paths.ppo(variant) / "args.json"))
+        )
 
     def ppo_summary(self, variant: str) -> dict[str, Any]:
         """A PPO run's numbers so far, with its GPU's where they were sampled."""
         metrics, pieces = self.metrics(variant), self.ledger.pieces(f"ppo.{variant}")
-        summary = {"is_done": self.ledger.marker(f"ppo.{variant}") is not None, **summarize_ppo(metrics, pieces)}
+        summary = {
+            "is_done": self.ledger.marker(f"ppo.{variant}") is not None,
+            **summarize_ppo(metrics, pieces),
+        }
         starts = [piece["started"] for piece in pieces if "first_step" in piece]
-        spans = [(s + a, s + b) for s, (a, b) in zip(starts, piece_spans(pieces, metrics), strict=True)]
+        spans = [
+            (s + a, s + b) for s, (a, b) in zip(starts, piece_spans(pieces, metrics), strict=True)
+        ]
         gpu = summarize_samples(read_samples(self.paths.gpu_samples(variant)), spans)
         return summary | ({"gpu": gpu} if gpu else {})
 
@@ -183,17 +203,28 @@ class ScratchRun:
         """Every two evaluated variants compared on the same initial states; `before` is the one named first."""
         evaluated = [name for name in self.variants if (name, MAIN) in self.evaluations]
         return [
-            {"before": a, "after": b, **compare(self.evaluations[a, MAIN], self.evaluations[b, MAIN])}
+            {
+                "before": a,
+                "after": b,
+                **compare(self.evaluations[a, MAIN], self.evaluations[b, MAIN]),
+            }
             for a, b in combinations(evaluated, 2)
         ]
 
     def remarks(self) -> list[str]:
         """What the evaluations say must be said beside every rate."""
-        return list(dict.fromkeys(text for results in self.evaluations.values() for text in results["remarks"]))
+        return list(
+            dict.fromkeys(
+                text for results in self.evaluations.values() for text in results["remarks"]
+            )
+        )
 
     def stage_seconds(self) -> dict[str, dict[str, Any]]:
         """Every stage that was begun: seconds over its pieces, their number, and whether it is done."""
-        files = sorted(self.paths.stages.glob("*.pieces.json"), key=lambda f: read_json(f)["pieces"][0]["started"])
+        files = sorted(
+            self.paths.stages.glob("*.pieces.json"),
+            key=lambda f: read_json(f)["pieces"][0]["started"],
+        )
         names = [file.name.removesuffix(".pieces.json") for file in files]
         return {
             name: {
@@ -219,7 +250,11 @@ class ScratchRun:
         The supervised model is left out if it came from elsewhere. Of a finished run it is the adapter, of another all
         that it needs to go on where the archive is unpacked: its folder and its records.
         """
-        found = [] if self.paths.sft_dir else [f for f in self.paths.sft.glob("*") if "tfevents" not in f.name]
+        found = (
+            []
+            if self.paths.sft_dir
+            else [f for f in self.paths.sft.glob("*") if "tfevents" not in f.name]
+        )
         for variant in self.variants:
             folder, name = self.paths.ppo(variant), f"ppo.{variant}"
             if self.ledger.marker(name) is not None:
@@ -230,11 +265,18 @@ class ScratchRun:
                     self.paths.stages / f"{name}.pieces.json",
                     self.paths.gpu_samples(variant),
                 ]
-        collect(target, [], {"models.tar": (self.paths.run_dir, [file for file in found if file.is_file()])})
+        collect(
+            target,
+            [],
+            {"models.tar": (self.paths.run_dir, [file for file in found if file.is_file()])},
+        )
 
 
 def summarize_run(
-    run: ScratchRun, recipe: Mapping[str, Any], changes: Mapping[str, Mapping[str, Any]], wanted: Sequence[str]
+    run: ScratchRun,
+    recipe: Mapping[str, Any],
+    changes: Mapping[str, Mapping[str, Any]],
+    wanted: Sequence[str],
 ) -> dict[str, Any]:
     """What summary.json holds: rates in 0..1, times in seconds. `wanted`: the stages that this run is to have."""
     stages = run.stage_seconds()
@@ -244,7 +286,10 @@ def summarize_run(
         "remarks": run.remarks(),
         "policies": run.policies(),
         "pairs": run.pairs(),
-        "ppo": {name: {"changes": changes.get(name, {}), **run.ppo_summary(name)} for name in run.variants},
+        "ppo": {
+            name: {"changes": changes.get(name, {}), **run.ppo_summary(name)}
+            for name in run.variants
+        },
         "checks": run.checks(),
         "stages": stages,
         "recipe": recipe,

@@ -17,14 +17,20 @@ from utils.training_state import BackgroundWriter
 
 
 def begin_saving(
-    learner: PPOLearner, folder: Path, writer: BackgroundWriter, after: Callable[[], None] | None = None
+    learner: PPOLearner,
+    folder: Path,
+    writer: BackgroundWriter,
+    after: Callable[[], None] | None = None,
 ) -> None:
     """Copy this rank's state and let `writer` write it into `folder`; `after` runs when all ranks have. A collective.
 
     An update that was stopped goes with it: its samples, averages and place.
     """
     progress = learner.progress
-    own = {f"random.{name}": state for name, state in training_state.random_states(learner.device).items()}
+    own = {
+        f"random.{name}": state
+        for name, state in training_state.random_states(learner.device).items()
+    }
     if progress is not None:
         own |= {f"update.{name}": tensor for name, tensor in progress.tensors().items()}
     tensors = {f"rank_{learner.rank}.{name}": tensor for name, tensor in own.items()}
@@ -67,7 +73,9 @@ def load(learner: PPOLearner, folder: Path, num_saved: int, seed: tuple[int, ...
         learner.progress = _load_update(learner, folder, updates, is_same=is_same)
 
 
-def _load_update(learner: PPOLearner, folder: Path, updates: list[dict[str, Any]], *, is_same: bool) -> UpdateProgress:
+def _load_update(
+    learner: PPOLearner, folder: Path, updates: list[dict[str, Any]], *, is_same: bool
+) -> UpdateProgress:
     if is_same:
         tensors = training_state.load_prefixed(folder, f"rank_{learner.rank}.update.")
         return UpdateProgress.restore(tensors, updates[learner.rank], learner.device)
@@ -82,7 +90,10 @@ def _load_update(learner: PPOLearner, folder: Path, updates: list[dict[str, Any]
 def set_schedule(scheduler: LambdaLR, num_steps: int) -> None:
     """Put a schedule to where it is after `num_steps` optimizer steps; peak and shape are those of the flags now."""
     scheduler.last_epoch = num_steps
-    rates = [base * factor(num_steps) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    rates = [
+        base * factor(num_steps)
+        for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     scheduler._last_lr = rates

@@ -40,7 +40,9 @@ def reading(path: str | Path, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise ValueError(f"{path}: {what} cannot be read ({type(error).__name__}: {reason})") from error
+        raise ValueError(
+            f"{path}: {what} cannot be read ({type(error).__name__}: {reason})"
+        ) from error
 
 
 def read_json_object(file: str | Path) -> dict[str, Any]:
@@ -50,11 +52,15 @@ def read_json_object(file: str | Path) -> dict[str, Any]:
     """
     path = Path(file)
     if path.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes: JSON of more than {MAX_JSON_BYTES} is not read")
+        raise ValueError(
+            f"{path} has {path.stat().st_size} bytes: JSON of more than {MAX_JSON_BYTES} is not read"
+        )
     try:
         value = json.loads(path.read_bytes().decode())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): the folder is damaged or half-written") from error
+        raise ValueError(
+            f"{path} is not valid JSON ({error}): the folder is damaged or half-written"
+        ) from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} is not a JSON object")
     return value
@@ -77,7 +83,11 @@ def is_int(value: Any, low: int, high: int) -> bool:
 
 def is_list_of(value: Any, holds: Callable[[Any], bool], length: int | None = None) -> bool:
     """A list, of `length` if given, all of whose items hold."""
-    return isinstance(value, list) and (length is None or len(value) == length) and all(map(holds, value))
+    return (
+        isinstance(value, list)
+        and (length is None or len(value) == length)
+        and all(map(holds, value))
+    )
 
 
 def read_index(file: str | Path) -> dict[str, str]:
@@ -87,11 +97,19 @@ def read_index(file: str | Path) -> dict[str, str]:
     """
     fields = read_json_object(file)
     weight_map = fields.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not isinstance(fields.get("metadata", {}), dict):
-        raise ValueError(f"{file} is not a safetensors index: weight_map must map tensor names to file names")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not isinstance(fields.get("metadata", {}), dict)
+    ):
+        raise ValueError(
+            f"{file} is not a safetensors index: weight_map must map tensor names to file names"
+        )
     for name in weight_map.values():
         if not is_plain_name(name) or not name.endswith(".safetensors"):
-            raise ValueError(f"{file} names {name!r}: an index may only name .safetensors files in its own folder")
+            raise ValueError(
+                f"{file} names {name!r}: an index may only name .safetensors files in its own folder"
+            )
     return weight_map
 
 
@@ -103,7 +121,9 @@ def weight_files(model_dir: str | Path) -> list[Path]:
     folder = Path(model_dir)
     single, index = folder / WEIGHTS_NAME, folder / INDEX_NAME
     if single.exists() and index.exists():
-        raise ValueError(f"{folder} has both {WEIGHTS_NAME} and {INDEX_NAME}: remove the one that is not the model")
+        raise ValueError(
+            f"{folder} has both {WEIGHTS_NAME} and {INDEX_NAME}: remove the one that is not the model"
+        )
     if index.exists():
         return [folder / name for name in sorted(set(read_index(index).values()))]
     return [single] if single.exists() else []
@@ -126,7 +146,9 @@ def read_headers(model_dir: str | Path) -> dict[str, tuple[str, tuple[int, ...]]
     index = Path(model_dir) / INDEX_NAME
     if index.exists() and (weight_map := read_index(index)) != where:
         name = sorted(weight_map.items() ^ where.items())[0][0]
-        raise ValueError(f"{index} says {name} is in {weight_map.get(name)}, it is in {where.get(name)}")
+        raise ValueError(
+            f"{index} says {name} is in {weight_map.get(name)}, it is in {where.get(name)}"
+        )
     return headers
 
 
@@ -142,9 +164,13 @@ def read_header(file: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     try:
         with safe_open(file, "pt") as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
-            headers = {name: (str(s.get_dtype()), tuple(s.get_shape())) for name, s in slices.items()}
+            headers = {
+                name: (str(s.get_dtype()), tuple(s.get_shape())) for name, s in slices.items()
+            }
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} cannot be read ({error}): the folder is damaged or half-written") from error
+        raise ValueError(
+            f"{file} cannot be read ({error}): the folder is damaged or half-written"
+        ) from error
     if not headers:
         raise ValueError(f"{file} holds no tensors")
     return headers
@@ -179,7 +205,9 @@ def write_checksums(folder: str | Path) -> None:
     """Write checksums.json: the SHA-256 of every file in `folder` and below, by relative path."""
     root = Path(folder)
     files = sorted(p for p in root.rglob("*") if p.is_file() and p.name != CHECKSUMS_NAME)
-    hashes = dict(zip((p.relative_to(root).as_posix() for p in files), _sha256_all(files), strict=True))
+    hashes = dict(
+        zip((p.relative_to(root).as_posix() for p in files), _sha256_all(files), strict=True)
+    )
     (root / CHECKSUMS_NAME).write_text(json.dumps({"sha256": hashes}, indent=1) + "\n")
 
 
@@ -188,7 +216,9 @@ def is_always_listed(name: str) -> bool:
     return name.endswith(".safetensors") or name in ("config.json", "adapter_config.json")
 
 
-def checksum_problems(folder: str | Path, wanted: Callable[[str], bool] = lambda name: True) -> list[str]:
+def checksum_problems(
+    folder: str | Path, wanted: Callable[[str], bool] = lambda name: True
+) -> list[str]:
     """Files that are not those that checksums.json lists; empty without it (a folder from elsewhere).
 
     `wanted` picks by relative path. Files that are not listed were added later and are not looked at, but weights and
@@ -202,14 +232,25 @@ def checksum_problems(folder: str | Path, wanted: Callable[[str], bool] = lambda
     except ValueError as error:
         return [str(error)]
     if not isinstance(hashes, dict) or not all(
-        all(map(is_plain_name, name.split("/"))) and isinstance(value, str) and _SHA256.fullmatch(value)
+        all(map(is_plain_name, name.split("/")))
+        and isinstance(value, str)
+        and _SHA256.fullmatch(value)
         for name, value in hashes.items()
     ):
-        return [f"{manifest} is damaged: it must map files in its folder to SHA-256 sums under the key sha256"]
+        return [
+            f"{manifest} is damaged: it must map files in its folder to SHA-256 sums under the key sha256"
+        ]
     present_names = (path.name for path in Path(folder).iterdir() if path.is_file())
-    unlisted = sorted(name for name in present_names if is_always_listed(name) and wanted(name) and name not in hashes)
+    unlisted = sorted(
+        name
+        for name in present_names
+        if is_always_listed(name) and wanted(name) and name not in hashes
+    )
     if unlisted:
-        return [f"{manifest} does not list {name}: it is damaged, or the file is another model's" for name in unlisted]
+        return [
+            f"{manifest} does not list {name}: it is damaged, or the file is another model's"
+            for name in unlisted
+        ]
     names = sorted(filter(wanted, hashes))
     missing = [name for name in names if not (Path(folder) / name).is_file()]
     problems = [f"{Path(folder) / name} is missing, {CHECKSUMS_NAME} lists it" for name in missing]
@@ -243,7 +284,9 @@ def raise_file_problems(problems: Iterable[str]) -> None:
         raise ValueError(text)
 
 
-def field_problems(fields: Mapping[str, Any], rules: Mapping[str, tuple[Callable[[Any], bool], str]]) -> list[str]:
+def field_problems(
+    fields: Mapping[str, Any], rules: Mapping[str, tuple[Callable[[Any], bool], str]]
+) -> list[str]:
     """The fields that are there and break their rule: name -> (holds, description)."""
     return [
         f"{name} is {str(fields[name])[:80]!r}: it must be {description}"

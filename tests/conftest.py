@@ -53,7 +53,9 @@ def libero_skip_reason(suites: Iterable[str]) -> str | None:
 
     if importlib.util.find_spec("libero") is None or importlib.util.find_spec("mujoco") is None:
         return "LIBERO's simulator is not installed: bash scripts/setup_env.sh --libero"
-    if problems := [problem for renderer in chosen_renderers() for problem in gl_problems(renderer)]:
+    if problems := [
+        problem for renderer in chosen_renderers() for problem in gl_problems(renderer)
+    ]:
         return problems[0]
     from ppo.envs.libero_install import find_assets
 

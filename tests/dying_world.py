@@ -22,10 +22,15 @@ class DyingEnv:
 
     def step(self, action):
         self.step_index += 1
-        if (self.request.task_id, self.request.init_state_id) == (0, 1) and not self.marker.exists():
+        if (self.request.task_id, self.request.init_state_id) == (
+            0,
+            1,
+        ) and not self.marker.exists():
             self.marker.touch()
             os._exit(3)
-        return StepResult(self.image(), 1.0, terminated=self.step_index == 3, truncated=False, success=True)
+        return StepResult(
+            self.image(), 1.0, terminated=self.step_index == 3, truncated=False, success=True
+        )
 
     def render(self, size):
         return self.image()

@@ -46,7 +46,10 @@ def make_rollout(model_dir: str, seed: int = 0) -> Rollout:
         return torch.from_numpy(rng.integers(0, 256, (*shape, SIZE, SIZE, 3), dtype=np.uint8))
 
     return Rollout(
-        prompts=[processor.prompt_ids("pick up the red block"), processor.prompt_ids("push the plate")],
+        prompts=[
+            processor.prompt_ids("pick up the red block"),
+            processor.prompt_ids("push the plate"),
+        ],
         images_TBHWC=images(T, B),
         action_ids_TBA=torch.from_numpy(rng.integers(0, 256, (T, B, 7))) + first,
         logprob_TBA=torch.from_numpy(rng.normal(-5.5, 0.1, (T, B, 7)).astype(np.float32)),
@@ -101,9 +104,13 @@ def make_learner(
             reshard_after_forward=args.sharding_strategy == "full-shard",
         )
         parameters = peft_utils.trainable_parameters(module)
-        fused = torch.optim.AdamW(parameters, lr=1e-3, fused=device.type == "cuda") if adam else None
+        fused = (
+            torch.optim.AdamW(parameters, lr=1e-3, fused=device.type == "cuda") if adam else None
+        )
         optimizer = fused or torch.optim.SGD(parameters, lr=0.1)
-        return Trainable(module, parameters, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0, 1))
+        return Trainable(
+            module, parameters, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0, 1)
+        )
 
     policy, value = trainable(model, dtype), trainable(critic.to(device), torch.float32)
     if compile_backend is not None:
@@ -123,7 +130,9 @@ def weights(learner) -> dict[str, torch.Tensor]:
 def assert_same_update(one: dict, two: dict) -> None:
     for name in one["metrics"]:
         if name.startswith("train/"):
-            assert two["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-5, abs=1e-6), name
+            assert two["metrics"][name] == pytest.approx(
+                one["metrics"][name], rel=1e-5, abs=1e-6
+            ), name
     changes = []
     for name, weight in one["weights"].items():
         torch.testing.assert_close(two["weights"][name], weight, rtol=1e-5, atol=1e-6, msg=name)

@@ -44,7 +44,9 @@ class Played:
     rewards: list[float]
 
 
-def play(env, request: ResetRequest, actions: np.ndarray = ACTIONS, between: Callable = lambda: None) -> Played:
+def play(
+    env, request: ResetRequest, actions: np.ndarray = ACTIONS, between: Callable = lambda: None
+) -> Played:
     images, rewards = [env.reset(request)], []
     qpos = [env.simulator.data.qpos.copy()]
     for action in actions:

@@ -49,7 +49,9 @@ def damage_bytes(data: bytes, rng: random.Random) -> tuple[str, bytes]:
     if rng.random() < 0.5:
         at = min(at, rng.randrange(2000))  # headers are at the beginning
     length = rng.randrange(1, 200)
-    kind = rng.choice(("truncate", "flip", "flip", "flip", "zero", "cut", "insert", "empty", "garbage", "append"))
+    kind = rng.choice(
+        ("truncate", "flip", "flip", "flip", "zero", "cut", "insert", "empty", "garbage", "append")
+    )
     if kind == "flip":
         changed = bytearray(data or b"\0")
         for _ in range(rng.choice((1, 1, 1, 2, 8))):
@@ -89,7 +91,9 @@ def damage_json(data: bytes, rng: random.Random) -> tuple[str, bytes]:
 
 
 def _places(node: Any) -> Iterator[tuple[Any, Any]]:
-    for key in list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ():
+    for key in (
+        list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
+    ):
         yield node, key
         yield from _places(node[key])
 
@@ -101,18 +105,35 @@ def damage_safetensors(data: bytes, rng: random.Random) -> tuple[str, bytes]:
     names = [name for name in header if name != "__metadata__"]
     name, other = rng.choice(names), rng.choice(names)
     kind = rng.choice(
-        ("drop", "rename", "shape", "dtype", "offsets", "overlap", "length", "extra", "transpose", "type")
+        (
+            "drop",
+            "rename",
+            "shape",
+            "dtype",
+            "offsets",
+            "overlap",
+            "length",
+            "extra",
+            "transpose",
+            "type",
+        )
     )
     if kind == "drop":
         del header[name]
     elif kind == "rename":
         header[f"{name}.x"] = header.pop(name)
     elif kind == "shape":
-        header[name]["shape"] = rng.choice(([0], [-1], [1 << 60, 1 << 60], [*header[name]["shape"], 1], [], "x", None))
+        header[name]["shape"] = rng.choice(
+            ([0], [-1], [1 << 60, 1 << 60], [*header[name]["shape"], 1], [], "x", None)
+        )
     elif kind == "dtype":
-        header[name]["dtype"] = rng.choice(("I32", "F64", "BOOL", "F8_E4M3", "U32", "COMPLEX", None, 7))
+        header[name]["dtype"] = rng.choice(
+            ("I32", "F64", "BOOL", "F8_E4M3", "U32", "COMPLEX", None, 7)
+        )
     elif kind == "offsets":
-        header[name]["data_offsets"] = rng.choice(([0, 1 << 62], [-4, 0], [8, 4], [0], "0-4", [1.5, 2]))
+        header[name]["data_offsets"] = rng.choice(
+            ([0, 1 << 62], [-4, 0], [8, 4], [0], "0-4", [1.5, 2])
+        )
     elif kind == "overlap":
         header[name]["data_offsets"] = header[other]["data_offsets"]
     elif kind == "transpose":
@@ -122,7 +143,11 @@ def damage_safetensors(data: bytes, rng: random.Random) -> tuple[str, bytes]:
     elif kind == "extra":
         header["extra"] = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
     text = json.dumps(header).encode()
-    claimed = rng.choice((0, len(text) - 1, len(data) * 2, 1 << 63, (1 << 64) - 1)) if kind == "length" else len(text)
+    claimed = (
+        rng.choice((0, len(text) - 1, len(data) * 2, 1 << 63, (1 << 64) - 1))
+        if kind == "length"
+        else len(text)
+    )
     return f"{kind} {name}", struct.pack("<Q", claimed) + text + body
 
 
@@ -145,13 +170,19 @@ def damage_records(data: bytes, rng: random.Random) -> tuple[str, bytes]:
     (length,) = struct.unpack("<Q", data[:8])
     kind = rng.choice(("length", "protobuf", "protobuf", "protobuf", "lose", "double"))
     if kind == "length":
-        claimed = struct.pack("<Q", rng.choice((0, 1 << 62, (1 << 64) - 1, length - 1, length + 1, 1 << 40)))
-        return "length with its CRC", claimed + struct.pack("<I", masked_crc32c(claimed)) + data[12:]
+        claimed = struct.pack(
+            "<Q", rng.choice((0, 1 << 62, (1 << 64) - 1, length - 1, length + 1, 1 << 40))
+        )
+        return "length with its CRC", claimed + struct.pack("<I", masked_crc32c(claimed)) + data[
+            12:
+        ]
     if kind == "protobuf":
         what, record = damage_bytes(data[12 : 12 + length], rng)
         head = struct.pack("<Q", len(record))
         head += struct.pack("<I", masked_crc32c(head))
-        return f"protobuf {what}", head + record + struct.pack("<I", masked_crc32c(record)) + data[16 + length :]
+        return f"protobuf {what}", head + record + struct.pack("<I", masked_crc32c(record)) + data[
+            16 + length :
+        ]
     first = data[: 16 + length]
     return f"{kind} a record", data[len(first) :] if kind == "lose" else first + data
 
@@ -186,7 +217,11 @@ def digest(*values: Any) -> str:
     total = hashlib.sha256()
     for value in values:
         is_array = hasattr(value, "shape")
-        total.update(np.ascontiguousarray(value).tobytes() if is_array else json.dumps(value, sort_keys=True).encode())
+        total.update(
+            np.ascontiguousarray(value).tobytes()
+            if is_array
+            else json.dumps(value, sort_keys=True).encode()
+        )
     return total.hexdigest()
 
 
@@ -208,7 +243,10 @@ class ModelFolder:
     def load(self) -> str:
         import numpy as np
 
-        processor, model = self.loaders["processor"](self.folder), self.loaders["model"](self.folder)
+        processor, model = (
+            self.loaders["processor"](self.folder),
+            self.loaders["model"](self.folder),
+        )
         image = np.arange(28 * 28 * 3, dtype=np.uint8).reshape(28, 28, 3)
         pixels = processor.image_processor(image).pixel_values
         weights = [tensor.numpy() for _, tensor in sorted(model.state_dict().items())]
@@ -219,7 +257,9 @@ class ModelFolder:
 
     def refuses(self, name: str) -> None:
         """Raise what the loader that reads file `name` raises; `check` has found a problem."""
-        if name == "checksums.json":  # read by all of them; what only `check` misses is a file that none of them reads
+        if (
+            name == "checksums.json"
+        ):  # read by all of them; what only `check` misses is a file that none of them reads
             for loader in self.loaders.values():
                 loader(self.folder)
             raise ValueError(self.check(self.folder)[0])
@@ -249,7 +289,9 @@ class AdapterFolder:
     def load(self) -> str:
         wrapper = self._load(copy.deepcopy(self._model), self.folder)
         config = wrapper.peft_config["default"]
-        factors = [p.detach().numpy() for n, p in sorted(wrapper.named_parameters()) if "lora_" in n]
+        factors = [
+            p.detach().numpy() for n, p in sorted(wrapper.named_parameters()) if "lora_" in n
+        ]
         return digest(config.r, config.lora_alpha, config.lora_dropout, *factors)
 
     def refuses(self, name: str) -> None:
@@ -276,7 +318,11 @@ class RldsFolder:
         root, name = self.folder.parents[1], self.folder.parent.name
         statistics = load_dataset_statistics(root, name)
         source = MemorySource(load_specs(root, name), Reading((32, 32), train=False))
-        parts = [part for c in source.chunks() for part in (c.images_CHW3, c.actions_CA, list(c.instructions))]
+        parts = [
+            part
+            for c in source.chunks()
+            for part in (c.images_CHW3, c.actions_CA, list(c.instructions))
+        ]
         return digest(statistics, *parts)
 
     def refuses(self, name: str) -> None:
@@ -291,7 +337,10 @@ def outcome(target: Any, name: str, original: str) -> str:
     """What loading the damaged folder does; see the module."""
     try:
         if problems := target.check(target.folder):
-            if not all(isinstance(problem, str) for problem in problems) or str(target.folder) not in problems[0]:
+            if (
+                not all(isinstance(problem, str) for problem in problems)
+                or str(target.folder) not in problems[0]
+            ):
                 return f"does not name a file: {problems}"
             target.refuses(name)
         return "same" if target.load() == original else "different"
@@ -325,7 +374,10 @@ def run(kind: str, folder: Path, seed: int, cases: int) -> None:
     files = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
     for case in range(cases):
         name, what, file, changed = mutation(folder, random.Random(f"{kind} {seed} {case}"))
-        print(json.dumps({"folder": str(folder), "case": case, "file": name, "what": what}), flush=True)
+        print(
+            json.dumps({"folder": str(folder), "case": case, "file": name, "what": what}),
+            flush=True,
+        )
         if changed is None:
             file.unlink()
         else:

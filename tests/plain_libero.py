@@ -34,7 +34,9 @@ class Recorder:
     def __init__(self, env: Any) -> None:
         self.env = env
         self.seen: dict[str, list] = {}
-        self.cameras = {f"{name}_image": env.env._observables[f"{name}_image"]._sensor for name in CAMERAS}
+        self.cameras = {
+            f"{name}_image": env.env._observables[f"{name}_image"]._sensor for name in CAMERAS
+        }
 
     def draw(self, is_wanted: bool) -> None:
         """Whether the cameras draw from now on, which takes most of the time; when they are asked does not change."""
@@ -77,7 +79,9 @@ def play(played: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     env.reset()
     recorder = Recorder(env)
     recorder.note(body_pos=env.sim.model.body_pos.copy())
-    observation = env.set_init_state(suite.get_task_init_states(task_id)[int(played["init_state_id"])])
+    observation = env.set_init_state(
+        suite.get_task_init_states(task_id)[int(played["init_state_id"])]
+    )
     recorder.draw(False)
     for _ in range(int(played["num_wait"])):
         observation, *_ = env.step(SETTLE)

@@ -43,7 +43,9 @@ def weights(value: float, num_kib: int) -> dict[str, torch.Tensor]:
 
 def save(folder: Path, source: Path, value: float, num_kib: int) -> None:
     files = {"metadata.json": {"value": value}}
-    checkpoint_utils.save_model_dir(folder, weights(value, num_kib), source, json_files=files, overwrite=True)
+    checkpoint_utils.save_model_dir(
+        folder, weights(value, num_kib), source, json_files=files, overwrite=True
+    )
 
 
 def assert_untouched(folder: Path, value: float) -> None:
@@ -118,7 +120,9 @@ def test_a_limit_on_file_sizes_ends_like_a_full_disk(source, tmp_path):
     )
     words = [sys.executable, "-c", code, str(tmp_path / "runs" / "best_return"), str(source)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert "REFUSED [Errno 27] File too large" in done.stdout and "best_return" in done.stdout, done.stderr[-2000:]
+    assert "REFUSED [Errno 27] File too large" in done.stdout and "best_return" in done.stdout, (
+        done.stderr[-2000:]
+    )
     assert_untouched(tmp_path / "runs" / "best_return", 1.0)
 
 
@@ -149,7 +153,10 @@ def test_what_a_killed_process_left_is_named_and_cleaned_by_the_next(source, tmp
     target = tmp_path / "runs" / "best_return"
     save(target, source, 1.0, 2)
     pid = killed_while_writing(target)
-    assert sorted(p.name for p in target.parent.iterdir()) == [f".best_return.partial-{pid}", "best_return"]
+    assert sorted(p.name for p in target.parent.iterdir()) == [
+        f".best_return.partial-{pid}",
+        "best_return",
+    ]
     save(target, source, 2.0, 2)
     assert_untouched(target, 2.0)
 

@@ -94,7 +94,11 @@ def documented_commands() -> list[tuple[str, list[str]]]:
     for program in PROGRAMS:
         docstring = ast.get_docstring(ast.parse((ROOT / program).read_text())) or ""
         lines = re.findall(r"^    (.+)$", docstring.replace("\\\n", " "), flags=re.M)
-        found += [(program, words) for line in lines if (words := split_command(line)) and "..." not in words]
+        found += [
+            (program, words)
+            for line in lines
+            if (words := split_command(line)) and "..." not in words
+        ]
     return found
 
 
@@ -123,7 +127,15 @@ def run_script(script: str, argv: list[str], checkout: Path) -> list[list[str]]:
 
 LAUNCHES = {
     "scripts/quickstart.sh": ["--seed", "3"],
-    "scripts/libero_spatial_from_scratch.sh": ["--variants", "base", "seed1", "--time_limit_s", "580", "--gpus", "1"],
+    "scripts/libero_spatial_from_scratch.sh": [
+        "--variants",
+        "base",
+        "seed1",
+        "--time_limit_s",
+        "580",
+        "--gpus",
+        "1",
+    ],
     "scripts/train_tabletop_cpu.sh": ["--vla_path", "runs/quickstart/sft", "--seed", "1"],
     "scripts/train_libero.sh": ["object", "0,1", "0"],
     "scripts/train_libero_spatial.sh": ["0,1,2,3", "0 1 2"],
@@ -162,10 +174,17 @@ def multinode_flags(words: list[str]) -> list[str] | None:
 def test_documents_hold_commands():
     assert len([doc for doc, _ in COMMANDS if doc == "README.md"]) >= 8
     programs = {words[0] for _, words in COMMANDS}
-    assert {"scripts/quickstart.sh", "scripts/test.sh", "ppo_vllm_ray_fsdp_vla.py", "vla-scripts/merge.py"} <= programs
+    assert {
+        "scripts/quickstart.sh",
+        "scripts/test.sh",
+        "ppo_vllm_ray_fsdp_vla.py",
+        "vla-scripts/merge.py",
+    } <= programs
 
 
-@pytest.mark.parametrize(("doc", "words"), COMMANDS, ids=lambda value: value if isinstance(value, str) else value[0])
+@pytest.mark.parametrize(
+    ("doc", "words"), COMMANDS, ids=lambda value: value if isinstance(value, str) else value[0]
+)
 def test_documented_command_parses(doc, words, monkeypatch, tmp_path):
     if words[0] in PROGRAMS:
         parse(words[0], words[1:], monkeypatch)
@@ -180,7 +199,9 @@ def test_documented_command_parses(doc, words, monkeypatch, tmp_path):
         assert (ROOT / words[0]).exists()
 
 
-@pytest.mark.parametrize("script", sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("scripts/*.sh")))
+@pytest.mark.parametrize(
+    "script", sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("scripts/*.sh"))
+)
 def test_launch_script_parses(script, monkeypatch, tmp_path):
     if script in NO_PROGRAM | MULTINODE:
         return
@@ -201,8 +222,12 @@ def test_launch_script_parses(script, monkeypatch, tmp_path):
         ("colocate", "0,1,2,3,4,5,6,7", 8, 8),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("suite", ["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"])
-def test_libero_launch_lines_fit_the_gpus(suite, layout, gpus, trainers, engines, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "suite", ["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"]
+)
+def test_libero_launch_lines_fit_the_gpus(
+    suite, layout, gpus, trainers, engines, monkeypatch, tmp_path
+):
     monkeypatch.setenv("LAYOUT", layout)
     (call,) = run_script(f"scripts/train_{suite}.sh", [gpus, "0,5", "--seed", "7"], tmp_path)
     args = parse(call[0], call[1:], monkeypatch)
@@ -211,9 +236,16 @@ def test_libero_launch_lines_fit_the_gpus(suite, layout, gpus, trainers, engines
     assert args.use_lora and args.center_crop and args.env_gpu_id == (int(gpus[-1]),)
     colocate = layout == "colocate" or len(gpus) == 1
     assert args.colocate is colocate
-    demand = Demand(parse_trainers_per_node(args.actor_num_gpus_per_node), args.vllm_num_engines, colocate=colocate)
+    demand = Demand(
+        parse_trainers_per_node(args.actor_num_gpus_per_node),
+        args.vllm_num_engines,
+        colocate=colocate,
+    )
     assert (demand.num_trainers, demand.num_engines) == (trainers, engines)
-    assert placement_problems(demand, [Node(gpus.count(",") + 1, 64)]) == [] and demand.num_gpus == gpus.count(",") + 1
+    assert (
+        placement_problems(demand, [Node(gpus.count(",") + 1, 64)]) == []
+        and demand.num_gpus == gpus.count(",") + 1
+    )
 
 
 @pytest.mark.parametrize("tasks", ["all", "0 1 2", "0,1,2"])
@@ -245,17 +277,26 @@ def test_libero_launch_lines_say_what_they_take(layout, argv, message):
 
 @pytest.mark.parametrize(
     ("argv", "suite", "crop"),
-    [(["m"], "libero_spatial", True), (["m", "libero_goal", "--no_center_crop"], "libero_goal", False)],
+    [
+        (["m"], "libero_spatial", True),
+        (["m", "libero_goal", "--no_center_crop"], "libero_goal", False),
+    ],
 )
 def test_libero_evaluation_takes_a_suite_and_flags(argv, suite, crop, monkeypatch, tmp_path):
     (call,) = run_script("scripts/eval_libero.sh", argv, tmp_path)
     args = parse(call[0], call[1:], monkeypatch)
-    assert args.task_suite_name == suite and args.center_crop is crop and args.save_video == "failures"
+    assert (
+        args.task_suite_name == suite and args.center_crop is crop and args.save_video == "failures"
+    )
 
 
-@pytest.mark.parametrize(("gl", "gpu", "drawn_on"), [("", True, 0), ("osmesa", True, None), ("", False, None)])
+@pytest.mark.parametrize(
+    ("gl", "gpu", "drawn_on"), [("", True, 0), ("osmesa", True, None), ("", False, None)]
+)
 @pytest.mark.parametrize("script", ["scripts/eval_libero.sh", "scripts/make_libero_demos.sh"])
-def test_libero_is_drawn_on_the_gpu_where_there_is_one(script, gl, gpu, drawn_on, monkeypatch, tmp_path):
+def test_libero_is_drawn_on_the_gpu_where_there_is_one(
+    script, gl, gpu, drawn_on, monkeypatch, tmp_path
+):
     program = tmp_path / "bin/nvidia-smi"
     program.parent.mkdir()
     program.write_text(f"#!/bin/sh\n{'echo GPU 0: a card' if gpu else 'exit 9'}\n")
@@ -269,7 +310,9 @@ def test_libero_is_drawn_on_the_gpu_where_there_is_one(script, gl, gpu, drawn_on
 
 
 def test_tabletop_launch_is_the_real_thing(monkeypatch, tmp_path):
-    (call,) = run_script("scripts/train_tabletop_cpu.sh", ["--vla_path", "x", "--learning_rate", "0.125"], tmp_path)
+    (call,) = run_script(
+        "scripts/train_tabletop_cpu.sh", ["--vla_path", "x", "--learning_rate", "0.125"], tmp_path
+    )
     args = parse(call[0], call[1:], monkeypatch)
     assert args.use_lora and args.value_init_steps > 0
     assert args.learning_rate == 0.125  # what the user adds wins
@@ -279,18 +322,25 @@ def test_tabletop_launch_is_the_real_thing(monkeypatch, tmp_path):
 def attributes_read(owner: str) -> set[str]:
     """Attributes read from something whose name matches `owner`, outside the functions that only validate."""
     names = set()
-    files = [p for p in ROOT.rglob("*.py") if not {".venv", "tests"} & set(p.relative_to(ROOT).parts)]
+    files = [
+        p for p in ROOT.rglob("*.py") if not {".venv", "tests"} & set(p.relative_to(ROOT).parts)
+    ]
     for file in files:
         tree = ast.parse(file.read_text())
         validating = {
             id(node)
             for function in ast.walk(tree)
-            if isinstance(function, ast.FunctionDef) and re.search(r"validate|problems", function.name)
+            if isinstance(function, ast.FunctionDef)
+            and re.search(r"validate|problems", function.name)
             for node in ast.walk(function)
         }
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and id(node) not in validating:
-                name = node.value.id if isinstance(node.value, ast.Name) else getattr(node.value, "attr", "")
+                name = (
+                    node.value.id
+                    if isinstance(node.value, ast.Name)
+                    else getattr(node.value, "attr", "")
+                )
                 if re.fullmatch(owner, name):
                     names.add(node.attr)
     return names
@@ -301,7 +351,9 @@ def test_every_flag_is_read(program):
     cls = args_class(program)
     own = set(vars(cls)["__annotations__"])
     inherited = {field.name for field in dataclasses.fields(cls)} - own
-    unread = (own - attributes_read("args|arguments")) | (inherited - attributes_read("args|arguments|config"))
+    unread = (own - attributes_read("args|arguments")) | (
+        inherited - attributes_read("args|arguments|config")
+    )
     assert not unread, f"flags of {program} that nothing reads: {sorted(unread)}"
 
 
@@ -311,7 +363,9 @@ def test_every_flag_is_documented(program):
     (cls,) = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "Args"]
     for node, following in zip(cls.body, [*cls.body[1:], None], strict=True):
         if isinstance(node, ast.AnnAssign):
-            documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+            documented = isinstance(following, ast.Expr) and isinstance(
+                following.value, ast.Constant
+            )
             assert documented, f"{program}: --{node.target.id} has no docstring"
 
 
@@ -322,7 +376,9 @@ def test_flag_list_is_frozen(program):
     if os.environ.get("UPDATE_FLAGS"):
         file.parent.mkdir(exist_ok=True)
         file.write_text(present)
-    assert file.read_text() == present, "flags changed: tell users, then UPDATE_FLAGS=1 (see the module's docstring)"
+    assert file.read_text() == present, (
+        "flags changed: tell users, then UPDATE_FLAGS=1 (see the module's docstring)"
+    )
 
 
 def test_links_in_documents_lead_somewhere():
@@ -343,7 +399,9 @@ def test_every_metric_is_documented():
         "vla-scripts/finetune.py",
     ):
         source = (ROOT / name).read_text()
-        written |= set(re.findall(r'"((?:rollout|train|eval|curriculum|time|mem|sync)/\w+)"', source))
+        written |= set(
+            re.findall(r'"((?:rollout|train|eval|curriculum|time|mem|sync)/\w+)"', source)
+        )
         prefix = "time/trainer_" if name == "ppo/learner.py" else "time/"
         written |= {f"{prefix}{phase}_s" for phase in re.findall(r'\.phase\("(\w+)"\)', source)}
     assert len(written) > 30

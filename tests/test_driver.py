@@ -83,11 +83,21 @@ def test_lora_run_learns_syncs_and_writes_what_it_promises(tiny_model_dir, tmp_p
     # critic warm-up: no policy update in step 1, so step 2 acts with the initial policy; later ones with others
     assert "train/policy_loss" not in steps[1] and steps[2]["train/approx_kl_k3"] > 1e-4
     for step in steps:
-        assert steps[step]["train/engine_logprob_max_diff"] < 1e-4, "engine and trainer are not the same policy"
-    assert steps[2]["train/first_minibatch_ratio_max_abs_dev"] < 1e-5 < steps[2]["train/ratio_max_abs_dev"]
+        assert steps[step]["train/engine_logprob_max_diff"] < 1e-4, (
+            "engine and trainer are not the same policy"
+        )
+    assert (
+        steps[2]["train/first_minibatch_ratio_max_abs_dev"]
+        < 1e-5
+        < steps[2]["train/ratio_max_abs_dev"]
+    )
 
     # only the chosen task was played, and each episode's result came back for its task
-    episodes = {k: v for k, v in steps[4].items() if k.endswith("num_episodes") and k.startswith("curriculum/")}
+    episodes = {
+        k: v
+        for k, v in steps[4].items()
+        if k.endswith("num_episodes") and k.startswith("curriculum/")
+    }
     assert set(episodes) == {"curriculum/task_1_num_episodes"}
     assert sum(episodes.values()) == sum(s["rollout/num_episodes"] for s in steps.values()) > 0
     assert json.loads((exp_dir / "curriculum.json").read_text())["stats"].keys() == {"1"}
@@ -100,14 +110,20 @@ def test_lora_run_learns_syncs_and_writes_what_it_promises(tiny_model_dir, tmp_p
     }  # fmt: skip
     assert (exp_dir / "step_2" / "training_state" / ".metadata").exists()
     assert list(exp_dir.glob("events.out.tfevents.*"))
-    adapter, middle = (load_file(d / "adapter_model.safetensors") for d in (exp_dir, exp_dir / "step_2"))
+    adapter, middle = (
+        load_file(d / "adapter_model.safetensors") for d in (exp_dir, exp_dir / "step_2")
+    )
     assert adapter.keys() == middle.keys() and any((adapter[n] != middle[n]).any() for n in adapter)
-    assert any(t.any() for n, t in adapter.items() if "lora_B" in n), "the adapter was never trained"
+    assert any(t.any() for n, t in adapter.items() if "lora_B" in n), (
+        "the adapter was never trained"
+    )
 
     # an adapter is no model: what needs one says how to get it; and the run's folder is never written again
     with pytest.raises(ValueError) as refused:
         driver.check_files(dataclasses.replace(args, vla_path=str(exp_dir)), exp_dir)
-    assert "vla-scripts/merge.py --vla_path" in str(refused.value) and "already holds a run" in str(refused.value)
+    assert "vla-scripts/merge.py --vla_path" in str(refused.value) and "already holds a run" in str(
+        refused.value
+    )
 
 
 @pytest.mark.slow
@@ -121,11 +137,21 @@ def test_full_run_with_its_own_critic_kl_and_token_ratios(tiny_model_dir, tmp_pa
     )  # fmt: skip
     run_driver(args)
     steps = metrics_by_step(tmp_path / "run")
-    assert steps[1]["train/ref_kl_k3"] == pytest.approx(0.0, abs=1e-4) and steps[2]["train/ref_kl_k3"] > 1e-4
-    assert steps[2]["train/engine_logprob_max_diff"] == 0.0, "the engine's own log-probs were to be used"
-    assert steps[2]["train/first_minibatch_ratio_max_abs_dev"] < 1e-3, "engine and trainer are not the same policy"
+    assert (
+        steps[1]["train/ref_kl_k3"] == pytest.approx(0.0, abs=1e-4)
+        and steps[2]["train/ref_kl_k3"] > 1e-4
+    )
+    assert steps[2]["train/engine_logprob_max_diff"] == 0.0, (
+        "the engine's own log-probs were to be used"
+    )
+    assert steps[2]["train/first_minibatch_ratio_max_abs_dev"] < 1e-3, (
+        "engine and trainer are not the same policy"
+    )
     assert steps[2]["train/learning_rate"] < 1e-3
-    saved, base = load_file(tmp_path / "run" / "model.safetensors"), load_file(tiny_model_dir / "model.safetensors")
+    saved, base = (
+        load_file(tmp_path / "run" / "model.safetensors"),
+        load_file(tiny_model_dir / "model.safetensors"),
+    )
     assert saved.keys() == base.keys()
     assert (tmp_path / "run" / "dataset_statistics.json").exists()
     assert not driver.checkpoint_utils.check_model_dir(tmp_path / "run")
@@ -139,14 +165,20 @@ def test_the_next_rollout_is_collected_during_the_update(tiny_model_dir, tmp_pat
     )  # fmt: skip
     run_driver(args)
     steps = metrics_by_step(tmp_path / "run")
-    assert 0 < steps[1]["train/ref_kl_k3"] < steps[4]["train/ref_kl_k3"], "away from the initial policy"
+    assert 0 < steps[1]["train/ref_kl_k3"] < steps[4]["train/ref_kl_k3"], (
+        "away from the initial policy"
+    )
     assert [steps[s]["train/policy_lag"] for s in (1, 2, 3, 4)] == [0, 1, 1, 1]
     # the first rollout is the trainer's own policy's, the later ones that of the version before: weights leave 1
-    assert steps[1]["train/engine_logprob_max_diff"] < 1e-4 < steps[2]["train/engine_logprob_max_diff"]
+    assert (
+        steps[1]["train/engine_logprob_max_diff"] < 1e-4 < steps[2]["train/engine_logprob_max_diff"]
+    )
     assert steps[1]["train/importance_weight_mean"] == pytest.approx(1.0, abs=1e-4)
     for step in (2, 3, 4):
         assert abs(steps[step]["train/importance_weight_mean"] - 1.0) > 1e-4
-        assert steps[step]["train/first_minibatch_ratio_max_abs_dev"] < 1e-5, "the ratio is against the own policy"
+        assert steps[step]["train/first_minibatch_ratio_max_abs_dev"] < 1e-5, (
+            "the ratio is against the own policy"
+        )
 
 
 def test_every_problem_of_a_command_line_is_reported_at_once(tmp_path):
@@ -159,7 +191,8 @@ def test_every_problem_of_a_command_line_is_reported_at_once(tmp_path):
         driver.validate(args)
     text = str(error.value)
     assert (
-        "--local_mini_batch_size 48 does not divide the rollout of a rank (32 steps x 10 envs / 1 ranks = 320)" in text
+        "--local_mini_batch_size 48 does not divide the rollout of a rank (32 steps x 10 envs / 1 ranks = 320)"
+        in text
     )
     assert "use 40 or 64" in text
     parts = [
@@ -198,7 +231,9 @@ def test_a_command_line_that_cannot_work_is_refused_by_name(changes, message):
 def test_folders_and_engine_options_are_checked_before_anything_starts(tiny_model_dir, tmp_path):
     good = small_args(tiny_model_dir, tmp_path)
     driver.check_files(good, tmp_path / "run")
-    wrong = dataclasses.replace(good, dataset_name="libero_goal", engine_args='{"no_such_option": 1}')
+    wrong = dataclasses.replace(
+        good, dataset_name="libero_goal", engine_args='{"no_such_option": 1}'
+    )
     with pytest.raises(ValueError) as error:
         driver.check_files(wrong, tmp_path / "run")
     assert "libero_goal" in str(error.value) and "tabletop" in str(error.value)
@@ -218,7 +253,12 @@ def test_an_adapter_for_another_base_is_refused(tiny_model_dir, tmp_path):
     from prismatic.extern.hf.tiny_prismatic import TinyVLAConfig, save_tiny_vla
 
     save_tiny_vla(TinyVLAConfig(image_size=28, llm_dim=96), tmp_path / "other")
-    args = small_args(tmp_path / "other", tmp_path, use_lora=True, load_adapter_checkpoint=str(tmp_path / "adapter"))
+    args = small_args(
+        tmp_path / "other",
+        tmp_path,
+        use_lora=True,
+        load_adapter_checkpoint=str(tmp_path / "adapter"),
+    )
     (tmp_path / "other" / "dataset_statistics.json").write_bytes(
         (tiny_model_dir / "dataset_statistics.json").read_bytes()
     )

@@ -91,8 +91,14 @@ class CountingVectorEnv:
         self.deaths[request] -= dropped
         done = not dropped and self.state[env_id][1] == self.length(request)
         row = {"final_images": self.image(env_id), "reward": 0.0, "dropped": dropped}
-        row |= {"terminated": done and is_success(request), "truncated": done and not is_success(request)}
-        row |= {"success": done and is_success(request), "episode_return": float(is_success(request))}
+        row |= {
+            "terminated": done and is_success(request),
+            "truncated": done and not is_success(request),
+        }
+        row |= {
+            "success": done and is_success(request),
+            "episode_return": float(is_success(request)),
+        }
         row["episode_length"] = self.state[env_id][1]
         row["reset_used"] = (done or dropped) and next_request is not None
         if row["reset_used"]:
@@ -110,7 +116,9 @@ def echo(images, task_ids):
     return np.pad(images[:, 0, 0].astype(np.float32), ((0, 0), (0, 4)))
 
 
-REQUESTS = [ResetRequest(task, state, seed=100 * task + state) for task in range(3) for state in range(5)]
+REQUESTS = [
+    ResetRequest(task, state, seed=100 * task + state) for task in range(3) for state in range(5)
+]
 
 
 @pytest.mark.parametrize("num_envs", [1, 2, 3, 7, 40])
@@ -123,7 +131,11 @@ def test_every_episode_runs_once_and_is_reported_for_its_request(num_envs):
     )
     for episode in run.episodes:
         assert episode.success == is_success(episode) and episode.length == episode_length(episode)
-    assert run.num_env_steps == sum(map(episode_length, REQUESTS)) and not run.void and run.num_dropped == 0
+    assert (
+        run.num_env_steps == sum(map(episode_length, REQUESTS))
+        and not run.void
+        and run.num_dropped == 0
+    )
 
 
 def test_one_group_simulates_while_the_policy_acts_for_the_other():
@@ -146,7 +158,9 @@ def test_environments_do_not_idle_while_episodes_wait():
 @pytest.mark.parametrize(("num_requests", "num_sends"), [(4, {0: 20, 2: 20}), (6, {0: 25, 2: 20})])
 def test_waiting_episodes_are_not_kept_from_an_idle_environment(num_requests, num_sends):
     """Four environments in two groups: what one group might need next must not make the other wait."""
-    env = CountingVectorEnv(length=lambda request: 5 if num_requests == 6 and request.init_state_id < 2 else 20)
+    env = CountingVectorEnv(
+        length=lambda request: 5 if num_requests == 6 and request.init_state_id < 2 else 20
+    )
     run_episodes(env, 4, echo, [ResetRequest(0, state, 0) for state in range(num_requests)])
     assert Counter(ids[0] for kind, ids in env.calls if kind == "send") == num_sends
 
@@ -169,12 +183,18 @@ def test_dropped_episodes_run_again_or_are_void_and_are_counted():
 
 
 def test_real_environments_that_die_lose_no_episode(tmp_path):
-    options = {"num_processes": 2, "image_size": 4, "env_kwargs": {"marker": str(tmp_path / "died")}}
+    options = {
+        "num_processes": 2,
+        "image_size": 4,
+        "env_kwargs": {"marker": str(tmp_path / "died")},
+    }
     requests = evaluation_requests([0, 1], 3)
     with VectorEnv("tests.dying_world:SUITE", 4, **options) as vector_env:
         run = run_episodes(vector_env, 4, echo, requests)
         assert vector_env.num_replaced == 1
-    assert Counter((e.task_id, e.init_state_id) for e in run.episodes) == {(t, s): 1 for t in (0, 1) for s in range(3)}
+    assert Counter((e.task_id, e.init_state_id) for e in run.episodes) == {
+        (t, s): 1 for t in (0, 1) for s in range(3)
+    }
     assert all(e.success and e.length == 3 and e.episode_return == 3.0 for e in run.episodes)
     # Every environment of the process that died loses its episode: (0, 1) and whatever its neighbour played.
     assert 1 <= run.num_dropped <= 2 and not run.void
@@ -196,11 +216,15 @@ def test_observer_sees_each_episodes_images_in_order():
             seen[env_id].append(image)
 
         def end(self, env_id, result):
-            finished[result.task_id, result.init_state_id] = [image[0, 0].tolist() for image in seen[env_id]]
+            finished[result.task_id, result.init_state_id] = [
+                image[0, 0].tolist() for image in seen[env_id]
+            ]
 
     run_episodes(CountingVectorEnv(), 4, echo, REQUESTS, observer=Observer())
     for request in REQUESTS:
-        frames = [[request.task_id, request.init_state_id, t] for t in range(episode_length(request) + 1)]
+        frames = [
+            [request.task_id, request.init_state_id, t] for t in range(episode_length(request) + 1)
+        ]
         assert finished[request.task_id, request.init_state_id] == frames
 
 
@@ -210,7 +234,12 @@ def test_observer_sees_each_episodes_images_in_order():
 @pytest.mark.parametrize(
     ("successes", "episodes", "low", "high"),
     # Newcombe (1998), Statistics in Medicine 17, table I, method 3.
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
 )
 def test_wilson_interval_equals_published_values(successes, episodes, low, high):
     assert wilson_interval(successes, episodes) == pytest.approx((low, high), abs=5e-5)
@@ -225,21 +254,38 @@ def test_wilson_interval_is_symmetric_and_undefined_without_episodes():
 
 
 def result(task_id, state, success, length):
-    return EpisodeResult(task_id, state, seed=0, success=success, length=length, episode_return=float(success))
+    return EpisodeResult(
+        task_id, state, seed=0, success=success, length=length, episode_return=float(success)
+    )
 
 
 def test_summary_of_a_hand_worked_run():
-    episodes = [result(2, 1, True, 10), result(5, 0, False, 20), result(2, 0, False, 20), result(2, 2, True, 13)]
+    episodes = [
+        result(2, 1, True, 10),
+        result(5, 0, False, 20),
+        result(2, 0, False, 20),
+        result(2, 2, True, 13),
+    ]
     results = summarize_run(EvaluationRun(episodes), [2, 5, 6], [f"task {i}" for i in range(7)])
     overall, (two, five, six) = results["overall"], results["per_task"]
     assert (overall["successes"], overall["episodes"], overall["rate"]) == (2, 4, 0.5)
     assert overall["mean_length"] == 15.75 and overall["mean_length_success"] == 11.5
     assert overall["wilson_95"] == pytest.approx([0.1500, 0.8500], abs=1e-4)
-    assert (two["task_id"], two["instruction"], two["successes"], two["episodes"]) == (2, "task 2", 2, 3)
+    assert (two["task_id"], two["instruction"], two["successes"], two["episodes"]) == (
+        2,
+        "task 2",
+        2,
+        3,
+    )
     assert two["rate"] == pytest.approx(2 / 3) and two["mean_length"] == pytest.approx(43 / 3)
     assert five["rate"] == 0.0 and "mean_length_success" not in five
     assert six["episodes"] == 0 and "rate" not in six and "wilson_95" not in six
-    assert [(e["task_id"], e["init_state_id"]) for e in results["episodes"]] == [(2, 0), (2, 1), (2, 2), (5, 0)]
+    assert [(e["task_id"], e["init_state_id"]) for e in results["episodes"]] == [
+        (2, 0),
+        (2, 1),
+        (2, 2),
+        (5, 0),
+    ]
 
 
 def test_summary_of_nothing_has_no_rate():
@@ -250,7 +296,12 @@ def test_summary_of_nothing_has_no_rate():
 
 
 def args_for(tmp_path, **options):
-    return script.Args(**({"pretrained_checkpoint": tmp_path / "model", "local_log_dir": tmp_path / "logs"} | options))
+    return script.Args(
+        **(
+            {"pretrained_checkpoint": tmp_path / "model", "local_log_dir": tmp_path / "logs"}
+            | options
+        )
+    )
 
 
 def test_run_directories_are_never_shared(tmp_path):
@@ -260,13 +311,17 @@ def test_run_directories_are_never_shared(tmp_path):
     (folders[0] / "results.json").write_text("mine")
     script.make_run_dir(args)
     assert (folders[0] / "results.json").read_text() == "mine"
-    assert all(f.parent == tmp_path / "logs" and f.name.startswith("EVAL-tabletop-model-") for f in folders)
+    assert all(
+        f.parent == tmp_path / "logs" and f.name.startswith("EVAL-tabletop-model-") for f in folders
+    )
     assert "a_b_c" in folders[0].name
 
 
 def test_requests_cover_the_initial_states_and_seeds_do_not_depend_on_the_choice_of_tasks():
     few, many = evaluation_requests([4], 2), evaluation_requests([1, 4], 3)
-    assert [(r.task_id, r.init_state_id) for r in many] == [(t, s) for t in (1, 4) for s in range(3)]
+    assert [(r.task_id, r.init_state_id) for r in many] == [
+        (t, s) for t in (1, 4) for s in range(3)
+    ]
     assert set(few) < set(many) and len({r.seed for r in many}) == len(many)
     assert not set(few) & set(evaluation_requests([4], 2, seed=8))
 
@@ -293,16 +348,32 @@ def test_videos_show_the_wanted_episodes_and_say_how_they_ended(tmp_path):
     assert sheet[22:150, :128].max() == 0 and sheet[22:150, -128:].min() == 200
     frames = imageio.mimread(tmp_path / "videos" / names[0], memtest=False)
     assert len(frames) == 2 + 5  # and a second of the last one
-    assert frames[0].shape == (240, 248, 3) and frames[0].mean() < 10 and abs(frames[-1].mean() - 200) < 10
+    assert (
+        frames[0].shape == (240, 248, 3)
+        and frames[0].mean() < 10
+        and abs(frames[-1].mean() - 200) < 10
+    )
 
 
 def test_named_episodes_become_videos_whatever_they_end_in_and_count_as_no_others(tmp_path):
     options = {"video_episodes": ("3:1", "4:0"), "max_videos_per_task": 1}
-    recorder = script.recorder_for(args_for(tmp_path, save_video="failures", **options), tmp_path / "videos")
-    for task_id, state, success in [(3, 1, False), (3, 2, False), (3, 3, False), (4, 0, True), (4, 1, True)]:
+    recorder = script.recorder_for(
+        args_for(tmp_path, save_video="failures", **options), tmp_path / "videos"
+    )
+    for task_id, state, success in [
+        (3, 1, False),
+        (3, 2, False),
+        (3, 3, False),
+        (4, 0, True),
+        (4, 1, True),
+    ]:
         recorder.start(0, ResetRequest(task_id, state, 0), np.zeros((30, 30, 3), np.uint8))
         recorder.end(0, result(task_id, state, success, 1))
-    assert sorted(recorder.files) == [(3, 1), (3, 2), (4, 0)]  # the named ones, and the first other failure
+    assert sorted(recorder.files) == [
+        (3, 1),
+        (3, 2),
+        (4, 0),
+    ]  # the named ones, and the first other failure
     only_named = script.recorder_for(args_for(tmp_path, **options), tmp_path / "videos")
     for state in (0, 1):
         only_named.start(state, ResetRequest(3, state, 0), np.zeros((8, 8, 3), np.uint8))
@@ -340,7 +411,15 @@ def test_all_problems_come_at_once(tiny_model_dir, tmp_path):
             engine_args='{"max_num_bached_tokens": 1}',
         )
     )
-    for part in ("model is not a folder", "[12]", "twice", "1 to 50", "--temperature", "--num_envs", "max_num_bached"):
+    for part in (
+        "model is not a folder",
+        "[12]",
+        "twice",
+        "1 to 50",
+        "--temperature",
+        "--num_envs",
+        "max_num_bached",
+    ):
         assert part in text
     assert not (tmp_path / "logs").exists()
 
@@ -359,12 +438,16 @@ def test_named_videos_must_be_of_the_evaluation(named, message, tiny_model_dir, 
 
 
 def test_unknown_suite_lists_the_known_ones(tiny_model_dir, tmp_path):
-    text = problems(args_for(tmp_path, pretrained_checkpoint=tiny_model_dir, task_suite_name="libero_moon"))
+    text = problems(
+        args_for(tmp_path, pretrained_checkpoint=tiny_model_dir, task_suite_name="libero_moon")
+    )
     assert "libero_moon" in text and "tabletop" in text
 
 
 def test_missing_unnorm_key_lists_the_keys_there_are(tiny_model_dir, tmp_path):
-    text = problems(args_for(tmp_path, pretrained_checkpoint=tiny_model_dir, unnorm_key="bridge_orig"))
+    text = problems(
+        args_for(tmp_path, pretrained_checkpoint=tiny_model_dir, unnorm_key="bridge_orig")
+    )
     assert "bridge_orig" in text and "tabletop" in text
 
 
@@ -400,25 +483,44 @@ def runs(tiny_model_dir, tmp_path_factory):
     """Results of three evaluations by note, read back from their folders."""
     folder = tmp_path_factory.mktemp("evaluations")
     (folder / "three_runs.py").write_text(THREE_RUNS)
-    command = [sys.executable, str(folder / "three_runs.py"), str(tiny_model_dir), str(folder / "logs")]
+    command = [
+        sys.executable,
+        str(folder / "three_runs.py"),
+        str(tiny_model_dir),
+        str(folder / "logs"),
+    ]
     env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=script.os.environ | env, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=folder, env=script.os.environ | env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     folders = {path.name.rpartition("-")[2]: path for path in (folder / "logs").iterdir()}
     assert set(folders) == {"first", "second", "sampled"}
-    return {note: (path, json.loads((path / "results.json").read_text())) for note, path in folders.items()}
+    return {
+        note: (path, json.loads((path / "results.json").read_text()))
+        for note, path in folders.items()
+    }
 
 
 def test_whole_evaluation_visits_every_initial_state_once(runs, tiny_model_dir):
     folder, results = runs["first"]
     visited = [(e["task_id"], e["init_state_id"]) for e in results["episodes"]]
     assert visited == [(1, 0), (1, 1), (6, 0), (6, 1)]
-    assert [row["episodes"] for row in results["per_task"]] == [2, 2] and results["overall"]["episodes"] == 4
+    assert [row["episodes"] for row in results["per_task"]] == [2, 2] and results["overall"][
+        "episodes"
+    ] == 4
     suite = script.get_suite("tabletop")
     assert isinstance(suite, TaskSuite)
-    assert [row["instruction"] for row in results["per_task"]] == [suite.instructions[1], suite.instructions[6]]
+    assert [row["instruction"] for row in results["per_task"]] == [
+        suite.instructions[1],
+        suite.instructions[6],
+    ]
     assert all(1 <= e["length"] <= 4 for e in results["episodes"])
-    assert results["checkpoint"] == str(tiny_model_dir) and results["greedy"] and results["unnorm_key"] == "tabletop"
+    assert (
+        results["checkpoint"] == str(tiny_model_dir)
+        and results["greedy"]
+        and results["unnorm_key"] == "tabletop"
+    )
     assert results["versions"]["vllm"] and results["time"]["wall_s"] > 0
     for episode in results["episodes"]:
         outcome = "success" if episode["success"] else "failure"
@@ -431,7 +533,9 @@ def test_whole_evaluation_visits_every_initial_state_once(runs, tiny_model_dir):
 def test_greedy_evaluation_is_deterministic_and_sampling_differs(runs):
     first, second, sampled = (runs[note][1] for note in ("first", "second", "sampled"))
     assert first["episodes"] == second["episodes"] and first["overall"] == second["overall"]
-    videos = [(runs[note][0] / first["episodes"][0]["video"]).read_bytes() for note in ("first", "second")]
+    videos = [
+        (runs[note][0] / first["episodes"][0]["video"]).read_bytes() for note in ("first", "second")
+    ]
     assert videos[0] == videos[1]
     other = (runs["sampled"][0] / sampled["episodes"][0]["video"]).read_bytes()
     assert other != videos[0] and not sampled["greedy"]

@@ -52,27 +52,44 @@ class Fault:
 
 
 FAULTS = {
-    "an engine, during a rollout": Fault("ray::RolloutWorker", ROLLOUT, "rollout worker 0 is replaced"),
-    "an engine with a spare": Fault(
-        "ray::RolloutWorker", ROLLOUT, "the spare of rollout worker 0 takes its place", spare_workers=True
+    "an engine, during a rollout": Fault(
+        "ray::RolloutWorker", ROLLOUT, "rollout worker 0 is replaced"
     ),
-    "the driver, during a rollout": Fault("", ROLLOUT, "ended with signal SIGKILL: going on from the last checkpoint"),
-    "an engine, during an update": Fault("ray::RolloutWorker", UPDATE, "rollout worker 0 is replaced"),
+    "an engine with a spare": Fault(
+        "ray::RolloutWorker",
+        ROLLOUT,
+        "the spare of rollout worker 0 takes its place",
+        spare_workers=True,
+    ),
+    "the driver, during a rollout": Fault(
+        "", ROLLOUT, "ended with signal SIGKILL: going on from the last checkpoint"
+    ),
+    "an engine, during an update": Fault(
+        "ray::RolloutWorker", UPDATE, "rollout worker 0 is replaced"
+    ),
     "a trainer, during an update": Fault(
         "ray::PolicyTrainer", UPDATE, "ended with exit code 1: going on from the last"
     ),
-    "the driver, during an update": Fault("", UPDATE, "ended with signal SIGKILL: going on from the last checkpoint"),
+    "the driver, during an update": Fault(
+        "", UPDATE, "ended with signal SIGKILL: going on from the last checkpoint"
+    ),
     "the curriculum": Fault("ray::CurriculumManager", ROLLOUT, "the curriculum actor died"),
-    "an environment process": Fault("ppo.envs.vector_worker", ROLLOUT, "environment", repeats=False),
+    "an environment process": Fault(
+        "ppo.envs.vector_worker", ROLLOUT, "environment", repeats=False
+    ),
     "an engine that hangs": Fault(
         "ray::RolloutWorker", ROLLOUT, "(--hang_timeout_s): rollout worker 0", action=signal.SIGSTOP
     ),
-    "a trainer that hangs": Fault("ray::PolicyTrainer", UPDATE, "does not answer", action=signal.SIGSTOP),
+    "a trainer that hangs": Fault(
+        "ray::PolicyTrainer", UPDATE, "does not answer", action=signal.SIGSTOP
+    ),
 }
 
 
 def fault_args(model_dir: Path, folder: Path, name: str, **changes) -> driver.Args:
-    return run_args(model_dir, folder, name, **({"max_restarts": 2, "hang_timeout_s": 25.0} | changes))
+    return run_args(
+        model_dir, folder, name, **({"max_restarts": 2, "hang_timeout_s": 25.0} | changes)
+    )
 
 
 class Supervised:
@@ -86,7 +103,9 @@ class Supervised:
             self.process = subprocess.Popen(
                 command_line(args), cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
             )
-        self.seen: dict[psutil.Process, str] = {}  # compared by their start, too: the kernel uses numbers again
+        self.seen: dict[
+            psutil.Process, str
+        ] = {}  # compared by their start, too: the kernel uses numbers again
 
     def descendants(self) -> list[psutil.Process]:
         """Living ones, noted for `left_behind`."""
@@ -101,7 +120,9 @@ class Supervised:
     def wait_for_env_steps(self, number: int) -> None:
         deadline = time.monotonic() + TIMEOUT_S
         while self.counter.stat().st_size < number:
-            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()[-6000:]
+            assert self.process.poll() is None and time.monotonic() < deadline, (
+                self.log.read_text()[-6000:]
+            )
             time.sleep(0.01)
 
     def find(self, title: str) -> psutil.Process:
@@ -139,7 +160,9 @@ class Supervised:
 
     def left_behind(self) -> list[str]:
         """Descendants seen that still live."""
-        return [f"{process.pid} {title}" for process, title in self.seen.items() if process.is_running()]
+        return [
+            f"{process.pid} {title}" for process, title in self.seen.items() if process.is_running()
+        ]
 
 
 def assert_complete(exp_dir: Path, num_steps: int = NUM_STEPS) -> None:
@@ -182,27 +205,46 @@ def survive(faults: list[Fault], straight: Path, model_dir: Path, folder: Path) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_run_survives(name: str, straight_run: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_a_run_survives(
+    name: str, straight_run: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
     survive([FAULTS[name]], straight_run, tiny_model_dir, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_rollout_that_died_with_its_engine_is_collected_again(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_a_rollout_that_died_with_its_engine_is_collected_again(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
     """Its engine collects ahead of the update and dies after it has reported: the images have died with it."""
-    fault = Fault("ray::RolloutWorker", UPDATE, "rollout worker 0 is replaced; it failed while the trainers update")
+    fault = Fault(
+        "ray::RolloutWorker",
+        UPDATE,
+        "rollout worker 0 is replaced; it failed while the trainers update",
+    )
     run_through([fault], fault_args(tiny_model_dir, tmp_path, "run", async_depth=1), tmp_path)
     assert "going on from" not in (tmp_path / "run.log").read_text()
 
 
-@pytest.mark.timeout(1200)  # 210 s alone, with the undisturbed run; 510 s were seen beside other work
-def test_a_run_survives_an_engine_and_then_the_driver(straight_run: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.timeout(
+    1200
+)  # 210 s alone, with the undisturbed run; 510 s were seen beside other work
+def test_a_run_survives_an_engine_and_then_the_driver(
+    straight_run: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
     rows = [FAULTS["an engine with a spare"], FAULTS["the driver, during an update"]]
     survive(rows, straight_run, tiny_model_dir, tmp_path)
 
 
 NUM_KILLS, NUM_LONG_STEPS = 25, 60
 # Not the environments: an episode whose process died is dropped, and the run another one from there.
-KILLED = ("ray::RolloutWorker", "ray::PolicyTrainer", "ray::CurriculumManager", "raylet/raylet", "gcs_server", "")
+KILLED = (
+    "ray::RolloutWorker",
+    "ray::PolicyTrainer",
+    "ray::CurriculumManager",
+    "raylet/raylet",
+    "gcs_server",
+    "",
+)
 
 
 @pytest.mark.slow
@@ -218,12 +260,20 @@ def test_kills_at_random_moments(tiny_model_dir: Path, tmp_path: Path) -> None:
     args = run_args(tiny_model_dir, tmp_path, "killed", max_restarts=NUM_KILLS, **changes)
     run, chance, killed = Supervised(args, tmp_path), random.Random(0), []
     while len(killed) < NUM_KILLS and run.process.poll() is None:
-        title, pause_s, delay_s = chance.choice(KILLED), chance.uniform(1.0, 25.0), chance.uniform(0.0, 10.0)
+        title, pause_s, delay_s = (
+            chance.choice(KILLED),
+            chance.uniform(1.0, 25.0),
+            chance.uniform(0.0, 10.0),
+        )
         time.sleep(pause_s)
         if run.kill(title, delay_s):
             killed.append(title or "driver")
     output = run.finish()
-    events = ("going on from the last checkpoint", "rollout worker 0 is replaced", "the curriculum actor died")
+    events = (
+        "going on from the last checkpoint",
+        "rollout worker 0 is replaced",
+        "the curriculum actor died",
+    )
     print(f"killed {killed}; " + ", ".join(f"{output.count(event)} x {event}" for event in events))
     assert len(killed) == NUM_KILLS, f"the run was over after {len(killed)} kills"
     assert_complete(tmp_path / "killed", NUM_LONG_STEPS)

@@ -17,7 +17,10 @@ from tests.test_resume_run import stop_in_update
 from utils.logging_utils import read_metrics
 
 NUM_GPUS = torch.cuda.device_count()
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not NUM_GPUS, reason="needs an NVIDIA GPU: there is none here")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not NUM_GPUS, reason="needs an NVIDIA GPU: there is none here"),
+]
 two_gpus = pytest.mark.skipif(NUM_GPUS < 2, reason=f"needs two GPUs: {NUM_GPUS} here")
 # Of a step's mean |engine - trainer| log-prob of a token, bfloat16 on both sides; a step moves it by 0.3 and more.
 TOLERANCE = 0.05

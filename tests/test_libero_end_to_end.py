@@ -24,8 +24,17 @@ def test_ppo_runs_on_libero_with_curriculum_resets_and_videos(tiny_model_dir, tm
     steps = metrics_by_step(exp_dir)
     # Two environments, five steps an episode: one ends in each rollout of six, and another task may follow.
     assert steps[1]["rollout/num_episodes"] == steps[2]["rollout/num_episodes"] == 2
-    assert {k for k in steps[2] if k.endswith("_num_episodes")} >= {"curriculum/task_3_num_episodes"}
-    assert sum(v for k, v in steps[2].items() if k.startswith("curriculum") and k.endswith("num_episodes")) == 4
+    assert {k for k in steps[2] if k.endswith("_num_episodes")} >= {
+        "curriculum/task_3_num_episodes"
+    }
+    assert (
+        sum(
+            v
+            for k, v in steps[2].items()
+            if k.startswith("curriculum") and k.endswith("num_episodes")
+        )
+        == 4
+    )
     assert all(steps[step]["train/engine_logprob_max_diff"] < 1e-4 for step in steps)
     assert not any(steps[step].get("rollout/num_void_steps") for step in steps)
 
@@ -36,7 +45,11 @@ def test_ppo_runs_on_libero_with_curriculum_resets_and_videos(tiny_model_dir, tm
         "pick up the black bowl next to the cookie box and place it on the plate",
     ]
     videos = sorted(p.name for p in (exp_dir / "videos" / "step_2" / "worker_0").iterdir())
-    assert videos == ["contact_sheet.png", "task_03-episode_000-failure.mp4", "task_06-episode_000-failure.mp4"]
+    assert videos == [
+        "contact_sheet.png",
+        "task_03-episode_000-failure.mp4",
+        "task_06-episode_000-failure.mp4",
+    ]
 
 
 def test_evaluation_visits_the_fixed_states_and_says_what_the_assets_are(tiny_model_dir, tmp_path):

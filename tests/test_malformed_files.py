@@ -36,10 +36,21 @@ DATASET = "tabletop_no_noops"
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The smallest model: what is checked does not depend on the size, how long it takes does."""
     folder = tmp_path_factory.mktemp("tiny") / "model"
-    vision: dict[str, Any] = {"image_size": 28, "vision_dim": 16, "vision_depth": 2, "vision_heads": 2}
+    vision: dict[str, Any] = {
+        "image_size": 28,
+        "vision_dim": 16,
+        "vision_depth": 2,
+        "vision_heads": 2,
+    }
     llm: dict[str, Any] = {"llm_dim": 16, "llm_depth": 1, "llm_heads": 2, "llm_mlp_dim": 16}
     save_tiny_vla(TinyVLAConfig(seed=0, **vision, **llm), folder)
-    action = {"q01": [-1.0] * 7, "q99": [1.0] * 7, "min": [-1.0] * 7, "max": [1.0] * 7, "mask": [True] * 6 + [False]}
+    action = {
+        "q01": [-1.0] * 7,
+        "q99": [1.0] * 7,
+        "min": [-1.0] * 7,
+        "max": [1.0] * 7,
+        "mask": [True] * 6 + [False],
+    }
     (folder / "dataset_statistics.json").write_text(json.dumps({"tabletop": {"action": action}}))
     return folder
 
@@ -58,7 +69,11 @@ def adapter(tiny_dir: Path, folder: Path) -> Path:
     model = load_model(base)
     wrapper = peft_utils.add_lora(model, rank=2, base_name=str(base))
     generator = torch.Generator().manual_seed(0)
-    state = {n: torch.randn(p.shape, generator=generator) for n, p in model.named_parameters() if p.requires_grad}
+    state = {
+        n: torch.randn(p.shape, generator=generator)
+        for n, p in model.named_parameters()
+        if p.requires_grad
+    }
     folder.mkdir()
     peft_utils.save_adapter(wrapper, state, folder)
     return folder
@@ -80,7 +95,15 @@ def rlds(root: Path) -> Path:
         )
         for episode in range(3)
     ]
-    write_dataset(folder, DATASET, demos, image_size=16, image_format="png", description="test", episodes_per_shard=2)
+    write_dataset(
+        folder,
+        DATASET,
+        demos,
+        image_size=16,
+        image_format="png",
+        description="test",
+        episodes_per_shard=2,
+    )
     return folder
 
 
@@ -88,7 +111,9 @@ def start_damage(jobs: list[dict[str, Any]]) -> subprocess.Popen[str]:
     """Start a process that runs the jobs one after the other."""
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRANSFORMERS_VERBOSITY": "error"}
     words = [sys.executable, "-m", "tests.malformed", json.dumps(jobs)]
-    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env)
+    return subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
+    )
 
 
 def finish_damage(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
@@ -105,7 +130,8 @@ def faults_of(cases: list[dict[str, Any]], *, checksums: bool) -> list[dict[str,
     return [
         case
         for case in cases
-        if case["outcome"] not in allowed and not (case["outcome"] == "different" and is_blind(case, checksums))
+        if case["outcome"] not in allowed
+        and not (case["outcome"] == "different" and is_blind(case, checksums))
     ]
 
 
@@ -148,7 +174,10 @@ def check_all(tiny_dir: Path, tmp_path: Path, seed: int, times: int) -> None:
         folder = damaged_folder(kind, tiny_dir, root, checksums=checksums)
         kind = {"sharded": "model"}.get(kind, kind)
         jobs.append({"kind": kind, "folder": str(folder), "seed": seed, "cases": cases * times})
-    processes = [start_damage([job for job in jobs if (job["kind"] == "rlds") is of_data]) for of_data in (False, True)]
+    processes = [
+        start_damage([job for job in jobs if (job["kind"] == "rlds") is of_data])
+        for of_data in (False, True)
+    ]
     found = [case for process in processes for case in finish_damage(process)]
     assert len(found) == times * sum(cases for _, _, cases in CASES)
     for job, (kind, checksums, cases) in zip(jobs, CASES, strict=True):

@@ -22,7 +22,10 @@ SECOND_ADDRESS = "127.0.0.2"
 def cluster() -> Iterator[Cluster]:
     """Two Ray nodes of 8 CPU slots; the second has 4 GPUs that only the scheduler believes in."""
     ray_utils.require_token()
-    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "num_gpus": 0, "include_dashboard": False})
+    started = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 8, "num_gpus": 0, "include_dashboard": False},
+    )
     started.add_node(num_cpus=8, num_gpus=4, node_ip_address=SECOND_ADDRESS)
     yield started
     started.shutdown()
@@ -48,21 +51,39 @@ def run_on(cluster: Cluster, cwd: Path, **changes) -> tuple[int, str, float]:
 
 def test_nodes_of_a_cluster_and_bundles_pinned_to_them(cluster, connected):
     here, other = ray_utils.cluster_nodes()
-    assert (here.gpus, here.cpus, other.gpus, other.cpus, other.name) == (0, 8, 4, 8, SECOND_ADDRESS)
+    assert (here.gpus, here.cpus, other.gpus, other.cpus, other.name) == (
+        0,
+        8,
+        4,
+        8,
+        SECOND_ADDRESS,
+    )
     demand = Demand((1, 1), 2, num_env_processes=2, device="cpu")
     placement = ray_utils.place_on_cluster(demand)
     group = ray_utils.reserve(placement, 30)
     table = ray.util.placement_group_table(group)["bundles_to_node_id"]
-    assert [table[i] for i in range(4)] == [here.node_id, other.node_id, here.node_id, other.node_id]
+    assert [table[i] for i in range(4)] == [
+        here.node_id,
+        other.node_id,
+        here.node_id,
+        other.node_id,
+    ]
 
     # what is left is 4 slots a node: the next run is laid out on them, and one that needs more has to wait
     deadline = time.monotonic() + 20
-    while [node.cpus for node in ray_utils.cluster_nodes(free=True)] != [4, 4] and time.monotonic() < deadline:
+    while [node.cpus for node in ray_utils.cluster_nodes(free=True)] != [
+        4,
+        4,
+    ] and time.monotonic() < deadline:
         time.sleep(0.1)
     assert [node.cpus for node in ray_utils.cluster_nodes(free=True)] == [4, 4]
-    assert ray_utils.place_on_cluster(Demand((1,), 1, num_env_processes=3, device="cpu")).num_nodes == 2
+    assert (
+        ray_utils.place_on_cluster(Demand((1,), 1, num_env_processes=3, device="cpu")).num_nodes
+        == 2
+    )
     with pytest.raises(
-        TimeoutError, match=f"(?s)trainers 0-5.*in use; free are .*{SECOND_ADDRESS}: 4 GPUs, 4 CPU slots"
+        TimeoutError,
+        match=f"(?s)trainers 0-5.*in use; free are .*{SECOND_ADDRESS}: 4 GPUs, 4 CPU slots",
     ):
         ray_utils.reserve(ray_utils.place_on_cluster(Demand((6,), 1, device="cpu")), 1)
     ray.util.remove_placement_group(group)
@@ -75,11 +96,18 @@ def test_what_a_node_lacks_is_found_before_actors_start(connected, tiny_model_di
     assert list((tmp_path / "runs").iterdir()) == [], "the probes' files are removed"
 
     # a folder without permission or code cannot be had on one machine: the nodes' side is asked directly
-    models = {str(tiny_model_dir): {"config.json": 1, "gone.safetensors": 5}, "/nowhere": {"config.json": 1}}
-    differing, missing, unshared = ray_utils.probe_node("/not/shared/probe", "/not/shared/answer", models)
+    models = {
+        str(tiny_model_dir): {"config.json": 1, "gone.safetensors": 5},
+        "/nowhere": {"config.json": 1},
+    }
+    differing, missing, unshared = ray_utils.probe_node(
+        "/not/shared/probe", "/not/shared/answer", models
+    )
     assert "lacks config.json, gone.safetensors or has other versions" in differing
     assert missing.startswith("no model folder /nowhere: copy it there")
-    assert unshared.startswith("/not/shared lacks what the driver wrote there: use a --run_root_dir")
+    assert unshared.startswith(
+        "/not/shared lacks what the driver wrote there: use a --run_root_dir"
+    )
 
 
 def test_gloo_and_nccl_listen_where_ray_does(monkeypatch):
@@ -90,7 +118,10 @@ def test_gloo_and_nccl_listen_where_ray_does(monkeypatch):
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib7")
     ray_utils.use_node_interface()
-    assert os.environ.get("GLOO_SOCKET_IFNAME") == (name or "lo") and os.environ["NCCL_SOCKET_IFNAME"] == "ib7"
+    assert (
+        os.environ.get("GLOO_SOCKET_IFNAME") == (name or "lo")
+        and os.environ["NCCL_SOCKET_IFNAME"] == "ib7"
+    )
     os.environ.pop("GLOO_SOCKET_IFNAME", None)
 
 
@@ -100,7 +131,10 @@ def test_a_layout_that_does_not_fit_is_refused_in_seconds(cluster, tiny_model_di
         device="cuda", actor_num_gpus_per_node="[2,2]",
     )  # fmt: skip
     assert code == 2, output[-3000:]
-    assert '"[2,2]" needs 2 nodes with 2 GPUs each, the cluster\'s nodes have [0, 4]: use --colocate' in output
+    assert (
+        '"[2,2]" needs 2 nodes with 2 GPUs each, the cluster\'s nodes have [0, 4]: use --colocate'
+        in output
+    )
     assert "Traceback" not in output and not (tmp_path / "runs" / "run").exists()
     assert seconds < 60
 
@@ -115,8 +149,14 @@ def test_trainers_and_engine_on_two_nodes_train_together(cluster, tiny_model_dir
     steps = metrics_by_step(tmp_path / "runs" / "run")
     assert sorted(steps) == [1, 2]
     for step in steps.values():
-        assert step["train/engine_logprob_max_diff"] < 1e-4, "engine and trainers are not the same policy"
-    assert steps[2]["train/first_minibatch_ratio_max_abs_dev"] < 1e-5 < steps[2]["train/ratio_max_abs_dev"]
+        assert step["train/engine_logprob_max_diff"] < 1e-4, (
+            "engine and trainers are not the same policy"
+        )
+    assert (
+        steps[2]["train/first_minibatch_ratio_max_abs_dev"]
+        < 1e-5
+        < steps[2]["train/ratio_max_abs_dev"]
+    )
     assert (tmp_path / "runs" / "run" / "adapter_model.safetensors").exists()
     assert f"node {SECOND_ADDRESS}: trainer 1" in output
 
@@ -140,12 +180,18 @@ def test_a_cluster_lets_nobody_in_without_its_token(cluster):
     probe = f"import ray; ray.init(address={cluster.address!r}); print('in')"
     for mode, expected in (("token", "in"), ("disabled", "")):
         env = {**os.environ, "RAY_AUTH_MODE": mode, "RAY_NUM_REDIS_GET_RETRIES": "2"}
-        done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=100, env=env)
-        assert done.stdout.strip().endswith(expected) and (done.returncode == 0) is bool(expected), done.stderr[-2000:]
+        done = subprocess.run(
+            [sys.executable, "-c", probe], capture_output=True, text=True, timeout=100, env=env
+        )
+        assert done.stdout.strip().endswith(expected) and (done.returncode == 0) is bool(
+            expected
+        ), done.stderr[-2000:]
 
 
 @pytest.mark.slow
-def test_the_launch_script_starts_two_nodes_trains_and_leaves_nothing_running(tiny_model_dir, tmp_path):
+def test_the_launch_script_starts_two_nodes_trains_and_leaves_nothing_running(
+    tiny_model_dir, tmp_path
+):
     # a stand-in for ssh runs the command here, as a node with the address that was given as the host
     ssh = tmp_path / "bin/ssh"
     ssh.parent.mkdir()
@@ -156,7 +202,12 @@ def test_the_launch_script_starts_two_nodes_trains_and_leaves_nothing_running(ti
         small_args(tiny_model_dir, tmp_path, actor_num_gpus_per_node="[1,1]", use_lora=True, lora_rank=4,
                    total_episodes=64)
     )[2:]  # fmt: skip
-    env = {**os.environ, "PATH": f"{ssh.parent}:{os.environ['PATH']}", "RAY_NUM_CPUS": "8", "CUDA_VISIBLE_DEVICES": ""}
+    env = {
+        **os.environ,
+        "PATH": f"{ssh.parent}:{os.environ['PATH']}",
+        "RAY_NUM_CPUS": "8",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
     env.pop("RAY_AUTH_TOKEN", None)
     done = subprocess.run(
@@ -165,8 +216,13 @@ def test_the_launch_script_starts_two_nodes_trains_and_leaves_nothing_running(ti
     )  # fmt: skip
     output = done.stdout + done.stderr
     assert done.returncode == 0, output[-8000:]
-    assert f"node {SECOND_ADDRESS}: trainer 1" in output and "the head has gone: the run is over" in output
+    assert (
+        f"node {SECOND_ADDRESS}: trainer 1" in output
+        and "the head has gone: the run is over" in output
+    )
     assert metrics_by_step(tmp_path / "run").keys() == {1}
     assert (tmp_path / "token").stat().st_mode & 0o777 == 0o600
-    listening = subprocess.run(["pgrep", "-f", f"gcs-address={head}"], capture_output=True, text=True).stdout
+    listening = subprocess.run(
+        ["pgrep", "-f", f"gcs-address={head}"], capture_output=True, text=True
+    ).stdout
     assert not listening, "a raylet of this cluster is still there"

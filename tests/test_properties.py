@@ -26,12 +26,31 @@ settings.load_profile("tests")
 
 GOOD = {"num_steps": 8, "local_rollout_batch_size": 8, "local_mini_batch_size": 16, "per_device_train_batch_size": 8,
         "total_episodes": 640, "value_init_steps": 1}  # fmt: skip
-SMALL_INTS = st.one_of(st.integers(0, 16), st.sampled_from((-1, 32, 64, 100, 4096, 10**6, 10**12, 10**400)))
+SMALL_INTS = st.one_of(
+    st.integers(0, 16), st.sampled_from((-1, 32, 64, 100, 4096, 10**6, 10**12, 10**400))
+)
 FLOATS = st.one_of(st.floats(), st.floats(0, 2), st.sampled_from((0.0, 1.0, 0.5, 1e-300, 1e300)))
 TEXTS: dict[str, st.SearchStrategy[Any]] = {
-    "task_suite_name": st.sampled_from(("tabletop", "libero_spatial", "nowhere", "", "tests.worlds:SUITE", "os:b")),
+    "task_suite_name": st.sampled_from(
+        ("tabletop", "libero_spatial", "nowhere", "", "tests.worlds:SUITE", "os:b")
+    ),
     "actor_num_gpus_per_node": st.one_of(
-        st.sampled_from(("[1]", "2", "[1,1]", "[]", "[0]", "x", "[true]", "[1.5]", "[[1]]", "null", "[" * 10**5, "-1")),
+        st.sampled_from(
+            (
+                "[1]",
+                "2",
+                "[1,1]",
+                "[]",
+                "[0]",
+                "x",
+                "[true]",
+                "[1.5]",
+                "[[1]]",
+                "null",
+                "[" * 10**5,
+                "-1",
+            )
+        ),
         st.lists(st.integers(-1, 9), max_size=4).map(json.dumps),
     ),
     "engine_args": st.sampled_from(("{}", "[]", "x")),
@@ -48,34 +67,53 @@ def strategy_of(field: Any, hint: Any) -> st.SearchStrategy[Any]:
     if typing.get_origin(hint) is tuple:
         return st.lists(st.integers(-1, 11), max_size=4).map(tuple)
     if type(None) in options:
-        return st.one_of(st.none(), *(strategy_of(field, option) for option in options if option is not type(None)))
+        return st.one_of(
+            st.none(),
+            *(strategy_of(field, option) for option in options if option is not type(None)),
+        )
     return {bool: st.booleans(), int: SMALL_INTS, float: FLOATS, str: st.text(max_size=5)}[hint]
 
 
 HINTS = typing.get_type_hints(driver.Args)
-FIELDS = {field.name: strategy_of(field, HINTS[field.name]) for field in dataclasses.fields(driver.Args)}
+FIELDS = {
+    field.name: strategy_of(field, HINTS[field.name]) for field in dataclasses.fields(driver.Args)
+}
 
 
 def changed_flags(most: int) -> st.SearchStrategy[dict[str, Any]]:
     """Up to `most` flags with values of their types."""
     names = st.lists(st.sampled_from(sorted(FIELDS)), max_size=most, unique=True)
-    return names.flatmap(lambda chosen: st.fixed_dictionaries({name: FIELDS[name] for name in chosen}))
+    return names.flatmap(
+        lambda chosen: st.fixed_dictionaries({name: FIELDS[name] for name in chosen})
+    )
 
 
 def assert_consistent(args: driver.Args, plan: driver.Plan) -> None:
     """The plan's sizes follow from one another."""
-    assert plan.num_trainers * plan.num_minibatches * args.local_mini_batch_size == plan.samples_per_step
+    assert (
+        plan.num_trainers * plan.num_minibatches * args.local_mini_batch_size
+        == plan.samples_per_step
+    )
     assert plan.samples_per_step == args.num_steps * plan.num_envs > 0
     assert plan.num_envs == args.local_rollout_batch_size * args.vllm_num_engines
     assert args.local_rollout_batch_size % plan.num_trainers == 0
-    assert args.local_mini_batch_size % (args.per_device_train_batch_size or 1) == 0  # 0: chosen by memory
-    assert plan.num_training_steps >= 1 and plan.policy_optimizer_steps >= 1 and plan.value_optimizer_steps >= 1
+    assert (
+        args.local_mini_batch_size % (args.per_device_train_batch_size or 1) == 0
+    )  # 0: chosen by memory
+    assert (
+        plan.num_training_steps >= 1
+        and plan.policy_optimizer_steps >= 1
+        and plan.value_optimizer_steps >= 1
+    )
     assert plan.num_training_steps * plan.samples_per_step <= args.total_episodes
     assert 1 <= plan.demand.num_env_processes <= args.local_rollout_batch_size
     assert len(set(plan.task_ids)) == len(plan.task_ids) > 0
     assert plan.dtype in ("float32", "bfloat16") and plan.device in ("cpu", "cuda")
     Curriculum(
-        plan.task_ids, ema_alpha=args.curriculum_ema_alpha, tau=args.curriculum_tau, min_prob=args.curriculum_min_prob
+        plan.task_ids,
+        ema_alpha=args.curriculum_ema_alpha,
+        tau=args.curriculum_tau,
+        min_prob=args.curriculum_min_prob,
     ).sample(2)
 
 
@@ -107,7 +145,11 @@ def test_flags_are_refused_as_ours_or_give_a_consistent_plan(most):
 @st.composite
 def rollouts(draw: st.DrawFn) -> tuple[Rollout, int]:
     """A rollout of random contents and a number of ranks that divides its environments."""
-    ranks, per_rank, num_steps = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    ranks, per_rank, num_steps = (
+        draw(st.integers(1, 4)),
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 4)),
+    )
     shape = (num_steps, ranks * per_rank)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
 
@@ -148,9 +190,13 @@ def test_shards_partition_the_environments_and_add_up_to_the_rollout(drawn):
     order, joined_order = ((r.final_b_K * 1000 + r.final_t_K).argsort() for r in (rollout, joined))
     for field in dataclasses.fields(Rollout):
         whole, parts = getattr(rollout, field.name), getattr(joined, field.name)
-        if "_K" in field.name:  # a shard lists its own first: the same observations in another order
+        if (
+            "_K" in field.name
+        ):  # a shard lists its own first: the same observations in another order
             whole, parts = whole[order], parts[joined_order]
-        assert torch.equal(whole, parts) if isinstance(whole, torch.Tensor) else whole == parts, field.name
+        assert torch.equal(whole, parts) if isinstance(whole, torch.Tensor) else whole == parts, (
+            field.name
+        )
     values_K = torch.arange(len(rollout.final_t_K)).float()
     next_TB = rollout.next_values(rollout.reward_TB, rollout.reward_TB[-1], values_K)
     assert torch.equal(next_TB[rollout.final_t_K, rollout.final_b_K], values_K)
@@ -178,7 +224,9 @@ REPORTS = st.lists(st.tuples(st.integers(0, 11), st.booleans()), max_size=60)
 
 def report(curriculum: Curriculum, reports: list[tuple[int, bool]]) -> None:
     tasks = curriculum.task_ids
-    curriculum.update([tasks[i % len(tasks)] for i, _ in reports], [success for _, success in reports])
+    curriculum.update(
+        [tasks[i % len(tasks)] for i, _ in reports], [success for _, success in reports]
+    )
 
 
 @settings(max_examples=300)
@@ -210,13 +258,17 @@ def test_a_saved_curriculum_goes_on_as_if_nothing_had_happened(curriculum, befor
 
 JSON_VALUES = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3)),
-    lambda values: st.one_of(st.lists(values, max_size=3), st.dictionaries(st.text(max_size=3), values, max_size=3)),
+    lambda values: st.one_of(
+        st.lists(values, max_size=3), st.dictionaries(st.text(max_size=3), values, max_size=3)
+    ),
     max_leaves=6,
 )
 
 
 @settings(max_examples=300)
-@given(st.sampled_from(("ema", "num_episodes", "num_successes", "rng", "task_ids", None)), JSON_VALUES)
+@given(
+    st.sampled_from(("ema", "num_episodes", "num_successes", "rng", "task_ids", None)), JSON_VALUES
+)
 def test_a_damaged_curriculum_is_refused_and_changes_nothing(key, value):
     curriculum = Curriculum(3)
     curriculum.update([0, 1], [True, False])
@@ -235,7 +287,9 @@ def test_a_damaged_curriculum_is_refused_and_changes_nothing(key, value):
 
 
 @settings(max_examples=200)
-@given(st.integers(2, 400), st.integers(0, 40000), st.lists(st.floats(-1, 1), min_size=1, max_size=14))
+@given(
+    st.integers(2, 400), st.integers(0, 40000), st.lists(st.floats(-1, 1), min_size=1, max_size=14)
+)
 def test_actions_come_back_within_half_a_bin_in_order(num_bins, offset, values):
     tokenizer = ActionTokenizer(num_bins + offset, num_bins)
     actions = np.array(values)
@@ -243,7 +297,9 @@ def test_actions_come_back_within_half_a_bin_in_order(num_bins, offset, values):
     assert set(ids.tolist()) <= set(tokenizer.action_token_ids.tolist())
     decoded = tokenizer.decode(ids)
     assert np.abs(decoded - actions).max() <= 1 / (num_bins - 1) + 1e-12
-    assert (np.diff(ids[np.argsort(actions, kind="stable")]) <= 0).all(), "a larger action has a larger id"
+    assert (np.diff(ids[np.argsort(actions, kind="stable")]) <= 0).all(), (
+        "a larger action has a larger id"
+    )
 
 
 @given(st.integers(2, 400), st.integers(0, 40000))

@@ -12,7 +12,14 @@ import pytest
 import torch
 
 import ppo_vllm_ray_fsdp_vla as driver
-from tests.test_driver import ROOT, command_line, metrics_by_step, run_driver, run_environment, small_args
+from tests.test_driver import (
+    ROOT,
+    command_line,
+    metrics_by_step,
+    run_driver,
+    run_environment,
+    small_args,
+)
 from utils.logging_utils import read_metrics
 from utils.training_state import load_prefixed
 
@@ -44,7 +51,9 @@ def stop_in_update(args: driver.Args, step: int, counter: Path) -> int:
     try:
         deadline = time.monotonic() + 300
         while counter.stat().st_size < step * args.num_steps * args.local_rollout_batch_size:
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0][-4000:]
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0][
+                -4000:
+            ]
             time.sleep(0.05)
         time.sleep(1.0)  # the update takes several seconds
         process.send_signal(signal.SIGTERM)
@@ -91,20 +100,28 @@ def runs(straight_run, tiny_model_dir) -> Path:
 def test_a_run_stopped_within_an_update_goes_on_to_the_last_bit(runs, tiny_model_dir):
     straight, stopped = runs / "straight", runs / "stopped"
     (within,) = stopped.glob("step_1_minibatch_*")
-    assert 0 < int(within.name.rpartition("_")[2]) < 2 * 4 * 4, "it was to be stopped within the update"
+    assert 0 < int(within.name.rpartition("_")[2]) < 2 * 4 * 4, (
+        "it was to be stopped within the update"
+    )
     assert [m["step"] for m in read_metrics(stopped)] == [1]
     state = json.loads((within / "training_state/state.json").read_text())
     assert any(episode["actions"] for world in state["worlds"] for episode in world["running"])
 
     output = run_driver(run_args(tiny_model_dir, runs, "stopped", resume="auto", keep_last=1))
     assert f"going on from {within}" in output
-    assert not within.exists(), "the checkpoint within the update is of no use once the next one is whole"
+    assert not within.exists(), (
+        "the checkpoint within the update is of no use once the next one is whole"
+    )
     assert [p.name for p in stopped.glob("step_*")] == ["step_3"], "--keep_last 1"
     assert [m["step"] for m in read_metrics(stopped)] == [1, 2, 3]
     expected = assert_equal_runs(straight, stopped, NUM_STEPS)
     assert any(".exp_avg." in name for name in expected)
     initial = training_tensors(straight / "step_1")
-    assert any(not torch.equal(initial[name], expected[name]) for name in expected if name.startswith("policy.weight"))
+    assert any(
+        not torch.equal(initial[name], expected[name])
+        for name in expected
+        if name.startswith("policy.weight")
+    )
 
 
 @pytest.mark.slow
@@ -116,17 +133,28 @@ def test_a_run_goes_on_with_another_number_of_trainers(runs, tiny_model_dir):
         local_mini_batch_size=16, total_episodes=2 * 64,
     )  # fmt: skip
     output = run_driver(args)
-    assert "--actor_num_gpus_per_node was [2], is [1]" in output and "--local_mini_batch_size was 8, is 16" in output
+    assert (
+        "--actor_num_gpus_per_node was [2], is [1]" in output
+        and "--local_mini_batch_size was 8, is 16" in output
+    )
     assert [m["step"] for m in read_metrics(other)] == [1, 2]
     assert {p.name for p in (other / "cut/1").iterdir()} == {"metrics.jsonl", "step_2", "step_3"}
     one, two = metrics_by_step(straight)[2], metrics_by_step(other)[2]
     # the same policy acted in the same episodes, and the same critic valued them
-    for name in ("rollout/num_episodes", "rollout/episode_return", "rollout/num_not_repeated", "rollout/ema_return"):
+    for name in (
+        "rollout/num_episodes",
+        "rollout/episode_return",
+        "rollout/num_not_repeated",
+        "rollout/ema_return",
+    ):
         assert one[name] == two[name], name
     for name in ("train/value_mean", "train/return_mean", "train/explained_variance"):
         assert two[name] == pytest.approx(one[name], rel=1e-5, abs=1e-6), name
     assert two["train/engine_logprob_max_diff"] < 1e-4
-    assert training_tensors(other / "step_2").keys() >= {"critic.weight.fc1.weight", "rank_0.random.cpu"}
+    assert training_tensors(other / "step_2").keys() >= {
+        "critic.weight.fc1.weight",
+        "rank_0.random.cpu",
+    }
 
 
 def test_flags_that_may_not_change_are_refused_before_anything_starts(runs, tiny_model_dir):

@@ -14,7 +14,13 @@ import pytest
 
 from tests.conftest import libero_skip_reason
 from utils import check_install
-from utils.check_install import chosen_renderers, gl_problems, import_problem, libero_problems, missing_library_hint
+from utils.check_install import (
+    chosen_renderers,
+    gl_problems,
+    import_problem,
+    libero_problems,
+    missing_library_hint,
+)
 
 ROOT = Path(__file__).parent.parent
 SETUP_LIBERO = "bash scripts/setup_env.sh --libero"
@@ -45,7 +51,11 @@ def checkout(tmp_path: Path) -> Path:
     """A checkout with the set-up's files, and a bin/ with a stand-in for uv."""
     checkout = tmp_path / "checkout"
     (checkout / "scripts").mkdir(parents=True)
-    for file in [ROOT / "scripts/setup_env.sh", ROOT / "pyproject.toml", *ROOT.glob("requirements*.txt")]:
+    for file in [
+        ROOT / "scripts/setup_env.sh",
+        ROOT / "pyproject.toml",
+        *ROOT.glob("requirements*.txt"),
+    ]:
         shutil.copy(file, checkout / file.relative_to(ROOT))
     write_program(checkout, "uv", FAKE_UV)
     return checkout
@@ -73,10 +83,19 @@ def write_program(checkout: Path, name: str, text: str) -> None:
 
 
 def start_setup(checkout: Path, *options: str, **environment: str) -> subprocess.Popen:
-    env = {"PATH": f"{checkout}/bin:/usr/bin:/bin:/sbin", "HOME": str(checkout), "CALLS": str(checkout / "calls")}
+    env = {
+        "PATH": f"{checkout}/bin:/usr/bin:/bin:/sbin",
+        "HOME": str(checkout),
+        "CALLS": str(checkout / "calls"),
+    }
     command = ["bash", str(checkout / "scripts/setup_env.sh"), *options]
     return subprocess.Popen(
-        command, env=env | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/"
+        command,
+        env=env | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd="/",
     )
 
 
@@ -89,14 +108,20 @@ def setup(checkout: Path, *options: str, **environment: str) -> tuple[int, str]:
 def calls(checkout: Path, prefix: str = "") -> list[str]:
     """What was asked of uv and of the venv's python so far."""
     path = checkout / "calls"
-    return [line for line in path.read_text().splitlines() if line.startswith(prefix)] if path.exists() else []
+    return (
+        [line for line in path.read_text().splitlines() if line.startswith(prefix)]
+        if path.exists()
+        else []
+    )
 
 
 def test_installs_then_does_nothing_quickly(checkout):
     code, output = setup(checkout)
     assert code == 0, output
     assert any("-r requirements-cpu.txt" in call for call in calls(checkout, "pip install"))
-    assert calls(checkout, "python -m utils.check_install") == ["python -m utils.check_install --kind cpu"]
+    assert calls(checkout, "python -m utils.check_install") == [
+        "python -m utils.check_install --kind cpu"
+    ]
     (checkout / "calls").unlink()
     seconds = []
     for _ in range(3):  # the best of three: the machine may be busy
@@ -122,8 +147,12 @@ def test_the_kind_follows_nvidia_smi_and_flags(checkout):
     setup(checkout)
     assert any("-r requirements.txt" in call for call in calls(checkout, "pip install"))
     (checkout / "calls").unlink()
-    assert setup(checkout, "--cpu")[0] == 0  # vLLM's two builds share a folder: the venv is made anew
-    assert calls(checkout, "venv") and any("-r requirements-cpu.txt" in call for call in calls(checkout))
+    assert (
+        setup(checkout, "--cpu")[0] == 0
+    )  # vLLM's two builds share a folder: the venv is made anew
+    assert calls(checkout, "venv") and any(
+        "-r requirements-cpu.txt" in call for call in calls(checkout)
+    )
     (checkout / "calls").unlink()
     setup(checkout)
     assert calls(checkout) == []  # and the choice stays
@@ -182,7 +211,9 @@ def test_messages_when_something_is_missing(checkout):
 
 def test_without_uv_it_is_installed_by_pip(checkout):
     (checkout / "bin/uv").unlink()
-    installer = '#!/bin/bash\nmkdir -p .uv/bin && printf "%s" "$FAKE" > .uv/bin/uv && chmod +x .uv/bin/uv\n'
+    installer = (
+        '#!/bin/bash\nmkdir -p .uv/bin && printf "%s" "$FAKE" > .uv/bin/uv && chmod +x .uv/bin/uv\n'
+    )
     write_program(checkout, "python3", installer)
     code, output = setup(checkout, FAKE=FAKE_UV)
     assert code == 0 and "installing uv" in output, output
@@ -201,7 +232,9 @@ def test_libero_is_added_to_an_installed_venv_and_stays(libero_checkout):
     assert code == 0 and "cpu, with LIBERO" in output, output
     (install,) = calls(libero_checkout, "pip install")
     assert "--no-deps" in install and install.endswith("-r requirements-libero.txt")
-    assert calls(libero_checkout, "python -m") == ["python -m utils.check_install --kind none --libero"]
+    assert calls(libero_checkout, "python -m") == [
+        "python -m utils.check_install --kind none --libero"
+    ]
     forget_calls(libero_checkout)
     for options in ([], ["--libero"], ["--quiet"]):
         code, output = setup(libero_checkout, *options)
@@ -249,7 +282,9 @@ def test_without_root_the_missing_libraries_line_is_shown(libero_checkout, gl, g
     if gpu:
         write_program(libero_checkout, "nvidia-smi", "#!/bin/bash\necho 'GPU 0: a card'\n")
     code, output = setup(libero_checkout, "--cpu", "--libero", MUJOCO_GL=gl, FAKE_UID="1000")
-    assert code == 1 and f"apt-get install -y --no-install-recommends {packages}   (as root)" in output
+    assert (
+        code == 1 and f"apt-get install -y --no-install-recommends {packages}   (as root)" in output
+    )
     assert calls(libero_checkout) == []  # neither apt-get nor anything else
 
 
@@ -266,7 +301,9 @@ def test_as_root_the_missing_libraries_are_installed(libero_checkout):
     (libero_checkout / "libraries").unlink()
     code, output = setup(libero_checkout, "--libero")
     assert code == 1 and "ldconfig does not list" in output
-    write_program(libero_checkout, "apt-get", "#!/bin/bash\necho apt says: no route to host\nexit 100\n")
+    write_program(
+        libero_checkout, "apt-get", "#!/bin/bash\necho apt says: no route to host\nexit 100\n"
+    )
     code, output = setup(libero_checkout, "--libero")
     assert code == 1 and "could not install libosmesa6" in output and "no route to host" in output
 
@@ -287,13 +324,21 @@ def test_assets_at_hand_are_unpacked_and_named(libero_checkout, tmp_path):
         write_pack(libero_checkout, text)
         code, output = setup(libero_checkout, "--libero")
         assert code == 0 and "stand-ins" in output and "not comparable" in output, output
-        assert (libero_checkout / ".cache/libero_assets/assets/scenes/scene.xml").read_text() == text
+        assert (
+            libero_checkout / ".cache/libero_assets/assets/scenes/scene.xml"
+        ).read_text() == text
     shutil.rmtree(libero_checkout / ".cache")
     code, output = setup(libero_checkout, "--libero", LIBERO_ASSETS=str(tmp_path))
-    assert code == 0 and f"{tmp_path} (LIBERO_ASSETS)" in output and not (libero_checkout / ".cache").exists()
+    assert (
+        code == 0
+        and f"{tmp_path} (LIBERO_ASSETS)" in output
+        and not (libero_checkout / ".cache").exists()
+    )
     code, output = setup(libero_checkout, "--libero", LIBERO_ASSETS="/absent")
     assert code == 1 and "/absent is not a folder" in output
-    (libero_checkout / ".venv/lib/python3.11/site-packages/libero/libero/assets").mkdir(parents=True)
+    (libero_checkout / ".venv/lib/python3.11/site-packages/libero/libero/assets").mkdir(
+        parents=True
+    )
     code, output = setup(libero_checkout, "--libero")
     assert code == 0 and "the package's own" in output and not (libero_checkout / ".cache").exists()
 
@@ -306,7 +351,10 @@ def test_gl_libraries_are_loaded_and_named(monkeypatch):
     assert "use osmesa (CPU) or egl (GPU)" in gl_problems("glx")[0]
     monkeypatch.setenv("MUJOCO_GL", "osmesa")
     assert libero_problems() == [problem]  # the simulator is not imported without them
-    assert libero_skip_reason(["libero_spatial"]) in (problem, "LIBERO's simulator is not installed: " + SETUP_LIBERO)
+    assert libero_skip_reason(["libero_spatial"]) in (
+        problem,
+        "LIBERO's simulator is not installed: " + SETUP_LIBERO,
+    )
 
 
 def test_renderers_follow_mujoco_gl_and_the_machine(monkeypatch, tmp_path):
@@ -324,7 +372,9 @@ def test_the_simulator_imports_without_a_question(tmp_path):
     command = [sys.executable, "-m", "utils.check_install", "--kind", "none", "--libero"]
     env = os.environ | {"HOME": str(tmp_path)}
     env.pop("LIBERO_CONFIG_PATH", None)
-    done = subprocess.run(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / ".libero/config.yaml").exists()
 
@@ -355,7 +405,9 @@ def test_import_problem_reports_what_really_fails(tmp_path, monkeypatch):
     assert "a question on standard input" in import_problem("asks_a_question")
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-cpu.txt", "requirements-libero.txt"])
+@pytest.mark.parametrize(
+    "name", ["requirements.txt", "requirements-cpu.txt", "requirements-libero.txt"]
+)
 def test_every_requirement_is_an_exact_pin(name):
     for line in (ROOT / name).read_text().splitlines():
         assert re.fullmatch(r"[\w.-]+==[\w.+!-]+", line), line

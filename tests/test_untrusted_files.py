@@ -33,7 +33,14 @@ from utils import checkpoint_utils, peft_utils
 ROOT = Path(__file__).parents[1]
 SOURCES = [
     path
-    for pattern in ("*.py", "ppo/**/*.py", "prismatic/**/*.py", "utils/**/*.py", "vla-scripts/*.py", "benchmarks/*.py")
+    for pattern in (
+        "*.py",
+        "ppo/**/*.py",
+        "prismatic/**/*.py",
+        "utils/**/*.py",
+        "vla-scripts/*.py",
+        "benchmarks/*.py",
+    )
     for path in ROOT.glob(pattern)
 ]
 # Calls that run what a file says, or send files away.
@@ -64,7 +71,11 @@ def forbidden(call: ast.Call) -> str | None:
         return name
     if name == "torch.load" and keywords.get("weights_only") != "True":
         return "torch.load without weights_only=True"
-    wrong = [k for k in ("trust_remote_code", "allow_pickle", "push_to_hub") if keywords.get(k, "False") != "False"]
+    wrong = [
+        k
+        for k in ("trust_remote_code", "allow_pickle", "push_to_hub")
+        if keywords.get(k, "False") != "False"
+    ]
     return f"{name}({wrong[0]}=...)" if wrong else None
 
 
@@ -78,12 +89,17 @@ def test_no_source_unpickles_trusts_or_uploads():
     ]
     assert found == []
     bad = "torch.load(x); np.load(f, allow_pickle=True); m.push_to_hub('x'); eval(y); A.b(trust_remote_code=True)"
-    assert sum(forbidden(n) is not None for n in ast.walk(ast.parse(bad)) if isinstance(n, ast.Call)) == 5
+    assert (
+        sum(forbidden(n) is not None for n in ast.walk(ast.parse(bad)) if isinstance(n, ast.Call))
+        == 5
+    )
 
 
 def test_a_tokenizers_code_is_not_run(model_dir, tmp_path):
     (model_dir / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
-    edit(model_dir / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]})
+    edit(
+        model_dir / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    )
     edit(model_dir / "config.json", auto_map={"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"})
     edit(model_dir / "preprocessor_config.json", auto_map={"AutoImageProcessor": "evil.Evil"})
     load_processor(model_dir)
@@ -110,11 +126,20 @@ def test_a_pickle_is_no_model(model_dir, tmp_path):
         ({"attn_implementation": "evil/kernel"}, "attn_implementation is not allowed"),
         ({"configuration_files": ["config.9.0.0.json"]}, "configuration_files is not allowed"),
         ({"quantization_config": {"quant_method": "x"}}, "quantization_config is not allowed"),
-        ({"timm_model_ids": ["hf-hub:evil/model"] * 2}, "timm_model_ids is .* names of timm's models"),
+        (
+            {"timm_model_ids": ["hf-hub:evil/model"] * 2},
+            "timm_model_ids is .* names of timm's models",
+        ),
         ({"timm_model_ids": ["local-dir:/tmp"] * 2}, "timm_model_ids is .* names of timm's models"),
-        ({"model_type": "llama"}, "model_type is 'llama', not 'openvla': this is another architecture"),
+        (
+            {"model_type": "llama"},
+            "model_type is 'llama', not 'openvla': this is another architecture",
+        ),
         ({"image_sizes": [10**9, 10**9]}, "image_sizes is"),
-        ({"text_config": {"num_hidden_layers": 10**9}}, "text_config.num_hidden_layers is '1000000000'"),
+        (
+            {"text_config": {"num_hidden_layers": 10**9}},
+            "text_config.num_hidden_layers is '1000000000'",
+        ),
     ],
 )
 def test_a_configuration_that_leads_elsewhere_is_refused(model_dir, changes, message):
@@ -150,7 +175,11 @@ def test_a_dataset_that_names_code_imports_nothing(tmp_path, monkeypatch):
 )
 def test_an_adapter_with_code_or_expressions_is_refused(tiny_model_dir, tmp_path, changes, message):
     folder = adapter(tiny_model_dir, tmp_path / "adapter")
-    assert checkpoint_utils.check_adapter_dir(folder) == peft_utils.check_adapter_fits(folder, tiny_model_dir) == []
+    assert (
+        checkpoint_utils.check_adapter_dir(folder)
+        == peft_utils.check_adapter_fits(folder, tiny_model_dir)
+        == []
+    )
     edit(folder / "adapter_config.json", **changes)
     (problem,) = checkpoint_utils.check_adapter_dir(folder)
     assert message in problem and "adapter_config.json" in problem
@@ -164,7 +193,11 @@ def test_an_adapter_with_code_or_expressions_is_refused(tiny_model_dir, tmp_path
 def test_an_index_stays_in_its_folder(model_dir, tmp_path):
     state = load_file(model_dir / "model.safetensors")
     (model_dir / "model.safetensors").rename(tmp_path / "outside.safetensors")
-    for name in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), "x/../../outside.safetensors"):
+    for name in (
+        "../outside.safetensors",
+        str(tmp_path / "outside.safetensors"),
+        "x/../../outside.safetensors",
+    ):
         index = {"metadata": {}, "weight_map": dict.fromkeys(state, name)}
         (model_dir / "model.safetensors.index.json").write_text(json.dumps(index))
         (problem,) = checkpoint_utils.check_model_dir(model_dir)
@@ -193,7 +226,9 @@ def test_a_link_to_this_machines_files_is_not_copied(model_dir, tmp_path):
     (tmp_path / "secret").write_text("key")
     (model_dir / "vocabulary.txt").symlink_to(tmp_path / "secret")
     (tmp_path / "out").mkdir()
-    with pytest.raises(ValueError, match=r"vocabulary.txt is a link to .*secret, outside of its folder"):
+    with pytest.raises(
+        ValueError, match=r"vocabulary.txt is a link to .*secret, outside of its folder"
+    ):
         checkpoint_utils.copy_model_files(model_dir, tmp_path / "out")
     assert not (tmp_path / "out" / "vocabulary.txt").exists()
 
@@ -212,7 +247,9 @@ def test_the_links_of_a_hugging_face_cache_are_copied(model_dir, tmp_path):
 
 
 def test_an_adapter_beside_a_model_does_not_bring_another_base(model_dir):
-    (model_dir / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/elsewhere"}))
+    (model_dir / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "/elsewhere"})
+    )
     with pytest.raises(ValueError, match="lies beside a whole model"):
         load_model(model_dir)
 
@@ -237,15 +274,21 @@ def test_another_architectures_weights_are_named(model_dir, tiny_model_dir):
 def test_a_flipped_bit_in_what_we_wrote_is_found(tiny_model_dir, tmp_path):
     state = load_file(tiny_model_dir / "model.safetensors")
     folder = tmp_path / "saved"
-    checkpoint_utils.save_model_dir(folder, state, tiny_model_dir, json_files={"metadata.json": {"step": 3}})
+    checkpoint_utils.save_model_dir(
+        folder, state, tiny_model_dir, json_files={"metadata.json": {"step": 3}}
+    )
     assert checkpoint_utils.check_model_dir(folder) == []
-    assert checkpoint_utils.check_model_dir(tiny_model_dir) == [], "a folder without checksums is checked otherwise"
+    assert checkpoint_utils.check_model_dir(tiny_model_dir) == [], (
+        "a folder without checksums is checked otherwise"
+    )
     weights = bytearray((folder / "model.safetensors").read_bytes())
     weights[-1000] ^= 4
     (folder / "model.safetensors").write_bytes(weights)
     (problem,) = checkpoint_utils.check_model_dir(folder)
     assert "model.safetensors is not what was written" in problem
-    with pytest.raises(ValueError, match=r"model.safetensors is not what was written .* delete .*checksums.json"):
+    with pytest.raises(
+        ValueError, match=r"model.safetensors is not what was written .* delete .*checksums.json"
+    ):
         load_model(folder)
     (folder / "checksums.json").unlink()
     load_model(folder)
@@ -255,10 +298,15 @@ def test_a_flipped_bit_in_what_we_wrote_is_found(tiny_model_dir, tmp_path):
 def test_checksums_that_do_not_list_what_is_loaded_are_damaged(tiny_model_dir, tmp_path, name):
     """A flipped bit in a name would leave the file of that name unchecked."""
     folder = tmp_path / "saved"
-    checkpoint_utils.save_model_dir(folder, load_file(tiny_model_dir / "model.safetensors"), tiny_model_dir)
+    checkpoint_utils.save_model_dir(
+        folder, load_file(tiny_model_dir / "model.safetensors"), tiny_model_dir
+    )
     manifest = folder / "checksums.json"
     manifest.write_text(manifest.read_text().replace(name, name.replace("o", "n")))
-    for load in (load_model, lambda path: raise_file_problems(checkpoint_utils.check_model_dir(path))):
+    for load in (
+        load_model,
+        lambda path: raise_file_problems(checkpoint_utils.check_model_dir(path)),
+    ):
         with pytest.raises(ValueError, match=f"checksums.json does not list {name}"):
             load(folder)
     (folder / "notes.json").write_text("{}")  # what was added later may be there
@@ -279,12 +327,16 @@ def test_checksums_lead_out_of_no_folder_and_miss_no_file(tmp_path):
     assert "a.json is missing" in missing and "training_state/b is not what was written" in changed
     assert checksum_problems(tmp_path / "folder", lambda name: name == "other") == []
     for name in ("../outside", "/etc/passwd", "a//b", ""):
-        (tmp_path / "folder" / "checksums.json").write_text(json.dumps({"sha256": {name: "0" * 64}}))
+        (tmp_path / "folder" / "checksums.json").write_text(
+            json.dumps({"sha256": {name: "0" * 64}})
+        )
         (problem,) = checksum_problems(tmp_path / "folder")
         assert "checksums.json is damaged" in problem
 
 
-@pytest.mark.parametrize("content", ["[1]", "{", "\xff", "[" * 10**5, '{"a": ' + "1" * 5000 + "}", ""])
+@pytest.mark.parametrize(
+    "content", ["[1]", "{", "\xff", "[" * 10**5, '{"a": ' + "1" * 5000 + "}", ""]
+)
 def test_json_that_is_none_is_named(tmp_path, content):
     (tmp_path / "metadata.json").write_text(content, encoding="latin1")
     with pytest.raises(ValueError, match="metadata.json is not"):
@@ -336,7 +388,9 @@ def test_a_record_less_names_the_shard(tmp_path):
     shard = sorted(folder.glob("*.tfrecord*"))[0]
     data = shard.read_bytes()
     shard.write_bytes(data[: 16 + int.from_bytes(data[:8], "little")])
-    with pytest.raises(ValueError, match=f"{shard.name} holds 1 episodes, dataset_info.json says 2"):
+    with pytest.raises(
+        ValueError, match=f"{shard.name} holds 1 episodes, dataset_info.json says 2"
+    ):
         list(iterate_episodes(folder))
 
 

@@ -61,7 +61,9 @@ def wait_all(
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     has_failed = False
     while pending:
-        done, _ = ray.wait(list(pending), num_returns=1, timeout=POLL_S if poll or deadline else None)
+        done, _ = ray.wait(
+            list(pending), num_returns=1, timeout=POLL_S if poll or deadline else None
+        )
         if poll:
             poll()
         for ref in done:
@@ -103,7 +105,9 @@ class RevivableActor:
             try:
                 return ray.get(getattr(self._actor, method).remote(*args))
             except RayActorError as error:
-                logger.warning(f"the {self.name} died ({first_line(error)}): a new one goes on from its last state")
+                logger.warning(
+                    f"the {self.name} died ({first_line(error)}): a new one goes on from its last state"
+                )
                 self._actor = self._start()
                 ray.get(self._actor.load_state_dict.remote(self.state))
 
@@ -129,7 +133,12 @@ class ActorPool:
     """
 
     def __init__(
-        self, name: str, start: Callable[[int], Any], size: int, restore: Callable[[list[int]], None], ping: str
+        self,
+        name: str,
+        start: Callable[[int], Any],
+        size: int,
+        restore: Callable[[list[int]], None],
+        ping: str,
     ) -> None:
         self.name, self._start, self._restore, self._ping = name, start, restore, ping
         self.actors = [start(index) for index in range(size)]
@@ -137,7 +146,9 @@ class ActorPool:
         self._asked: dict[int, Any] = {}
         self._unrestored: list[int] = []
 
-    def on_each(self, call: Callable[[int], Any], what: str, calls: Sequence[Any] = (), **limits: Any) -> list[Any]:
+    def on_each(
+        self, call: Callable[[int], Any], what: str, calls: Sequence[Any] = (), **limits: Any
+    ) -> list[Any]:
         """Results of `call(i)` for every actor i; one that fails is replaced and called again.
 
         `calls` are those of the first round if they were made before; `limits` are options of `wait_all`.
@@ -146,7 +157,9 @@ class ActorPool:
         results = self._wait(calls or [call(i) for i in everyone], everyone, what, limits)
         if calls:
             results = self._without_the_dead(results, what, limits)
-        while failed := {i: result for i, result in enumerate(results) if isinstance(result, ActorFailure)}:
+        while failed := {
+            i: result for i, result in enumerate(results) if isinstance(result, ActorFailure)
+        }:
             self.replace(failed, what)
             again = self._wait([call(i) for i in failed], list(failed), what, limits)
             for index, result in zip(failed, again, strict=True):
@@ -155,18 +168,34 @@ class ActorPool:
 
     def _without_the_dead(self, results: list[Any], what: str, limits: dict[str, Any]) -> list[Any]:
         """Failures in place of what came from actors that have died since: it may refer to what died with them."""
-        asked = [i for i, r in enumerate(results) if i not in self._unrestored and not isinstance(r, ActorFailure)]
+        asked = [
+            i
+            for i, r in enumerate(results)
+            if i not in self._unrestored and not isinstance(r, ActorFailure)
+        ]
         answers = self._wait([self._call_ping(i) for i in asked], asked, what, limits)
-        failures = {i: answer for i, answer in zip(asked, answers, strict=True) if isinstance(answer, ActorFailure)}
+        failures = {
+            i: answer
+            for i, answer in zip(asked, answers, strict=True)
+            if isinstance(answer, ActorFailure)
+        }
         failures |= dict.fromkeys(self._unrestored, ActorFailure("died meanwhile"))
         return [failures.get(i, result) for i, result in enumerate(results)]
 
     def _call_ping(self, index: int) -> Any:
         return getattr(self.actors[index], self._ping).remote()
 
-    def _wait(self, calls: Sequence[Any], indices: Sequence[int], what: str, limits: dict[str, Any]) -> list[Any]:
+    def _wait(
+        self, calls: Sequence[Any], indices: Sequence[int], what: str, limits: dict[str, Any]
+    ) -> list[Any]:
         everyone = range(len(calls))
-        return wait_all(calls, what, explain=lambda i: f"{self.name} {indices[i]}", replaceable=everyone, **limits)
+        return wait_all(
+            calls,
+            what,
+            explain=lambda i: f"{self.name} {indices[i]}",
+            replaceable=everyone,
+            **limits,
+        )
 
     def replace(self, failed: dict[int, ActorFailure], what: str) -> None:
         """New actors for those that failed."""
@@ -202,7 +231,9 @@ class ActorPool:
     def _start_anew(self, index: int, reason: str, what: str) -> None:
         if index in self._unrestored:
             return  # what failed is the lost one's call
-        logger.warning(f"{self.name} {index} is replaced; it failed while {what}: {first_line(reason)}")
+        logger.warning(
+            f"{self.name} {index} is replaced; it failed while {what}: {first_line(reason)}"
+        )
         ray.kill(self.actors[index])
         self._asked.pop(index, None)
         self.actors[index] = self._start(index)

@@ -54,7 +54,9 @@ def end_descendants(spared: Collection[int] = (), grace_s: float = GRACE_S) -> l
 def _descendants(spared: Collection[int]) -> list[psutil.Process]:
     """Living ones; those that ended are reaped."""
     found = psutil.Process().children(recursive=True)
-    _, alive = psutil.wait_procs([process for process in found if process.pid not in spared], timeout=0)
+    _, alive = psutil.wait_procs(
+        [process for process in found if process.pid not in spared], timeout=0
+    )
     return [process for process in alive if _is_running(process)]
 
 
@@ -67,7 +69,11 @@ def _is_running(process: psutil.Process) -> bool:
 def _shared_memory_files(process: psutil.Process) -> set[str]:
     """Paths in /dev/shm that a process has mapped."""
     with contextlib.suppress(psutil.Error, OSError):
-        return {m.path for m in process.memory_maps() if m.path.startswith(SHARED_MEMORY) and "(deleted)" not in m.path}
+        return {
+            m.path
+            for m in process.memory_maps()
+            if m.path.startswith(SHARED_MEMORY) and "(deleted)" not in m.path
+        }
     return set()
 
 
@@ -109,14 +115,18 @@ def run_attempts(first: Sequence[str], again: Sequence[str], max_restarts: int) 
     try:
         for attempt in range(max_restarts + 1):
             # A group of its own: Ctrl-C at a terminal would otherwise reach it twice.
-            child = subprocess.Popen(again if attempt else first, process_group=0, preexec_fn=_end_with_parent)
+            child = subprocess.Popen(
+                again if attempt else first, process_group=0, preexec_fn=_end_with_parent
+            )
             code = child.wait()
             end_descendants()
             if code == 0 or code in FINAL_CODES or stopped:
                 return code if code >= 0 else 128 - code
             how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             if attempt == max_restarts:
-                logger.error(f"attempt {attempt + 1} ended with {how}: --max_restarts {max_restarts} is used up")
+                logger.error(
+                    f"attempt {attempt + 1} ended with {how}: --max_restarts {max_restarts} is used up"
+                )
                 return code if code >= 0 else 128 - code
             logger.warning(
                 f"attempt {attempt + 1} of {max_restarts + 1} ended with {how}: going on from the last checkpoint"

@@ -24,7 +24,15 @@ PACKAGES = (
 )  # fmt: skip
 
 # `libero.libero.envs` imports the renderer, every scene and every object; the others come first to be named themselves.
-LIBERO_PACKAGES = ("mujoco", "scipy", "matplotlib", "gymnasium", "robosuite", "bddl", "libero.libero.envs")
+LIBERO_PACKAGES = (
+    "mujoco",
+    "scipy",
+    "matplotlib",
+    "gymnasium",
+    "robosuite",
+    "bddl",
+    "libero.libero.envs",
+)
 
 # What MuJoCo's off-screen renderers load: OSMesa draws on the CPU, EGL on the GPU (libglvnd hands over to the driver).
 GL_LIBRARIES = {
@@ -122,7 +130,9 @@ def libero_problems() -> list[str]:
             # Without this file the import asks where the data shall be.
             (Path(folder) / "config.yaml").write_text(f"benchmark_root: {root}\n")
         os.environ["LIBERO_CONFIG_PATH"] = folder
-        return [problem for name in LIBERO_PACKAGES if (problem := import_problem(name)) is not None]
+        return [
+            problem for name in LIBERO_PACKAGES if (problem := import_problem(name)) is not None
+        ]
 
 
 def vllm_problem(kind: str) -> str | None:

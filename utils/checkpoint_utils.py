@@ -57,15 +57,21 @@ _MODULE_PATTERN = re.compile(r"\^?([A-Za-z0-9_.-]|\\\.)+\$?")
 
 
 def _is_names(value: Any) -> bool:
-    return is_list_of(value, lambda name: isinstance(name, str) and _MODULE_NAME.fullmatch(name) is not None)
+    return is_list_of(
+        value, lambda name: isinstance(name, str) and _MODULE_NAME.fullmatch(name) is not None
+    )
 
 
 def _is_layers(value: Any) -> bool:
-    return is_list_of(value if isinstance(value, list) else [value], lambda layer: is_int(layer, 0, 4096))
+    return is_list_of(
+        value if isinstance(value, list) else [value], lambda layer: is_int(layer, 0, 4096)
+    )
 
 
 def _is_pattern(value: Any, is_value: Callable[[Any], bool]) -> bool:
-    return isinstance(value, dict) and all(_MODULE_PATTERN.fullmatch(k) and is_value(v) for k, v in value.items())
+    return isinstance(value, dict) and all(
+        _MODULE_PATTERN.fullmatch(k) and is_value(v) for k, v in value.items()
+    )
 
 
 REQUIRED_ADAPTER_FIELDS = ("peft_type", "r", "lora_alpha", "target_modules")
@@ -79,7 +85,10 @@ ADAPTER_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: _is_names(v) and len(v) > 0,
         "a list of names of modules, without regular expressions",
     ),
-    "rank_pattern": (lambda v: v is None or _is_pattern(v, lambda n: is_int(n, 1, 1 << 16)), "names with ranks"),
+    "rank_pattern": (
+        lambda v: v is None or _is_pattern(v, lambda n: is_int(n, 1, 1 << 16)),
+        "names with ranks",
+    ),
     "alpha_pattern": (lambda v: v is None or _is_pattern(v, is_number), "names with numbers"),
     "modules_to_save": (
         lambda v: v is None or _is_names(v),
@@ -87,10 +96,19 @@ ADAPTER_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "base_model_name_or_path": (lambda v: v is None or isinstance(v, str), "text"),
     "exclude_modules": (lambda v: v is None or _is_names(v), "a list of names of modules, or null"),
-    "layers_to_transform": (lambda v: v is None or _is_layers(v), "a layer's number, a list of them, or null"),
-    "layers_pattern": (lambda v: v is None or _is_names(v if isinstance(v, list) else [v]), "names, or null"),
+    "layers_to_transform": (
+        lambda v: v is None or _is_layers(v),
+        "a layer's number, a list of them, or null",
+    ),
+    "layers_pattern": (
+        lambda v: v is None or _is_names(v if isinstance(v, list) else [v]),
+        "names, or null",
+    ),
     # Not used here; with megatron_config peft imports the module that megatron_core names.
-    **{name: (lambda v: v is None, "null") for name in ("eva_config", "megatron_config", "velora_config")},
+    **{
+        name: (lambda v: v is None, "null")
+        for name in ("eva_config", "megatron_config", "velora_config")
+    },
     "use_rslora": (lambda v: isinstance(v, bool), "true or false"),
 }
 
@@ -102,7 +120,9 @@ def check_model_dir(path: str | Path) -> list[str]:
     """
     folder = Path(path)
     if not folder.is_dir():
-        return [f"{path} is not a folder: give a model folder (config.json, safetensors, tokenizer)"]
+        return [
+            f"{path} is not a folder: give a model folder (config.json, safetensors, tokenizer)"
+        ]
     has_weights = (folder / WEIGHTS_NAME).exists() or (folder / INDEX_NAME).exists()
     if (folder / ADAPTER_CONFIG).exists() and not has_weights:
         return [_adapter_only_message(folder)]
@@ -146,10 +166,14 @@ def _adapter_only_message(folder: Path) -> str:
 def check_adapter_dir(path: str | Path) -> list[str]:
     """Problems that keep `path` from being loaded as a peft adapter; empty when it is complete."""
     folder = Path(path)
-    problems = [f"{path} lacks {n}" for n in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not (folder / n).exists()]
+    problems = [
+        f"{path} lacks {n}" for n in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not (folder / n).exists()
+    ]
     if problems:
         return [f"{problem}: not an adapter folder" for problem in problems]
-    problems = checksum_problems(folder, lambda name: name.startswith(("adapter_", "base_model", "dataset_statistics")))
+    problems = checksum_problems(
+        folder, lambda name: name.startswith(("adapter_", "base_model", "dataset_statistics"))
+    )
     return problems or [
         problem
         for check in (lambda: read_adapter_config(folder), lambda: _check_adapter_weights(folder))
@@ -171,7 +195,9 @@ def read_adapter_config(adapter_dir: str | Path) -> dict[str, Any]:
 def _check_adapter_weights(folder: Path) -> None:
     for name, (dtype, _) in read_header(folder / ADAPTER_WEIGHTS).items():
         if dtype not in WEIGHT_DTYPES:
-            raise ValueError(f"{folder / ADAPTER_WEIGHTS}: {name} is {dtype}, not one of {', '.join(WEIGHT_DTYPES)}")
+            raise ValueError(
+                f"{folder / ADAPTER_WEIGHTS}: {name} is {dtype}, not one of {', '.join(WEIGHT_DTYPES)}"
+            )
 
 
 def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
@@ -192,7 +218,9 @@ def copy_model_files(source_dir: str | Path, output_dir: str | Path) -> list[str
         if (Path(output_dir) / file.name).exists():
             continue
         if leaves_folder(file):
-            raise ValueError(f"{file} is a link to {file.resolve()}, outside of its folder: put the file itself there")
+            raise ValueError(
+                f"{file} is a link to {file.resolve()}, outside of its folder: put the file itself there"
+            )
         shutil.copyfile(file, Path(output_dir) / file.name)
         copied.append(file.name)
     return copied
@@ -211,7 +239,9 @@ def atomic_directory(output_dir: str | Path, *, overwrite: bool = False) -> Iter
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file: choose another folder")
     if target.exists() and any(target.iterdir()) and not overwrite:
-        raise FileExistsError(f"{target} exists and is not empty: choose another folder or pass --overwrite")
+        raise FileExistsError(
+            f"{target} exists and is not empty: choose another folder or pass --overwrite"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     partial.mkdir()
@@ -248,7 +278,9 @@ def clean_interrupted_writes(folder: str | Path, name: str | None = None) -> lis
     cleaned = []
     for path in sorted(Path(folder).glob(".*")) if Path(folder).is_dir() else []:
         match = _INTERRUPTED.fullmatch(path.name)
-        running = match and int(match["pid"]) != os.getpid() and psutil.pid_exists(int(match["pid"]))
+        running = (
+            match and int(match["pid"]) != os.getpid() and psutil.pid_exists(int(match["pid"]))
+        )
         if not match or running or name not in (None, match["name"]):
             continue
         target = path.with_name(match["name"])
@@ -260,7 +292,9 @@ def clean_interrupted_writes(folder: str | Path, name: str | None = None) -> lis
     return cleaned
 
 
-def save_weights(folder: str | Path, state: Mapping[str, torch.Tensor], max_shard_size: str = "5GB") -> None:
+def save_weights(
+    folder: str | Path, state: Mapping[str, torch.Tensor], max_shard_size: str = "5GB"
+) -> None:
     """Write `state` as safetensors: one file, or shards of `max_shard_size` with an index.
 
     Raises OSError naming the file that could not be written.
@@ -269,7 +303,11 @@ def save_weights(folder: str | Path, state: Mapping[str, torch.Tensor], max_shar
     split = split_torch_state_dict_into_shards(dict(state), max_shard_size=max_shard_size)
     for name, keys in split.filename_to_tensors.items():
         try:
-            save_file({k: state[k].detach().contiguous() for k in keys}, folder / name, metadata={"format": "pt"})
+            save_file(
+                {k: state[k].detach().contiguous() for k in keys},
+                folder / name,
+                metadata={"format": "pt"},
+            )
         except SafetensorError as error:  # hides the system's error
             code = re.search(r"os error (\d+)", str(error))
             number = int(code[1]) if code else errno.EIO

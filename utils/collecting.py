@@ -34,11 +34,18 @@ def write_archive(archive: Path, root: Path, files: Iterable[Path]) -> list[Path
     with tarfile.open(archive, "w:gz" if archive.suffix == ".gz" else "w") as tar:
         for file in sorted(set(files)):
             inside = file.is_relative_to(root)
-            tar.add(file, arcname=str(file.relative_to(root) if inside else Path(file.parent.name) / file.name))
+            tar.add(
+                file,
+                arcname=str(
+                    file.relative_to(root) if inside else Path(file.parent.name) / file.name
+                ),
+            )
     return split_file(archive)
 
 
-def collect(target: Path, plain: Sequence[Path], archives: dict[str, tuple[Path, Iterable[Path]]]) -> list[Path]:
+def collect(
+    target: Path, plain: Sequence[Path], archives: dict[str, tuple[Path, Iterable[Path]]]
+) -> list[Path]:
     """Fill the folder `target`: copies of the `plain` files that exist, and archives {name: (root, files)}.
 
     Earlier files of the same names are replaced. Warns when it holds more than MAX_FILES files.

@@ -58,7 +58,9 @@ def setup_distributed(timeout_s: float = 1800.0, device_type: str | None = None)
         backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=timeout_s)
         if world_size == 1 and "MASTER_ADDR" not in os.environ:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+            )
         else:
             dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
     return DistInfo(dist.get_rank(), dist.get_world_size(), device)
@@ -80,7 +82,9 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def compile_blocks(model: nn.Module, backend: str = "inductor", *, memory_budget: float = 1.0) -> None:
+def compile_blocks(
+    model: nn.Module, backend: str = "inductor", *, memory_budget: float = 1.0
+) -> None:
     """Compile the forward of each ViT block and Llama layer in place; parameter names stay as they are.
 
     `memory_budget` in [0, 1] is the share of a block's activations that are kept for the backward pass; the rest is
@@ -132,7 +136,9 @@ def shard_model(
     """
     mesh = data_mesh(next(model.parameters()).device)
     lower = None if param_dtype == torch.float32 else param_dtype
-    policy = MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=lower, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     offload_policy = CPUOffloadPolicy() if offload else OffloadPolicy()
     ignored: set[nn.Parameter] = set()
     if mesh.size() == 1 and not offload:
@@ -176,7 +182,9 @@ def _prefetch_neighbours(chains: Iterable[list[FSDPModule]]) -> None:
             later.set_modules_to_backward_prefetch([earlier])
 
 
-def set_gradient_sync(model: nn.Module, is_last_micro_batch: bool, *, keep_gathered: bool = False) -> None:
+def set_gradient_sync(
+    model: nn.Module, is_last_micro_batch: bool, *, keep_gathered: bool = False
+) -> None:
     """Tell FSDP where in a minibatch the next backward pass is.
 
     Gradients are reduced only in the last micro-batch where the unsharded ones are small; else in every one. Skipping
@@ -234,7 +242,11 @@ def iterate_merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     The model itself is never changed. A collective: every rank must exhaust the iterator. Memory: one full matrix at
     a time. Tensors are detached, on the parameter's device, in the parameter's dtype.
     """
-    lora_layers = {name: m for name, m in model.named_modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")}
+    lora_layers = {
+        name: m
+        for name, m in model.named_modules()
+        if hasattr(m, "lora_A") and hasattr(m, "base_layer")
+    }
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             continue
@@ -292,7 +304,9 @@ def all_reduce_sums(values: dict[str, float], device: torch.device) -> dict[str,
     return dict(zip(names, packed.tolist(), strict=True))
 
 
-def bucketize(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+def bucketize(
+    tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int
+) -> Iterator[list[tuple[str, Tensor]]]:
     """Group named tensors into lists of at most `bucket_bytes` (a single larger tensor is a bucket of its own)."""
     bucket: list[tuple[str, Tensor]] = []
     size = 0

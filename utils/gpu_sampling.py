@@ -47,7 +47,9 @@ def read_samples(file: Path) -> list[GpuSample]:
         with contextlib.suppress(ValueError):
             gpu, when, utilization, memory = line.split(",")
             moment = datetime.datetime.strptime(when.strip(), "%Y/%m/%d %H:%M:%S.%f")
-            samples.append(GpuSample(int(gpu), moment.timestamp(), float(utilization), float(memory)))
+            samples.append(
+                GpuSample(int(gpu), moment.timestamp(), float(utilization), float(memory))
+            )
     return samples
 
 

@@ -23,11 +23,15 @@ def get_logger(name: str) -> logging.Logger:
         handler: logging.Handler
         if sys.stderr.isatty():
             console = Console(stderr=True)
-            handler = RichHandler(console=console, show_path=False, log_time_format="%H:%M:%S", markup=False)
+            handler = RichHandler(
+                console=console, show_path=False, log_time_format="%H:%M:%S", markup=False
+            )
             handler.setFormatter(logging.Formatter("%(message)s"))
         else:  # in a file or a pipe a message is one line, however long
             handler = logging.StreamHandler()
-            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+            handler.setFormatter(
+                logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
+            )
         root.addHandler(handler)
         root.setLevel(os.environ.get("PPO_VLA_LOG_LEVEL", "INFO"))
         root.propagate = False
@@ -81,7 +85,9 @@ class MetricWriter:
         first_step: int | None = None,
     ) -> None:
         # TensorBoard imports all of TensorFlow (5 s) where it is installed, unless this module says that it is not.
-        sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
+        sys.modules.setdefault(
+            "tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf")
+        )
         from torch.utils.tensorboard import SummaryWriter
 
         self._tensorboard = SummaryWriter(str(exp_dir), purge_step=first_step)

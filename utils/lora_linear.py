@@ -42,7 +42,13 @@ def _(
 # torch.compile chooses by FLOPs what to compute again under a memory budget; a custom operator would count none.
 @register_flop_formula(torch.ops.ppo_vla.lora_linear)
 def _(
-    x_shape: Any, weight_shape: Any, bias_shape: Any, down_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+    x_shape: Any,
+    weight_shape: Any,
+    bias_shape: Any,
+    down_shape: Any,
+    *args: Any,
+    out_shape: Any = None,
+    **kwargs: Any,
 ) -> int:
     columns, inner = weight_shape
     return 2 * math.prod(x_shape[:-1]) * (columns * inner + down_shape[0] * (columns + inner))
@@ -50,7 +56,14 @@ def _(
 
 @torch.library.custom_op("ppo_vla::lora_linear_backward", mutates_args=())
 def lora_linear_backward(
-    grad: Tensor, x: Tensor, low_NR: Tensor, weight: Tensor, down: Tensor, up: Tensor, scaling: float, needs_x: bool
+    grad: Tensor,
+    x: Tensor,
+    low_NR: Tensor,
+    weight: Tensor,
+    down: Tensor,
+    up: Tensor,
+    scaling: float,
+    needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `lora_linear` for x (empty unless `needs_x`), A and B; the base weight is frozen."""
     x_ND, grad_NO = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
@@ -66,7 +79,14 @@ def lora_linear_backward(
 
 @lora_linear_backward.register_fake
 def _(
-    grad: Tensor, x: Tensor, low_NR: Tensor, weight: Tensor, down: Tensor, up: Tensor, scaling: float, needs_x: bool
+    grad: Tensor,
+    x: Tensor,
+    low_NR: Tensor,
+    weight: Tensor,
+    down: Tensor,
+    up: Tensor,
+    scaling: float,
+    needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_x = x.new_empty(x.shape) if needs_x else x.new_empty(0)
     return grad_x, torch.empty_like(down), torch.empty_like(up)
@@ -80,7 +100,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     needs_x = ctx.needs_input_grad[0]
-    grad_x, grad_down, grad_up = lora_linear_backward(grad, *ctx.saved_tensors, ctx.scaling, needs_x)
+    grad_x, grad_down, grad_up = lora_linear_backward(
+        grad, *ctx.saved_tensors, ctx.scaling, needs_x
+    )
     return grad_x if needs_x else None, None, None, grad_down, grad_up, None
 
 
@@ -105,7 +127,13 @@ class FusedLoraLinear(PeftLoraLinear):
 
     def _is_plain(self, x: Tensor) -> bool:
         names = self.active_adapters
-        if self.disable_adapters or self.merged or len(names) != 1 or names[0] not in self.lora_A or self.lora_variant:
+        if (
+            self.disable_adapters
+            or self.merged
+            or len(names) != 1
+            or names[0] not in self.lora_A
+            or self.lora_variant
+        ):
             return False
         name, weight = names[0], self.base_layer.weight
         dropout = self.lora_dropout[name]
@@ -114,7 +142,10 @@ class FusedLoraLinear(PeftLoraLinear):
         down, up = self.lora_A[name], self.lora_B[name]
         if down.bias is not None or up.bias is not None or weight.requires_grad:
             return False
-        return x.dtype == weight.dtype == down.weight.dtype == up.weight.dtype and not torch.is_autocast_enabled()
+        return (
+            x.dtype == weight.dtype == down.weight.dtype == up.weight.dtype
+            and not torch.is_autocast_enabled()
+        )
 
 
 def fuse_lora(model: nn.Module) -> None:

@@ -19,10 +19,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prismatic.model_files import read_json_object, weight_files
-from utils.checkpoint_utils import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX_NAME, check_adapter_dir, read_adapter_config
+from utils.checkpoint_utils import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    INDEX_NAME,
+    check_adapter_dir,
+    read_adapter_config,
+)
 
 PEFT_PREFIX = "base_model.model."
-BASE_RECORD = "base_model.json"  # in an adapter folder: path and fingerprint of the model it was trained on
+BASE_RECORD = (
+    "base_model.json"  # in an adapter folder: path and fingerprint of the model it was trained on
+)
 FINGERPRINT_SAMPLES = 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Options that the merged weights do not depend on, or that are read below. Any other option that is set is refused.
@@ -110,10 +118,16 @@ def load_adapter(adapter_dir: str | Path) -> LoraAdapter:
     with safe_open(folder / ADAPTER_WEIGHTS, "pt") as tensors:
         shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
     modules, replaced, frozen, unknown = _sort_keys(shapes, config)
-    problems += [f"tensor {key} is not a LoRA factor, a saved module or a trained bias" for key in unknown]
-    problems += [problem for module in modules for problem in _factor_problems(module, shapes, config)]
+    problems += [
+        f"tensor {key} is not a LoRA factor, a saved module or a trained bias" for key in unknown
+    ]
+    problems += [
+        problem for module in modules for problem in _factor_problems(module, shapes, config)
+    ]
     if problems:
-        raise ValueError(f"{folder} cannot be merged:\n" + "\n".join(f"- {problem}" for problem in problems))
+        raise ValueError(
+            f"{folder} cannot be merged:\n" + "\n".join(f"- {problem}" for problem in problems)
+        )
     scaling = {module: lora_scaling(config, module) for module in modules}
     return LoraAdapter(folder, config, scaling, replaced, frozen)
 
@@ -165,15 +179,21 @@ def _is_trained(name: str, saved: list[str], config: Mapping[str, Any]) -> bool:
     return in_saved or (name.endswith(".bias") and config.get("bias", "none") != "none")
 
 
-def _factor_problems(module: str, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> list[str]:
+def _factor_problems(
+    module: str, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
+) -> list[str]:
     down, up = (shapes.get(f"{PEFT_PREFIX}{module}.lora_{x}.weight") for x in "AB")
     if down is None or up is None:
         return [f"module {module} has only one of lora_A and lora_B"]
     if len(down) != 2 or len(up) != 2:
-        return [f"module {module} is not a linear layer (lora_A {down}, lora_B {up}): only these are supported"]
+        return [
+            f"module {module} is not a linear layer (lora_A {down}, lora_B {up}): only these are supported"
+        ]
     rank = _pattern_value(config.get("rank_pattern"), module, config["r"])
     if not down[0] == up[1] == rank:
-        return [f"module {module}: lora_A {down} and lora_B {up} do not have rank {rank} of {ADAPTER_CONFIG}"]
+        return [
+            f"module {module}: lora_A {down} and lora_B {up} do not have rank {rank} of {ADAPTER_CONFIG}"
+        ]
     return []
 
 
@@ -228,11 +248,15 @@ def _frozen_problems(adapter: LoraAdapter, base_dir: str | Path) -> list[str]:
             for name in set(base.keys()) & set(adapter.frozen):
                 copy = adapter.tensor(adapter.frozen[name])
                 if not torch.equal(base.get_tensor(name).to(copy.dtype), copy):
-                    problems.append(f"the adapter holds a copy of its base's {name}, the base has other values")
+                    problems.append(
+                        f"the adapter holds a copy of its base's {name}, the base has other values"
+                    )
     return sorted(problems)
 
 
-def _shape_problem(name: str, wanted: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+def _shape_problem(
+    name: str, wanted: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]
+) -> list[str]:
     if name not in shapes:
         return [f"the adapter changes {name}, which the base does not have"]
     if shapes[name] != wanted:
@@ -263,7 +287,9 @@ def fingerprint_problems(adapter_dir: str | Path, base_dir: str | Path) -> list[
     recorded = recorded_fingerprint(adapter_dir)
     if recorded is None or recorded == (actual := base_fingerprint(base_dir)):
         return []
-    return [f"the adapter was trained on weights with fingerprint {recorded}, {base_dir} has {actual}"]
+    return [
+        f"the adapter was trained on weights with fingerprint {recorded}, {base_dir} has {actual}"
+    ]
 
 
 def base_fingerprint(model_dir: str | Path) -> str:
@@ -305,7 +331,11 @@ def write_safetensors(
     for name in file_order(specs):
         dtype, shape = specs[name]
         end = offset + dtype.itemsize * math.prod(shape)
-        header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        header[name] = {
+            "dtype": SAFETENSORS_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, end],
+        }
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -313,7 +343,9 @@ def write_safetensors(
     with open(file, "wb") as output:
         output.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in tensors:
-            assert (tensor.dtype, tuple(tensor.shape)) == specs[name], f"{name} is not what the header says"
+            assert (tensor.dtype, tuple(tensor.shape)) == specs[name], (
+                f"{name} is not what the header says"
+            )
             output.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             written.append(name)
     assert written == file_order(specs), "tensors came in another order than the header's"
@@ -324,7 +356,9 @@ def file_order(specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> list
     return sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))
 
 
-def merge_weights(base_dir: str | Path, adapter: LoraAdapter, output_dir: str | Path, dtype: torch.dtype) -> int:
+def merge_weights(
+    base_dir: str | Path, adapter: LoraAdapter, output_dir: str | Path, dtype: torch.dtype
+) -> int:
     """Write base + adapter as safetensors with the base's file names and index; return the number of tensors.
 
     Floating-point tensors become `dtype`, the others stay. Memory: one matrix in float32 and its result, plus the
@@ -336,7 +370,10 @@ def merge_weights(base_dir: str | Path, adapter: LoraAdapter, output_dir: str | 
             specs = {}
             for name in base.keys():  # noqa: SIM118
                 header = base.get_slice(name)
-                specs[name] = (_output_dtype(TORCH_DTYPES[header.get_dtype()], dtype), tuple(header.get_shape()))
+                specs[name] = (
+                    _output_dtype(TORCH_DTYPES[header.get_dtype()], dtype),
+                    tuple(header.get_shape()),
+                )
 
             def merged(base=base, specs=specs) -> Iterator[tuple[str, Tensor]]:
                 for name in file_order(specs):
@@ -381,9 +418,15 @@ def check_merged_weights(
                     error = matrix_error(module, base.get_tensor(name).float(), adapter, merged)
                     worst = max(worst, error)
                     if not error <= 1.0:
-                        problems.append(f"{name} differs from base + adapter by {error:.3g} times the rounding bound")
-                elif not _equal_after_cast(adapter.apply(name, base.get_tensor(name)), merged, dtype):
-                    problems.append(f"{name} differs from the {'adapter' if name in adapter.replaced else 'base'}'s")
+                        problems.append(
+                            f"{name} differs from base + adapter by {error:.3g} times the rounding bound"
+                        )
+                elif not _equal_after_cast(
+                    adapter.apply(name, base.get_tensor(name)), merged, dtype
+                ):
+                    problems.append(
+                        f"{name} differs from the {'adapter' if name in adapter.replaced else 'base'}'s"
+                    )
     return problems, worst
 
 
@@ -392,7 +435,9 @@ def _equal_after_cast(stored: Tensor, merged: Tensor, dtype: torch.dtype) -> boo
     return merged.dtype == expected.dtype and torch.equal(merged.view(-1), expected.view(-1))
 
 
-def matrix_error(module: str, weight_OI: Tensor, adapter: LoraAdapter, merged_OI: Tensor, num_probes: int = 8) -> float:
+def matrix_error(
+    module: str, weight_OI: Tensor, adapter: LoraAdapter, merged_OI: Tensor, num_probes: int = 8
+) -> float:
     """Largest |merged x - (base + adapter) x| over its rounding bound, for random x; the reference is peft's layer."""
     generator = torch.Generator().manual_seed(0)
     probe_NI = torch.randn(num_probes, weight_OI.shape[1], generator=generator)

@@ -10,7 +10,13 @@ from torch import nn
 from prismatic.model_files import raise_file_problems, read_header, reading
 from utils.checkpoint_utils import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_shapes
 from utils.lora_linear import fuse_lora
-from utils.merge_utils import PEFT_PREFIX, LoraAdapter, fingerprint_problems, load_adapter, record_base
+from utils.merge_utils import (
+    PEFT_PREFIX,
+    LoraAdapter,
+    fingerprint_problems,
+    load_adapter,
+    record_base,
+)
 
 
 def lora_target_modules(model: nn.Module, *, freeze_vision_backbone: bool) -> list[str]:
@@ -79,7 +85,9 @@ def load_lora(model: nn.Module, adapter_dir: str | Path) -> PeftModel:
         raise ValueError(f"{file} does not fit the model: {error}") from error
     adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
     if differing := sorted(adapted ^ adapter.scaling.keys()):
-        raise ValueError(f"{file} and {ADAPTER_WEIGHTS} name other layers, for example {differing[0]}")
+        raise ValueError(
+            f"{file} and {ADAPTER_WEIGHTS} name other layers, for example {differing[0]}"
+        )
     fuse_lora(model)
     return wrapper
 
@@ -97,7 +105,9 @@ def check_adapter_fits(adapter_dir: str | Path, model_dir: str | Path) -> list[s
     return [f"{adapter_dir} is an adapter for another base: {p}" for p in problems]
 
 
-def _misfits(adapter: LoraAdapter, base: Mapping[str, tuple[int, ...]], base_name: str) -> list[str]:
+def _misfits(
+    adapter: LoraAdapter, base: Mapping[str, tuple[int, ...]], base_name: str
+) -> list[str]:
     """Tensors of the adapter that `base` (parameter name -> shape) has no place for."""
     problems = []
     for key, (_, shape) in read_header(adapter.folder / ADAPTER_WEIGHTS).items():
@@ -119,7 +129,9 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def save_adapter(wrapper: PeftModel, full_state: dict[str, torch.Tensor], folder: str | Path) -> None:
+def save_adapter(
+    wrapper: PeftModel, full_state: dict[str, torch.Tensor], folder: str | Path
+) -> None:
     """Write peft's two adapter files from a gathered state dict of the (sharded) model inside `wrapper`.
 
     Records the base beside them (path and fingerprint), if it was loaded from a folder that is still there.

@@ -69,7 +69,11 @@ def flags(values: Mapping[str, Any]) -> list[str]:
 
 def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Variables of every stage: unbuffered, unwrapped logs; nothing reaches for the network; threads that sleep."""
-    quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "VLLM_NO_USAGE_STATS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    quiet = {
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "VLLM_NO_USAGE_STATS": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
     offline = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     plain = {"PYTHONUNBUFFERED": "1", "COLUMNS": "180", "TOKENIZERS_PARALLELISM": "false"}
     # Spinning threads lose whole time slices to each other on busy cores: fine-tuning on two threads fell from 360 to
@@ -81,12 +85,16 @@ def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 class StopTimer:
     """Sends a process a signal after a while, and kills it if it has not ended `KILL_AFTER_S` later; None: never."""
 
-    def __init__(self, process: subprocess.Popen[str], after_s: float | None, stop_signal: int) -> None:
+    def __init__(
+        self, process: subprocess.Popen[str], after_s: float | None, stop_signal: int
+    ) -> None:
         self.process, self.stop_signal, self.was_sent = process, stop_signal, False
         self._timers = []
         if after_s is not None:
             self._timers.append(threading.Timer(max(0.0, after_s), self._stop))
-            self._timers.append(threading.Timer(max(0.0, after_s) + KILL_AFTER_S, self._send, (signal.SIGKILL,)))
+            self._timers.append(
+                threading.Timer(max(0.0, after_s) + KILL_AFTER_S, self._send, (signal.SIGKILL,))
+            )
         for timer in self._timers:
             timer.daemon = True
             timer.start()
@@ -106,7 +114,9 @@ class StopTimer:
 
 
 @contextlib.contextmanager
-def _stopping(process: subprocess.Popen[str], stop_after_s: float | None, stop_signal: int) -> Iterator[StopTimer]:
+def _stopping(
+    process: subprocess.Popen[str], stop_after_s: float | None, stop_signal: int
+) -> Iterator[StopTimer]:
     timer = StopTimer(process, stop_after_s, stop_signal)
     try:
         yield timer
@@ -114,7 +124,9 @@ def _stopping(process: subprocess.Popen[str], stop_after_s: float | None, stop_s
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(stop_signal)
         try:
-            process.communicate(timeout=KILL_AFTER_S)  # reads on: a full pipe would keep it from ending
+            process.communicate(
+                timeout=KILL_AFTER_S
+            )  # reads on: a full pipe would keep it from ending
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -173,4 +185,8 @@ class TimeLimit:
     @property
     def left_s(self) -> float:
         """Seconds left; infinite without a limit."""
-        return float("inf") if self.limit_s is None else self.limit_s - (time.monotonic() - self.started)
+        return (
+            float("inf")
+            if self.limit_s is None
+            else self.limit_s - (time.monotonic() - self.started)
+        )

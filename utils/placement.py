@@ -131,7 +131,11 @@ def place(demand: Demand, nodes: Sequence[Node]) -> Placement:
     assigned = None if request_problems(demand) else _assign(demand, nodes)
     if assigned is None:
         raise ValueError("\n".join(placement_problems(demand, nodes)))
-    node_of_rank = [node for node, n in zip(assigned[0], demand.trainers_per_node, strict=True) for _ in range(n)]
+    node_of_rank = [
+        node
+        for node, n in zip(assigned[0], demand.trainers_per_node, strict=True)
+        for _ in range(n)
+    ]
     node_of_engine = node_of_rank if demand.colocate else assigned[1]
     trainer = _resources(demand.trainer_cpus, demand.trainer_gpus)
     bundles, bundle_nodes = [trainer] * len(node_of_rank), list(node_of_rank)
@@ -182,7 +186,11 @@ def _assign(demand: Demand, nodes: Sequence[Node]) -> tuple[list[int], list[int]
             found = search(k + 1, remaining[:i] + (remaining[i] - 1,) + remaining[i + 1 :])
             if found is None:
                 continue
-            option = (min(wanted, found[0] + _capacity(demand, rest)), found[1] - rest[0], (i, *found[2]))
+            option = (
+                min(wanted, found[0] + _capacity(demand, rest)),
+                found[1] - rest[0],
+                (i, *found[2]),
+            )
             if best is None or option[:2] > best[:2]:
                 best = option
         return best
@@ -205,7 +213,9 @@ def _capacity(demand: Demand, free: tuple[int, int]) -> int:
     return min(by_cpus, free[0] // demand.engine_gpus) if demand.engine_gpus else by_cpus
 
 
-def _nodes_of_kinds(demand: Demand, nodes: Sequence[Node], kinds: Sequence[tuple[int, int]]) -> list[int]:
+def _nodes_of_kinds(
+    demand: Demand, nodes: Sequence[Node], kinds: Sequence[tuple[int, int]]
+) -> list[int]:
     """Nodes for the entries of trainers_per_node, given the kinds chosen for them from the largest down."""
     order = sorted(range(len(kinds)), key=lambda k: -demand.trainers_per_node[k])
     kind_of_entry = dict(zip(order, kinds, strict=True))
@@ -218,11 +228,15 @@ def _nodes_of_kinds(demand: Demand, nodes: Sequence[Node], kinds: Sequence[tuple
     return chosen
 
 
-def _engine_nodes(demand: Demand, nodes: Sequence[Node], trainer_nodes: Sequence[int], wanted: int) -> list[int]:
+def _engine_nodes(
+    demand: Demand, nodes: Sequence[Node], trainer_nodes: Sequence[int], wanted: int
+) -> list[int]:
     """Node of each engine: evenly over the nodes in use, then the next unused one."""
     ranks = dict(zip(trainer_nodes, demand.trainers_per_node, strict=True))
     room = [
-        _capacity(demand, (n.gpus - ranks.get(i, 0) * demand.trainer_gpus, n.cpus - ranks.get(i, 0)))
+        _capacity(
+            demand, (n.gpus - ranks.get(i, 0) * demand.trainer_gpus, n.cpus - ranks.get(i, 0))
+        )
         for i, n in enumerate(nodes)
     ]
     order = list(trainer_nodes) + [i for i in range(len(nodes)) if i not in ranks]
@@ -233,7 +247,9 @@ def _engine_nodes(demand: Demand, nodes: Sequence[Node], trainer_nodes: Sequence
     return [i for i in order for _ in range(engines[i])]
 
 
-def _describe(nodes: Sequence[Node], node_of_rank: Sequence[int], node_of_engine: Sequence[int]) -> list[str]:
+def _describe(
+    nodes: Sequence[Node], node_of_rank: Sequence[int], node_of_engine: Sequence[int]
+) -> list[str]:
     """One line for each node in use: "node 10.0.0.1: trainers 0-7, engine 0"."""
     lines = []
     for node in dict.fromkeys([*node_of_rank, *node_of_engine]):
@@ -248,13 +264,20 @@ def _describe(nodes: Sequence[Node], node_of_rank: Sequence[int], node_of_engine
 
 def _ranges(numbers: Sequence[int]) -> str:
     """[0, 1, 2, 5] as "0-2, 5"."""
-    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    runs = [
+        [n for _, n in run]
+        for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    ]
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _problem(demand: Demand, nodes: Sequence[Node]) -> str:
     """What is missing when `demand` does not fit: CPU slots, GPUs, nodes for the trainers, or room for the engines."""
-    gpus, trainers, tp = [node.gpus for node in nodes], demand.trainers_per_node, demand.tensor_parallel_size
+    gpus, trainers, tp = (
+        [node.gpus for node in nodes],
+        demand.trainers_per_node,
+        demand.tensor_parallel_size,
+    )
     unlimited = [node._replace(cpus=10**9) for node in nodes]
     if _assign(demand, unlimited) is not None:
         return (
@@ -272,7 +295,9 @@ def _problem(demand: Demand, nodes: Sequence[Node]) -> str:
             return f"{needs}, the cluster has {len(nodes)}"
         each = " each" if len(trainers) > 1 else ""
         alike = len(set(trainers)) == 1
-        with_gpus = _count(trainers[0], "GPU") + each if alike else f"{', '.join(map(str, trainers))} GPUs"
+        with_gpus = (
+            _count(trainers[0], "GPU") + each if alike else f"{', '.join(map(str, trainers))} GPUs"
+        )
         return f"{needs} with {with_gpus}, the cluster's nodes have {gpus}"
     if tp > max(gpus):
         return f"an engine of {tp} GPUs (--vllm_tensor_parallel_size) needs one node with {tp}, the nodes have {gpus}"
@@ -281,7 +306,11 @@ def _problem(demand: Demand, nodes: Sequence[Node]) -> str:
 
 def _alternatives(demand: Demand, nodes: Sequence[Node]) -> Iterator[tuple[str, Demand]]:
     """Flags to give instead and what they ask for; of each kind the first that fits is enough."""
-    changes = [_shared_layout(demand, nodes)] if demand.num_gpus > sum(node.gpus for node in nodes) else []
+    changes = (
+        [_shared_layout(demand, nodes)]
+        if demand.num_gpus > sum(node.gpus for node in nodes)
+        else []
+    )
     changes += [_fewer_trainers(demand, nodes)]
     if not demand.colocate:
         changes += [
@@ -294,7 +323,9 @@ def _alternatives(demand: Demand, nodes: Sequence[Node]) -> Iterator[tuple[str, 
          for n in range(demand.num_env_processes - 1, 0, -1)]
     ]  # fmt: skip
     for options in changes:
-        yield from next(([option] for option in options if _assign(option[1], nodes) is not None), [])
+        yield from next(
+            ([option] for option in options if _assign(option[1], nodes) is not None), []
+        )
 
 
 def _ranks_that_fit(demand: Demand, nodes: Sequence[Node]) -> tuple[int, ...]:
@@ -309,7 +340,13 @@ def _ranks_that_fit(demand: Demand, nodes: Sequence[Node]) -> tuple[int, ...]:
 def _shared_layout(demand: Demand, nodes: Sequence[Node]) -> list[tuple[str, Demand]]:
     """Colocated on the GPUs that are there."""
     ranks = _ranks_that_fit(demand, nodes)
-    shared = replace(demand, trainers_per_node=ranks, num_engines=sum(ranks), tensor_parallel_size=1, colocate=True)
+    shared = replace(
+        demand,
+        trainers_per_node=ranks,
+        num_engines=sum(ranks),
+        tensor_parallel_size=1,
+        colocate=True,
+    )
     flags = ["--colocate"]
     if ranks != demand.trainers_per_node:
         flags.append(f"--actor_num_gpus_per_node {_list(ranks)}")
@@ -339,7 +376,9 @@ def _parties(demand: Demand) -> str:
     if demand.colocate:
         return f"{trainers}, an engine beside each"
     engines = _count(demand.num_engines, "engine")
-    return f"{trainers} + {engines}" + (f" x {demand.engine_gpus} GPUs" if demand.engine_gpus > 1 else "")
+    return f"{trainers} + {engines}" + (
+        f" x {demand.engine_gpus} GPUs" if demand.engine_gpus > 1 else ""
+    )
 
 
 def _count(number: int, noun: str) -> str:

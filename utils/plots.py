@@ -71,7 +71,9 @@ ENV_STEPS = Axis("environment steps", lambda point: float(point.env_steps))
 MINUTES = Axis("minutes of training, start-ups left out", lambda point: point.seconds / 60)
 
 
-def smooth(points: Sequence[CurvePoint], window: int, axis: Axis = ENV_STEPS) -> list[tuple[float, float]]:
+def smooth(
+    points: Sequence[CurvePoint], window: int, axis: Axis = ENV_STEPS
+) -> list[tuple[float, float]]:
     """Return (x, rate) averaged over each point and the `window - 1` before it, weighted by episodes."""
     smoothed = []
     for i, point in enumerate(points):
@@ -120,7 +122,9 @@ class CurvePlot:
         self.series, self.width, self.height, self.axis = series, width, height, axis
         self.warmup_x, self.window = warmup_x, window
         self.left, self.right, self.top, self.bottom = 40, width - 14, 12, height - 40
-        shown = [axis.value(p) for s in series for p in s.points] + [at for s in series for at, _, _ in s.greedy]
+        shown = [axis.value(p) for s in series for p in s.points] + [
+            at for s in series for at, _, _ in s.greedy
+        ]
         self.max_x = max([max_x, 1, *shown])
 
     def x(self, value: float) -> float:
@@ -141,7 +145,9 @@ class CurvePlot:
             )
             tick += step
         middle = (self.left + self.right) / 2
-        parts.append(f'<text x="{middle:.1f}" y="{self.height - 6}" text-anchor="middle">{self.axis.title}</text>')
+        parts.append(
+            f'<text x="{middle:.1f}" y="{self.height - 6}" text-anchor="middle">{self.axis.title}</text>'
+        )
         return "".join(parts)
 
     def warmup(self) -> str:
@@ -201,7 +207,9 @@ def rate_axis(left: float, right: float, y: Callable[[float], float]) -> list[st
     parts = []
     for rate in (0.0, 0.25, 0.5, 0.75, 1.0):
         parts.append(f'<path d="M{left} {y(rate):.1f}H{right}" stroke="var(--grid)"/>')
-        parts.append(f'<text x="{left - 6}" y="{y(rate) + 4:.1f}" text-anchor="end">{rate:.0%}</text>')
+        parts.append(
+            f'<text x="{left - 6}" y="{y(rate) + 4:.1f}" text-anchor="end">{rate:.0%}</text>'
+        )
     return parts
 
 

@@ -13,7 +13,10 @@ import psutil
 import ray
 from ray._private import ray_constants
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
 from utils.logging_utils import get_logger
 from utils.placement import Demand, Node, Placement, place, placement_problems
@@ -39,7 +42,16 @@ LOOPBACK = "lo"
 # Ray's label on every node, for bundles that shall sit there.
 NODE_ID_LABEL = "ray.io/node-id"
 # Set for the driver, wanted by its actors: on a running cluster those inherit the environment of `ray start` instead.
-FORWARDED_ENV = ("PPO_VLA_", "MUJOCO_GL", "LIBERO_", "VLLM_", "NCCL_", "GLOO_", "HF_HUB_OFFLINE", "TORCH_NCCL_")
+FORWARDED_ENV = (
+    "PPO_VLA_",
+    "MUJOCO_GL",
+    "LIBERO_",
+    "VLLM_",
+    "NCCL_",
+    "GLOO_",
+    "HF_HUB_OFFLINE",
+    "TORCH_NCCL_",
+)
 # A file system between nodes may show a new file to others only after its cache has expired.
 SHARED_FILE_TIMEOUT_S = 40.0
 
@@ -47,7 +59,9 @@ SHARED_FILE_TIMEOUT_S = 40.0
 def actor_env(**variables: str) -> dict[str, dict[str, str]]:
     """Runtime environment of an actor: the driver's settings, `variables`, and quiet libraries unless in debug mode."""
     quiet = {} if os.environ.get("PPO_VLA_LOG_LEVEL") == "DEBUG" else QUIET_ENV
-    forwarded = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED_ENV)}
+    forwarded = {
+        name: value for name, value in os.environ.items() if name.startswith(FORWARDED_ENV)
+    }
     return {"env_vars": forwarded | quiet | variables}
 
 
@@ -80,7 +94,9 @@ def loopback_only() -> Iterator[None]:
     try:
         yield
     finally:
-        del os.environ[name]  # a later connection to a cluster of several nodes needs the host's address
+        del os.environ[
+            name
+        ]  # a later connection to a cluster of several nodes needs the host's address
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
@@ -107,7 +123,10 @@ def start_ray(address: str | None, num_gpus: int = 0, num_cpu_slots: int = LOCAL
 
 def local_node(num_gpus: int, demand: Demand) -> Node:
     """The machine that the driver runs on, as `start_ray` presents it to Ray for `demand`."""
-    return Node(num_gpus if demand.device == "cuda" else 0, max(demand.num_cpus, LOCAL_CPU_SLOTS, os.cpu_count() or 1))
+    return Node(
+        num_gpus if demand.device == "cuda" else 0,
+        max(demand.num_cpus, LOCAL_CPU_SLOTS, os.cpu_count() or 1),
+    )
 
 
 def cluster_nodes(*, free: bool = False) -> list[Node]:
@@ -123,7 +142,9 @@ def cluster_nodes(*, free: bool = False) -> list[Node]:
         node_id, address = node["NodeID"], node["NodeManagerAddress"]
         resources = available.get(node_id, {}) if free else node["Resources"]
         name = address if addresses.count(address) == 1 else f"{address} ({node_id[:6]})"
-        nodes.append(Node(int(resources.get("GPU", 0)), int(resources.get("CPU", 0)), name, node_id))
+        nodes.append(
+            Node(int(resources.get("GPU", 0)), int(resources.get("CPU", 0)), name, node_id)
+        )
     return sorted(nodes, key=lambda node: (node.node_id != here, node.name))
 
 
@@ -135,7 +156,9 @@ def place_on_cluster(demand: Demand) -> Placement:
     free = cluster_nodes(free=True)
     if not placement_problems(demand, free):
         return place(demand, free)
-    logger.info("what is free of the cluster is too little for this run: it will wait for what others hold")
+    logger.info(
+        "what is free of the cluster is too little for this run: it will wait for what others hold"
+    )
     return place(demand, cluster_nodes())
 
 
@@ -146,12 +169,17 @@ def reserve(placement: Placement, timeout_s: float) -> PlacementGroup:
         TimeoutError: not placed within `timeout_s`; names what was asked for and what is free.
     """
     selectors = [{NODE_ID_LABEL: node_id} for node_id in placement.node_ids]
-    group = placement_group(list(placement.bundles), strategy="PACK", bundle_label_selector=selectors)
+    group = placement_group(
+        list(placement.bundles), strategy="PACK", bundle_label_selector=selectors
+    )
     try:
         ray.get(group.ready(), timeout=timeout_s)
     except ray.exceptions.GetTimeoutError:
         remove_placement_group(group)
-        free = [f"{node.name}: {node.gpus} GPUs, {node.cpus} CPU slots" for node in cluster_nodes(free=True)]
+        free = [
+            f"{node.name}: {node.gpus} GPUs, {node.cpus} CPU slots"
+            for node in cluster_nodes(free=True)
+        ]
         raise TimeoutError(
             f"not placed within --placement_timeout_s {timeout_s:.0f} ({'; '.join(placement.lines)}): the rest of the "
             f"cluster is in use; free are {'; '.join(free)}"
@@ -196,7 +224,9 @@ def use_node_interface() -> None:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
 
 
-def node_problems(placement: Placement, shared_dir: str | Path, model_dirs: Iterable[str | Path]) -> list[str]:
+def node_problems(
+    placement: Placement, shared_dir: str | Path, model_dirs: Iterable[str | Path]
+) -> list[str]:
     """What the placement's nodes lack: our code, `shared_dir` as the driver sees it, the `model_dirs` with all files.
 
     All paths are absolute. Nodes write into `shared_dir` and read what the driver wrote; nothing stays there.
@@ -209,8 +239,12 @@ def node_problems(placement: Placement, shared_dir: str | Path, model_dirs: Iter
         calls = {}
         for node_id in dict.fromkeys(placement.node_ids):
             here = NodeAffinitySchedulingStrategy(node_id, soft=False)
-            remote = ray.remote(probe_node).options(num_cpus=0, scheduling_strategy=here, runtime_env=actor_env())
-            calls[node_id] = remote.remote(str(probe), str(shared / f".probe-{token}-{node_id}"), models)
+            remote = ray.remote(probe_node).options(
+                num_cpus=0, scheduling_strategy=here, runtime_env=actor_env()
+            )
+            calls[node_id] = remote.remote(
+                str(probe), str(shared / f".probe-{token}-{node_id}"), models
+            )
         problems = []
         for node_id, call in calls.items():
             written = shared / f".probe-{token}-{node_id}"
@@ -218,10 +252,14 @@ def node_problems(placement: Placement, shared_dir: str | Path, model_dirs: Iter
                 found = ray.get(call)
             except (ray.exceptions.RayError, ImportError) as error:
                 root = Path(__file__).parents[1]
-                found = [f"cannot run this project's code, which must be at {root} on every node: {error}"]
+                found = [
+                    f"cannot run this project's code, which must be at {root} on every node: {error}"
+                ]
             else:
                 if not found and not _appears(written):
-                    found = [f"--run_root_dir: {shared} is not the driver's folder, what is written there stays there"]
+                    found = [
+                        f"--run_root_dir: {shared} is not the driver's folder, what is written there stays there"
+                    ]
             written.unlink(missing_ok=True)
             problems += [f"node {names[node_id]}: {problem}" for problem in found]
     return problems
@@ -234,9 +272,13 @@ def probe_node(probe: str, answer: str, models: dict[str, dict[str, int]]) -> li
         found = _file_sizes(Path(folder))
         differing = sorted(name for name in wanted if found.get(name) != wanted[name])
         if not found:
-            problems.append(f"no model folder {folder}: copy it there, or use a file system that all nodes share")
+            problems.append(
+                f"no model folder {folder}: copy it there, or use a file system that all nodes share"
+            )
         elif differing:
-            problems.append(f"{folder} lacks {', '.join(differing)} or has other versions: copy the folder again")
+            problems.append(
+                f"{folder} lacks {', '.join(differing)} or has other versions: copy the folder again"
+            )
     shared_dir = Path(probe).parent
     hint = "use a --run_root_dir on a file system that all nodes share"
     if not _appears(Path(probe)):
@@ -250,7 +292,11 @@ def probe_node(probe: str, answer: str, models: dict[str, dict[str, int]]) -> li
 
 def _file_sizes(folder: Path) -> dict[str, int]:
     """Bytes of each file in `folder`; empty if there is no such folder."""
-    return {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()} if folder.is_dir() else {}
+    return (
+        {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
+        if folder.is_dir()
+        else {}
+    )
 
 
 @contextlib.contextmanager

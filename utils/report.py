@@ -58,7 +58,9 @@ def curve_plot(data: ReportData, width: int, height: int) -> CurvePlot:
     before, after = data.before.overall, data.after.overall
     greedy = ((0.0, before, "var(--before)"), (float(data.ppo_env_steps), after, "var(--after)"))
     series = Series("sampled, while training", "var(--c1)", data.curve, greedy)
-    return CurvePlot([series], width, height, max_x=data.ppo_env_steps, warmup_x=data.warmup_env_steps)
+    return CurvePlot(
+        [series], width, height, max_x=data.ppo_env_steps, warmup_x=data.warmup_env_steps
+    )
 
 
 def legend(keys: Sequence[tuple[str, str, str]]) -> str:
@@ -91,8 +93,12 @@ def curve_block(keys: str, wide: str, narrow: str) -> str:
 
 def table(rows: Sequence[Sequence[str]], head: Sequence[str] = (), kind: str = "") -> str:
     """A table of texts; the first column is the name of the row."""
-    lines = [f"<tr>{''.join(f'<th>{html.escape(text)}</th>' for text in head)}</tr>"] if head else []
-    lines += [f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in row)}</tr>" for row in rows]
+    lines = (
+        [f"<tr>{''.join(f'<th>{html.escape(text)}</th>' for text in head)}</tr>"] if head else []
+    )
+    lines += [
+        f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in row)}</tr>" for row in rows
+    ]
     return f'<table class="{kind}">{"".join(lines)}</table>'
 
 
@@ -108,10 +114,20 @@ def tiles(data: ReportData) -> str:
     gain = 100 * (after.value - before.value)
     wall_s = sum(data.stage_s.values())
     return (
-        tile(percent(before.value), data.before.label, f"{before.successes} of {before.episodes} episodes")
-        + tile(percent(after.value), data.after.label, f"{gain:+.1f} points, {after.successes} of {after.episodes}")
+        tile(
+            percent(before.value),
+            data.before.label,
+            f"{before.successes} of {before.episodes} episodes",
+        )
+        + tile(
+            percent(after.value),
+            data.after.label,
+            f"{gain:+.1f} points, {after.successes} of {after.episodes}",
+        )
         + tile(percent(data.merged_success_rate), "merged model", "as a plain model folder")
-        + tile(format_duration(wall_s), "whole run", f"{data.ppo_env_steps:,} environment steps of PPO")
+        + tile(
+            format_duration(wall_s), "whole run", f"{data.ppo_env_steps:,} environment steps of PPO"
+        )
     )
 
 
@@ -139,7 +155,9 @@ def task_rows(before: Evaluation, after: Evaluation) -> str:
     Raises: ValueError if the two evaluations are not of the same tasks.
     """
     if [rate.name for rate in before.tasks] != [rate.name for rate in after.tasks]:
-        raise ValueError("the two evaluations are of different tasks: evaluate both on the same suite and task ids")
+        raise ValueError(
+            "the two evaluations are of different tasks: evaluate both on the same suite and task ids"
+        )
     scale = '<div class="task"><span></span><div class="scale"><i>0 %</i><i>50 %</i><i>100 %</i></div></div>'
     return "".join(task_row(b, a) for b, a in zip(before.tasks, after.tasks, strict=True)) + scale
 
@@ -151,7 +169,9 @@ def time_block(title: str, seconds: Mapping[str, float]) -> str:
     for i, (name, value) in enumerate(seconds.items()):
         colour = series_colour(i)
         label = html.escape(name)
-        bar.append(f'<div style="flex:{value / total:.4f} 0 0;background:{colour}" title="{label}"></div>')
+        bar.append(
+            f'<div style="flex:{value / total:.4f} 0 0;background:{colour}" title="{label}"></div>'
+        )
         rows.append(
             f'<tr><td><i class="key" style="background:{colour}"></i>{label}</td>'
             f"<td>{format_duration(value)}</td><td>{value / total:.0%}</td></tr>"
@@ -171,7 +191,11 @@ def video_tag(mp4: bytes, kind: str = "") -> str:
 
 def clip_figure(clip: Clip) -> str:
     """One episode with its caption."""
-    outcome = '<span class="good">✓ success</span>' if clip.success else '<span class="bad">✗ failure</span>'
+    outcome = (
+        '<span class="good">✓ success</span>'
+        if clip.success
+        else '<span class="bad">✗ failure</span>'
+    )
     return (
         f"<figure>{video_tag(clip.mp4)}"
         f"<figcaption>{html.escape(clip.label)}: {outcome}<br>{html.escape(clip.instruction)}</figcaption></figure>"
@@ -207,7 +231,10 @@ def settings_section(settings: Mapping[str, str]) -> str:
 def page(title: str, lead: str, tiles_html: str, sections: Sequence[str]) -> str:
     """The whole page as HTML text."""
     return string.Template(TEMPLATE.read_text()).substitute(
-        title=html.escape(title), lead=html.escape(lead), tiles=tiles_html, sections="\n".join(filter(None, sections))
+        title=html.escape(title),
+        lead=html.escape(lead),
+        tiles=tiles_html,
+        sections="\n".join(filter(None, sections)),
     )
 
 
@@ -220,7 +247,10 @@ def render_report(data: ReportData) -> str:
     if data.ppo_phase_s:
         times += time_block("PPO", data.ppo_phase_s)
     warmup = "The shaded steps are the critic's warm-up. " if data.warmup_env_steps > 0 else ""
-    note = warmup + "Training samples its actions, so its rate is not the greedy one; the line is a mean of 5 steps."
+    note = (
+        warmup
+        + "Training samples its actions, so its rate is not the greedy one; the line is a mean of 5 steps."
+    )
     wide, narrow = curve_plot(data, 800, 320).svg(), curve_plot(data, 360, 270).svg()
     sections = [
         section("Learning curve", curve_block(curve_legend(data), wide, narrow), note),

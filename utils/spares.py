@@ -58,7 +58,9 @@ class SpareActors:
         arguments: those of the constructor of the actor with an index.
     """
 
-    def __init__(self, name: str, size: int, start: Callable[[int], Any], arguments: Callable[[int], tuple]) -> None:
+    def __init__(
+        self, name: str, size: int, start: Callable[[int], Any], arguments: Callable[[int], tuple]
+    ) -> None:
         self.name, self._size, self._start, self._arguments = name, size, start, arguments
         self._waiting: dict[int, Any] = {}
         self._beginning: list[Any] = []
@@ -68,7 +70,9 @@ class SpareActors:
         for index in range(self._size):
             if index in self._waiting:
                 continue
-            with contextlib.suppress(RayActorError):  # its actor has died meanwhile: noticed when that is called next
+            with contextlib.suppress(
+                RayActorError
+            ):  # its actor has died meanwhile: noticed when that is called next
                 self._waiting[index] = self._start(index)
 
     def take(self, index: int) -> Any | None:

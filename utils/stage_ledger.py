@@ -90,7 +90,9 @@ class Ledger:
 
     def is_kept(self, stage: Stage) -> bool:
         """Whether something of an unfinished stage is kept, so that it goes on: it can, and has worked before."""
-        worked = [p for p in self.pieces(stage.name) if p["outcome"] != "failed" or "first_step" in p]
+        worked = [
+            p for p in self.pieces(stage.name) if p["outcome"] != "failed" or "first_step" in p
+        ]
         return stage.stop_signal is not None and bool(worked)
 
     def problems(self, stage: Stage) -> list[str]:
@@ -102,7 +104,9 @@ class Ledger:
         if known is None:
             return []
         newer = [
-            n for n in stage.after if (m := self.marker(n)) and m["finished"] > known.get("finished", m["finished"])
+            n
+            for n in stage.after
+            if (m := self.marker(n)) and m["finished"] > known.get("finished", m["finished"])
         ]
         if newer:
             return [f"stage {stage.name} {how}, but {', '.join(newer)} was made anew since: remove its results and "
@@ -133,7 +137,11 @@ class Ledger:
 
     def finish(self, stage: Stage) -> None:
         """Write the marker."""
-        content: dict[str, Any] = {"stage": stage.name, "title": stage.title, "command": list(stage.command)}
+        content: dict[str, Any] = {
+            "stage": stage.name,
+            "title": stage.title,
+            "command": list(stage.command),
+        }
         content |= {"settings": dict(stage.settings), "seconds": round(self.seconds(stage.name), 2)}
         content |= {"num_pieces": len(self.pieces(stage.name)), "finished": time.time()}
         write_json(self.folder / f"{stage.name}.json", content)
@@ -165,7 +173,9 @@ class OutOfTimeError(RuntimeError):
     """The time limit leaves too little for the next stage, or ended one that goes on next time."""
 
 
-def run_stage(stage: Stage, ledger: Ledger, log_dir: Path, limit: TimeLimit, reserve_s: float) -> None:
+def run_stage(
+    stage: Stage, ledger: Ledger, log_dir: Path, limit: TimeLimit, reserve_s: float
+) -> None:
     """Run a stage that is not done, or go on with it, and write its marker.
 
     Args:
@@ -183,7 +193,9 @@ def run_stage(stage: Stage, ledger: Ledger, log_dir: Path, limit: TimeLimit, res
     with ledger.lock(stage.name):
         if ledger.is_done(stage):  # another invocation was quicker
             return
-        if ledger.is_kept(stage) and stage.is_complete():  # the last piece was cut off before its marker
+        if (
+            ledger.is_kept(stage) and stage.is_complete()
+        ):  # the last piece was cut off before its marker
             ledger.finish(stage)
             return
         needs_s = stage.needs_s + (reserve_s if stage.stop_signal is not None else 0.0)
@@ -200,7 +212,9 @@ def run_stage(stage: Stage, ledger: Ledger, log_dir: Path, limit: TimeLimit, res
         ledger.finish(stage)
 
 
-def _run_piece(stage: Stage, piece: Piece, log_dir: Path, limit: TimeLimit, reserve_s: float) -> bool:
+def _run_piece(
+    stage: Stage, piece: Piece, log_dir: Path, limit: TimeLimit, reserve_s: float
+) -> bool:
     """Whether the stage is done; False: it was stopped."""
 
     def on_line(line: str) -> None:
@@ -221,5 +235,7 @@ def _run_piece(stage: Stage, piece: Piece, log_dir: Path, limit: TimeLimit, rese
     if stage.is_complete():
         return True
     if ended and limit.left_s > reserve_s:
-        raise StageError(f"{' '.join(stage.command)}\nended with code 0, but its result is not there: see its log")
+        raise StageError(
+            f"{' '.join(stage.command)}\nended with code 0, but its result is not there: see its log"
+        )
     return False

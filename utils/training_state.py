@@ -47,7 +47,9 @@ class _IndexUnpickler(pickle.Unpickler):
     """Makes the classes of torch's index and torch's own constants (dtypes, layouts), nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        is_constant = module == "torch" and isinstance(getattr(torch, name, None), (torch.dtype, torch.layout))
+        is_constant = module == "torch" and isinstance(
+            getattr(torch, name, None), (torch.dtype, torch.layout)
+        )
         if (module, name) in _INDEX_CLASSES or is_constant:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint's index does")
@@ -79,10 +81,20 @@ def tensor_problems(folder: str | Path) -> list[str]:
             metadata = _load_index(file)
         needed: dict[str, int] = {}
         for info in metadata.storage_data.values():
-            needed[info.relative_path] = max(needed.get(info.relative_path, 0), info.offset + info.length)
+            needed[info.relative_path] = max(
+                needed.get(info.relative_path, 0), info.offset + info.length
+            )
     except FileNotFoundError:
         return [f"{folder} lacks its index .metadata"]
-    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError, KeyError) as error:
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        AttributeError,
+        TypeError,
+        ValueError,
+        IndexError,
+        KeyError,
+    ) as error:
         return [f"{folder / '.metadata'} cannot be read: {error}"]
     problems = []
     for name, size in sorted(needed.items()):
@@ -91,14 +103,18 @@ def tensor_problems(folder: str | Path) -> list[str]:
         elif not (folder / name).is_file():
             problems.append(f"{folder} lacks {name}")
         elif (folder / name).stat().st_size < size:
-            problems.append(f"{folder / name} has {(folder / name).stat().st_size} bytes of at least {size}")
+            problems.append(
+                f"{folder / name} has {(folder / name).stat().st_size} bytes of at least {size}"
+            )
     return problems
 
 
 # ---------------------------------------------------------------------------------------------- what is saved
 
 
-def trained_tensors(prefix: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def trained_tensors(
+    prefix: str, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
     """The trained parameters and the optimizer's states by name, as they are: sharded, sharing their memory.
 
     Names are those of the plain module, whatever wraps its blocks now.
@@ -111,14 +127,20 @@ def trained_tensors(prefix: str, model: nn.Module, optimizer: torch.optim.Optimi
     return tensors
 
 
-def load_trained(folder: str | Path, prefix: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load_trained(
+    folder: str | Path, prefix: str, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
     """Load what `trained_tensors` named, in place, from a checkpoint of any number of ranks.
 
     Raises:
         ValueError: the checkpoint's names or shapes are not this model's.
     """
-    present = {key: shape for key, shape in saved_shapes(folder).items() if key.startswith(f"{prefix}.")}
-    states: dict[str, dict[str, tuple[int, ...]]] = {}  # of each parameter: its optimizer states' shapes
+    present = {
+        key: shape for key, shape in saved_shapes(folder).items() if key.startswith(f"{prefix}.")
+    }
+    states: dict[
+        str, dict[str, tuple[int, ...]]
+    ] = {}  # of each parameter: its optimizer states' shapes
     for key, shape in present.items():
         _, slot, name = key.split(".", 2)
         if slot != "weight":
@@ -161,7 +183,11 @@ def saved_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
 
 def _tensor_index(folder: str | Path) -> dict[str, TensorStorageMetadata]:
     metadata = _Reader(folder).read_metadata()
-    return {k: m for k, m in metadata.state_dict_metadata.items() if isinstance(m, TensorStorageMetadata)}
+    return {
+        k: m
+        for k, m in metadata.state_dict_metadata.items()
+        if isinstance(m, TensorStorageMetadata)
+    }
 
 
 def load_tensors(folder: str | Path, targets: dict[str, Tensor]) -> None:
@@ -181,7 +207,9 @@ def load_tensors(folder: str | Path, targets: dict[str, Tensor]) -> None:
 def load_prefixed(folder: str | Path, prefix: str) -> dict[str, Tensor]:
     """Every tensor whose name begins with `prefix`, on the CPU, by the rest of its name."""
     index = {name: meta for name, meta in _tensor_index(folder).items() if name.startswith(prefix)}
-    tensors = {name: torch.empty(meta.size, dtype=meta.properties.dtype) for name, meta in index.items()}
+    tensors = {
+        name: torch.empty(meta.size, dtype=meta.properties.dtype) for name, meta in index.items()
+    }
     if tensors:
         load_tensors(folder, tensors)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
@@ -221,7 +249,12 @@ class BackgroundWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
-    def begin(self, folder: str | Path, tensors: dict[str, Tensor], after: Callable[[], None] | None = None) -> None:
+    def begin(
+        self,
+        folder: str | Path,
+        tensors: dict[str, Tensor],
+        after: Callable[[], None] | None = None,
+    ) -> None:
         """Copy `tensors` to CPU memory, return, and write them into `folder`; `after` runs once all ranks have.
 
         A collective; waits for the checkpoint before it.

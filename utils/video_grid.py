@@ -14,7 +14,12 @@ import numpy as np
 
 from utils.video_utils import save_video
 
-CELL, GAP, MARGIN, CAPTION = 192, 6, 96, 52  # pixels: an image's side, between two, left of a row, above a column
+CELL, GAP, MARGIN, CAPTION = (
+    192,
+    6,
+    96,
+    52,
+)  # pixels: an image's side, between two, left of a row, above a column
 BACKGROUND, INK = (255, 255, 255), (40, 40, 40)
 GOOD, BAD = (20, 140, 60), (190, 50, 40)
 FONT = cv2.FONT_HERSHEY_SIMPLEX
@@ -70,9 +75,21 @@ def _backdrop(columns: Sequence[Column], row_labels: Sequence[str]) -> np.ndarra
     height = CAPTION + len(row_labels) * (CELL + GAP)
     image = np.full((height, MARGIN + len(columns) * (CELL + GAP), 3), BACKGROUND, np.uint8)
     for i, column in enumerate(columns):
-        draw_text(image, wrapped(column.caption, CELL - 4, 0.42)[:3], MARGIN + i * (CELL + GAP) + 2, 14, 0.42)
+        draw_text(
+            image,
+            wrapped(column.caption, CELL - 4, 0.42)[:3],
+            MARGIN + i * (CELL + GAP) + 2,
+            14,
+            0.42,
+        )
     for row, label in enumerate(row_labels):
-        draw_text(image, wrapped(label, MARGIN - 10, 0.5), 6, CAPTION + row * (CELL + GAP) + CELL // 2, 0.5)
+        draw_text(
+            image,
+            wrapped(label, MARGIN - 10, 0.5),
+            6,
+            CAPTION + row * (CELL + GAP) + CELL // 2,
+            0.5,
+        )
     return image
 
 
@@ -85,17 +102,32 @@ def _cell(column: Column, row: int, time: int) -> np.ndarray:
         colour = GOOD if success else BAD
         cv2.rectangle(image, (0, 0), (CELL - 1, CELL - 1), colour, 7)
         cv2.rectangle(image, (0, CELL - 24), (CELL - 1, CELL - 1), colour, -1)
-        cv2.putText(image, "success" if success else "failure", (8, CELL - 8), FONT, 0.5, BACKGROUND, 1, cv2.LINE_AA)
+        cv2.putText(
+            image,
+            "success" if success else "failure",
+            (8, CELL - 8),
+            FONT,
+            0.5,
+            BACKGROUND,
+            1,
+            cv2.LINE_AA,
+        )
     return image
 
 
-def save_grid(file: Path, columns: Sequence[Column], row_labels: Sequence[str], fps: float = 20.0) -> None:
+def save_grid(
+    file: Path, columns: Sequence[Column], row_labels: Sequence[str], fps: float = 20.0
+) -> None:
     """Write the columns side by side as an mp4; an episode that is over keeps its last frame, with its outcome.
 
     Raises ValueError without columns, or if a column has not an episode for each row.
     """
-    if not columns or any(len(c.frames) != len(row_labels) or len(c.successes) != len(row_labels) for c in columns):
-        raise ValueError(f"a grid needs columns with an episode for each of {', '.join(row_labels)}")
+    if not columns or any(
+        len(c.frames) != len(row_labels) or len(c.successes) != len(row_labels) for c in columns
+    ):
+        raise ValueError(
+            f"a grid needs columns with an episode for each of {', '.join(row_labels)}"
+        )
     backdrop = _backdrop(columns, row_labels)
     frames = []
     for time in range(max(len(f) for column in columns for f in column.frames)):

@@ -10,7 +10,11 @@ import cv2
 import imageio.v2 as imageio
 import numpy as np
 
-SHEET_COLUMNS, SHEET_SIDE, SHEET_MARGIN = 8, 128, 22  # frames of an episode on a contact sheet, and pixels
+SHEET_COLUMNS, SHEET_SIDE, SHEET_MARGIN = (
+    8,
+    128,
+    22,
+)  # frames of an episode on a contact sheet, and pixels
 MIN_SIDE = 224  # pixels: smaller images are enlarged by a whole factor, so that what the policy sees stays visible
 
 
@@ -37,9 +41,21 @@ def save_video(file: str | Path, frames_THWC: Sequence[np.ndarray], fps: float =
 def contact_strip(frames_THWC: Sequence[np.ndarray], label: str) -> np.ndarray:
     """One row of a contact sheet, uint8 RGB: `label` above frames spread evenly from the first to the last."""
     indices = np.linspace(0, len(frames_THWC) - 1, SHEET_COLUMNS).round().astype(int)
-    small = [cv2.resize(frames_THWC[i], (SHEET_SIDE, SHEET_SIDE), interpolation=cv2.INTER_AREA) for i in indices]
+    small = [
+        cv2.resize(frames_THWC[i], (SHEET_SIDE, SHEET_SIDE), interpolation=cv2.INTER_AREA)
+        for i in indices
+    ]
     header = np.full((SHEET_MARGIN, SHEET_COLUMNS * SHEET_SIDE, 3), 255, dtype=np.uint8)
-    cv2.putText(header, label, (4, SHEET_MARGIN - 6), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
+    cv2.putText(
+        header,
+        label,
+        (4, SHEET_MARGIN - 6),
+        cv2.FONT_HERSHEY_SIMPLEX,
+        0.45,
+        (0, 0, 0),
+        1,
+        cv2.LINE_AA,
+    )
     return np.concatenate([header, np.concatenate(small, axis=1)])
 
 
@@ -82,7 +98,9 @@ class EpisodeRecorder:
     def start(self, env_id: int, request: Any, image: np.ndarray) -> None:
         """Begin an episode's frames."""
         self.frames.pop(env_id, None)
-        if self._is_named(request) or any(self._wanted(request.task_id, outcome) for outcome in self.outcomes):
+        if self._is_named(request) or any(
+            self._wanted(request.task_id, outcome) for outcome in self.outcomes
+        ):
             self.frames[env_id] = [image]
 
     def step(self, env_id: int, image: np.ndarray) -> None:
@@ -98,7 +116,10 @@ class EpisodeRecorder:
         if frames is None or not (is_named or self._wanted(result.task_id, outcome)):
             return
         self.num_saved[result.task_id, outcome] += not is_named
-        file = self.folder / f"task_{result.task_id:02d}-episode_{result.init_state_id:03d}-{outcome}.mp4"
+        file = (
+            self.folder
+            / f"task_{result.task_id:02d}-episode_{result.init_state_id:03d}-{outcome}.mp4"
+        )
         self.folder.mkdir(parents=True, exist_ok=True)
         save_video(file, frames, self.fps)
         key = (result.task_id, result.init_state_id)

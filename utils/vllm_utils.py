@@ -100,7 +100,9 @@ class EngineConfig:
                 f"weight_transfer_backend is {self.weight_transfer_backend!r}: use one of {', '.join(BACKENDS)}"
             )
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
-            problems.append(f"gpu_memory_utilization is {self.gpu_memory_utilization}: it must be in (0, 1]")
+            problems.append(
+                f"gpu_memory_utilization is {self.gpu_memory_utilization}: it must be in (0, 1]"
+            )
         return problems
 
 
@@ -146,7 +148,9 @@ def validate_engine_options(extra: dict[str, Any]) -> list[str]:
         if name in OWN_OPTIONS:
             problems.append(f"engine option {name!r} cannot be given, use {OWN_OPTIONS[name]}")
         elif name not in known_engine_options():
-            near = [known for known in sorted(known_engine_options()) if known.startswith(name[:6])][:3]
+            near = [
+                known for known in sorted(known_engine_options()) if known.startswith(name[:6])
+            ][:3]
             hint = f" (near: {', '.join(near)})" if near else ""
             problems.append(
                 f"engine option {name!r} is unknown to the installed vLLM {vllm_version()}{hint}: remove it"
@@ -188,7 +192,9 @@ def compilation_config(max_num_seqs: int) -> dict[str, Any]:
     sizes = {1, 2, 4, *range(8, max_num_seqs, 8)}
     return {
         "compile_mm_encoder": True,
-        "cudagraph_capture_sizes": sorted({size for size in sizes if size < max_num_seqs} | {max_num_seqs}),
+        "cudagraph_capture_sizes": sorted(
+            {size for size in sizes if size < max_num_seqs} | {max_num_seqs}
+        ),
     }
 
 
@@ -201,7 +207,9 @@ class ActionEngine:
     def __init__(self, config: EngineConfig) -> None:
         problems = config.problems()
         if problems:
-            raise ValueError("the engine cannot be built:\n" + "\n".join(f"- {problem}" for problem in problems))
+            raise ValueError(
+                "the engine cannot be built:\n" + "\n".join(f"- {problem}" for problem in problems)
+            )
         self.config = config
         self._is_cpu = not torch.cuda.is_available()
         _prepare_process(config, self._is_cpu)
@@ -220,7 +228,9 @@ class ActionEngine:
             self._model_config.text_config.max_position_embeddings,
         )
         self._llm = LLM(**self._engine_arguments())
-        self._receiver = WeightReceiver(self._llm, read_shapes(config.model_dir), config.weight_transfer_backend)
+        self._receiver = WeightReceiver(
+            self._llm, read_shapes(config.model_dir), config.weight_transfer_backend
+        )
         self._num_requests = 0
         self._action_request = action_request
 
@@ -245,7 +255,9 @@ class ActionEngine:
             "max_model_len": max_model_len,
             "max_num_seqs": config.max_num_seqs,
             # One prefill step for a whole batch where that is affordable.
-            "max_num_batched_tokens": max(max_model_len, min(config.max_num_seqs * max_model_len, MAX_BATCHED_TOKENS)),
+            "max_num_batched_tokens": max(
+                max_model_len, min(config.max_num_seqs * max_model_len, MAX_BATCHED_TOKENS)
+            ),
             "block_size": BLOCK_SIZE,
             "limit_mm_per_prompt": {"image": 1},
             "mm_processor_cache_gb": 0,
@@ -257,17 +269,24 @@ class ActionEngine:
         }
         if not config.enforce_eager and not self._is_cpu:
             arguments["compilation_config"] = compilation_config(config.max_num_seqs)
-        kv_cache_bytes = config.kv_cache_memory_bytes or (self._kv_cache_bytes() if self._is_cpu else None)
+        kv_cache_bytes = config.kv_cache_memory_bytes or (
+            self._kv_cache_bytes() if self._is_cpu else None
+        )
         if kv_cache_bytes:
             arguments["kv_cache_memory_bytes"] = kv_cache_bytes
-        merged = {**arguments.get("compilation_config", {}), **config.extra.get("compilation_config", {})}
+        merged = {
+            **arguments.get("compilation_config", {}),
+            **config.extra.get("compilation_config", {}),
+        }
         return arguments | config.extra | ({"compilation_config": merged} if merged else {})
 
     def _kv_cache_bytes(self) -> int:
         """KV cache of each rank for max_num_seqs full sequences, and one block that vLLM keeps for itself."""
         llama = self._model_config.text_config
         head_dim = llama.head_dim or llama.hidden_size // llama.num_attention_heads
-        num_heads = (llama.num_key_value_heads or llama.num_attention_heads) // self.config.tensor_parallel_size
+        num_heads = (
+            llama.num_key_value_heads or llama.num_attention_heads
+        ) // self.config.tensor_parallel_size
         bytes_per_token = 2 * llama.num_hidden_layers * num_heads * head_dim
         bytes_per_token *= getattr(torch, self.config.dtype).itemsize
         num_blocks = self.config.max_num_seqs * -(-self._max_model_len // BLOCK_SIZE) + 2
@@ -292,7 +311,9 @@ class ActionEngine:
         Raises ValueError for inputs of wrong shapes and RuntimeError after a weight update that failed.
         """
         if self._receiver.problem is not None:
-            raise RuntimeError(f"{self._receiver.problem}: send a complete update before generating")
+            raise RuntimeError(
+                f"{self._receiver.problem}: send a complete update before generating"
+            )
         self._check_inputs(prompt_ids, images, temperature, greedy)
         params = self._sampling_params(len(prompt_ids), temperature, greedy, seed)
         pixels = torch.from_numpy(np.ascontiguousarray(images))
@@ -326,14 +347,20 @@ class ActionEngine:
             placeholder_id=self._model_config.pad_token_id,
         )
 
-    def _check_inputs(self, prompt_ids: list[list[int]], images: np.ndarray, temperature: float, greedy: bool) -> None:
+    def _check_inputs(
+        self, prompt_ids: list[list[int]], images: np.ndarray, temperature: float, greedy: bool
+    ) -> None:
         size = self._model_config.image_sizes[0]
         expected = (len(prompt_ids), size, size, 3)
         if images.dtype != np.uint8 or images.shape != expected:
-            raise ValueError(f"images are {images.dtype} {images.shape}: they must be uint8 {expected} (B, H, W, 3)")
+            raise ValueError(
+                f"images are {images.dtype} {images.shape}: they must be uint8 {expected} (B, H, W, 3)"
+            )
         low, high = TEMPERATURE_RANGE
         if not greedy and not low <= temperature <= high:
-            raise ValueError(f"temperature is {temperature}: it must be in [{low}, {high}], or greedy=True")
+            raise ValueError(
+                f"temperature is {temperature}: it must be in [{low}, {high}], or greedy=True"
+            )
         lengths = [len(ids) for ids in prompt_ids]
         longest = self._max_model_len - self._num_patches - NUM_ACTION_TOKENS
         if not lengths or min(lengths) < 1 or max(lengths) > longest:
@@ -342,7 +369,9 @@ class ActionEngine:
                 f"to {longest}; for longer ones set EngineConfig.max_model_len (now {self._max_model_len})"
             )
 
-    def _sampling_params(self, num_requests: int, temperature: float, greedy: bool, seed: int | None) -> Sequence[Any]:
+    def _sampling_params(
+        self, num_requests: int, temperature: float, greedy: bool, seed: int | None
+    ) -> Sequence[Any]:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 

@@ -23,7 +23,9 @@ def main(address: str, num_nodes: int, timeout_s: float) -> int:
     ray.shutdown()
     present = "; ".join(f"{node.name}: {node.gpus} GPUs, {node.cpus} CPU slots" for node in nodes)
     if len(nodes) < num_nodes:
-        logger.error(f"{len(nodes)} of {num_nodes} nodes joined {address} within {timeout_s:.0f} s ({present})")
+        logger.error(
+            f"{len(nodes)} of {num_nodes} nodes joined {address} within {timeout_s:.0f} s ({present})"
+        )
         return 2
     logger.info(f"{len(nodes)} nodes: {present}")
     return 0

@@ -89,7 +89,9 @@ class RowGather:
         """Fill the whole, contiguous tensors `outputs` from every rank's `packed`; None: only take part."""
         gathered = packed.new_empty(self.world_size, self.num_elements)
         # As bytes: gloo does not know every dtype.
-        dist.all_gather_into_tensor(gathered.view(-1).view(torch.uint8), packed.view(torch.uint8), group=self.group)
+        dist.all_gather_into_tensor(
+            gathered.view(-1).view(torch.uint8), packed.view(torch.uint8), group=self.group
+        )
         if outputs is None:
             return
         targets, pieces = [], []
@@ -113,9 +115,13 @@ class WeightExporter:
     Raises ValueError for parameters that are sharded in another way than FSDP2's rows over one mesh dimension.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, bucket_bytes: int = DEFAULT_BUCKET_BYTES) -> None:
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype, bucket_bytes: int = DEFAULT_BUCKET_BYTES
+    ) -> None:
         self.sources = _find_sources(model)
-        shards = [p for source in self.sources for p in _parameters_of(source) if isinstance(p, DTensor)]
+        shards = [
+            p for source in self.sources for p in _parameters_of(source) if isinstance(p, DTensor)
+        ]
         problems = {str(p.placements) for p in shards if tuple(p.placements) != (Shard(0),)}
         if problems:
             raise ValueError(
@@ -124,7 +130,9 @@ class WeightExporter:
         self.group = shards[0].device_mesh.get_group() if shards else None
         self.world_size = self.group.size() if self.group else 1
         self.device = _compute_device(shards, self.sources)
-        self.layout = BucketLayout.plan([(s.name, s.parameter.shape) for s in self.sources], dtype, bucket_bytes)
+        self.layout = BucketLayout.plan(
+            [(s.name, s.parameter.shape) for s in self.sources], dtype, bucket_bytes
+        )
         sources = iter(self.sources)
         self._bucket_sources = [[next(sources) for _ in bucket] for bucket in self.layout.buckets]
 
@@ -159,10 +167,14 @@ class WeightExporter:
         None: take part with this rank's shards and keep nothing. Nothing waits for the device.
         """
         sources = self._bucket_sources[index]
-        outputs = [] if buffer is None else [tensor for _, tensor in self.layout.views(index, buffer)]
+        outputs = (
+            [] if buffer is None else [tensor for _, tensor in self.layout.views(index, buffer)]
+        )
         downs = self._whole_down_factors(sources)
         sharded = [i for i, source in enumerate(sources) if self._is_split(source.parameter)]
-        whole = [i for i in range(len(sources)) if i not in set(sharded)] if buffer is not None else []
+        whole = (
+            [i for i in range(len(sources)) if i not in set(sharded)] if buffer is not None else []
+        )
         self._write([sources[i] for i in whole], [outputs[i] for i in whole], downs)
         if sharded:
             assert self.group is not None
@@ -187,7 +199,9 @@ class WeightExporter:
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
         return local.to(self.device, non_blocking=True)
 
-    def _write(self, sources: Sequence[Source], targets: Sequence[Any], downs: dict[int, Tensor]) -> None:
+    def _write(
+        self, sources: Sequence[Source], targets: Sequence[Any], downs: dict[int, Tensor]
+    ) -> None:
         """Cast this rank's rows of each source into its target, merged ones in a single rounding."""
         plain_targets, plain_rows = [], []
         for source, target in zip(sources, targets, strict=True):
@@ -200,7 +214,9 @@ class WeightExporter:
         if plain_targets:
             torch._foreach_copy_(plain_targets, plain_rows)
 
-    def _merged_rows(self, source: Source, adapters: list[LoraFactors], downs: dict[int, Tensor]) -> Tensor:
+    def _merged_rows(
+        self, source: Source, adapters: list[LoraFactors], downs: dict[int, Tensor]
+    ) -> Tensor:
         """Return this rank's rows of W + sum of scaling * up @ down, in float32."""
         merged = self._local(source.parameter).to(torch.float32, copy=True)
         for factors in adapters:
@@ -229,7 +245,9 @@ class WeightExporter:
             packed = torch.empty(gather.num_elements, dtype=torch.float32, device=self.device)
             for slot, f in zip(gather.slots(packed), split, strict=True):
                 slot.copy_(self._local(f.down))
-            whole = [torch.empty(f.down.shape, dtype=torch.float32, device=self.device) for f in split]
+            whole = [
+                torch.empty(f.down.shape, dtype=torch.float32, device=self.device) for f in split
+            ]
             gather.gather(packed, whole)
             downs |= {id(f): tensor for f, tensor in zip(split, whole, strict=True)}
         return downs
@@ -237,12 +255,18 @@ class WeightExporter:
 
 def _find_sources(model: nn.Module) -> list[Source]:
     """Every parameter that a checkpoint has, in the model's order (a tied one once), with its adapters."""
-    layers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")}
+    layers = {
+        n: m for n, m in model.named_modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")
+    }
     sources = []
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             continue
-        layer: Any = layers.get(name.removesuffix(".base_layer.weight")) if name.endswith(".weight") else None
+        layer: Any = (
+            layers.get(name.removesuffix(".base_layer.weight"))
+            if name.endswith(".weight")
+            else None
+        )
         lora = [
             LoraFactors(layer, adapter, down.weight, layer.lora_B[adapter].weight)
             for adapter, down in (layer.lora_A.items() if layer is not None else ())
@@ -252,7 +276,10 @@ def _find_sources(model: nn.Module) -> list[Source]:
 
 
 def _parameters_of(source: Source) -> list[Tensor]:
-    return [source.parameter, *(tensor for factors in source.lora for tensor in (factors.down, factors.up))]
+    return [
+        source.parameter,
+        *(tensor for factors in source.lora for tensor in (factors.down, factors.up)),
+    ]
 
 
 def _compute_device(shards: Sequence[DTensor], sources: Sequence[Source]) -> torch.device:
@@ -260,4 +287,8 @@ def _compute_device(shards: Sequence[DTensor], sources: Sequence[Source]) -> tor
     if not shards:
         return sources[0].parameter.device
     device_type = shards[0].device_mesh.device_type
-    return torch.device("cuda", torch.cuda.current_device()) if device_type == "cuda" else torch.device(device_type)
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if device_type == "cuda"
+        else torch.device(device_type)
+    )

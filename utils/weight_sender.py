@@ -51,7 +51,9 @@ class WeightSender:
         if not self._is_sending:
             return None
         exporter = self.exporter
-        self._end = SendingEnd(self.backend, self._num_receivers, exporter.layout, exporter.device, **self._options)
+        self._end = SendingEnd(
+            self.backend, self._num_receivers, exporter.layout, exporter.device, **self._options
+        )
         return {"address": self._end.address.to_dict(), "layout": exporter.layout.to_dict()}
 
     def connect(self) -> None:
@@ -93,7 +95,9 @@ class WeightSender:
                 buffer = end.transport.take(index)
                 exporter.fill(index, buffer)
                 if verify:
-                    sums.append(checksums(tensor for _, tensor in exporter.layout.views(index, buffer)))
+                    sums.append(
+                        checksums(tensor for _, tensor in exporter.layout.views(index, buffer))
+                    )
                 end.transport.give(index)
             except ChannelError as error:
                 failure = error

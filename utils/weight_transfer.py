@@ -55,7 +55,9 @@ def bucket_manifest(buckets: Iterable[Bucket]) -> list[tuple[str, tuple[int, ...
     return [(name, tuple(tensor.shape)) for bucket in buckets for name, tensor in bucket]
 
 
-def manifest_problems(expected: Mapping[str, Sequence[int]], manifest: Manifest, *, complete: bool = True) -> list[str]:
+def manifest_problems(
+    expected: Mapping[str, Sequence[int]], manifest: Manifest, *, complete: bool = True
+) -> list[str]:
     """Everything that keeps `manifest` from being exactly the `expected` names and shapes; empty when it is.
 
     With `complete=False` names may still be missing.
@@ -81,7 +83,10 @@ def _shorten(names: list[str]) -> str:
 
 
 def engine_info(
-    infos: Sequence[dict[str, Any] | None], backend: str, engine_index: int, tensor_parallel_size: int = 1
+    infos: Sequence[dict[str, Any] | None],
+    backend: str,
+    engine_index: int,
+    tensor_parallel_size: int = 1,
 ) -> dict[str, Any]:
     """What engine `engine_index` needs to join, from what each trainer rank's `WeightSender.open` returned.
 
@@ -90,7 +95,9 @@ def engine_info(
     """
     workers = range(engine_index * tensor_parallel_size, (engine_index + 1) * tensor_parallel_size)
     senders = [(infos[w], 1) if backend == "ipc" else (infos[0], 1 + w) for w in workers]
-    joins = [{"address": info["address"], "rank": rank} for info, rank in senders if info is not None]
+    joins = [
+        {"address": info["address"], "rank": rank} for info, rank in senders if info is not None
+    ]
     assert len(joins) == len(senders), "an engine's trainer rank has opened no channel"
     first = senders[0][0]
     assert first is not None
@@ -106,7 +113,9 @@ class WeightReceiver:
 
     def __init__(self, llm: "LLM", expected: Mapping[str, Sequence[int]], backend: str) -> None:
         self.llm = llm
-        self.expected = {name: tuple(s) for name, s in expected.items() if not name.endswith(IGNORED_SUFFIX)}
+        self.expected = {
+            name: tuple(s) for name, s in expected.items() if not name.endswith(IGNORED_SUFFIX)
+        }
         self.backend = backend
         self.version = 0
         self.problem: str | None = None
@@ -138,7 +147,9 @@ class WeightReceiver:
         does not answer in time.
         """
         if self._manifest is None:
-            raise ValueError(f"no channel is open for weight transfer backend {self.backend!r}: init_weight_transfer")
+            raise ValueError(
+                f"no channel is open for weight transfer backend {self.backend!r}: init_weight_transfer"
+            )
         problems = manifest_problems(self.expected, self._manifest)
         refusal = "; ".join(problems) or None
         self.problem = f"the update to version {version} broke off half-way"
@@ -156,7 +167,10 @@ class WeightReceiver:
 
     def _worker_problem(self) -> str | None:
         """What kept the engine's workers from joining or receiving."""
-        return "; ".join(sorted({text for text in self.llm.collective_rpc(_problem_of) if text})) or None
+        return (
+            "; ".join(sorted({text for text in self.llm.collective_rpc(_problem_of) if text}))
+            or None
+        )
 
     def _worker_report(self, version: int) -> WeightUpdateReport:
         """What the engine's workers report, which must be the same and complete."""
@@ -169,7 +183,9 @@ class WeightReceiver:
             self._refuse(version, "its workers disagree", [str(other) for other in reports])
         return report
 
-    def update(self, buckets: Iterable[Bucket], manifest: Manifest, version: int) -> WeightUpdateReport:
+    def update(
+        self, buckets: Iterable[Bucket], manifest: Manifest, version: int
+    ) -> WeightUpdateReport:
         """Run one update with tensors: check `manifest`, load every bucket, count, and set `version`.
 
         Raises WeightUpdateError before anything is overwritten when the manifest is not exactly the model's
@@ -190,7 +206,9 @@ class WeightReceiver:
         self.llm.llm_engine.reset_encoder_cache()
         self.version, self.problem = version, None
 
-    def _load(self, buckets: Iterable[Bucket], announced: Mapping[str, Sequence[int]], version: int) -> int:
+    def _load(
+        self, buckets: Iterable[Bucket], announced: Mapping[str, Sequence[int]], version: int
+    ) -> int:
         received: list[tuple[str, tuple[int, ...]]] = []
         problems: list[str] = []
         num_bytes = 0
@@ -212,12 +230,18 @@ class WeightReceiver:
                 self.llm.finish_weight_update()
         problems = problems or manifest_problems(announced, received)
         if problems:
-            self._refuse(version, f"it ended after {len(received)} of {len(announced)} parameters", problems)
+            self._refuse(
+                version, f"it ended after {len(received)} of {len(announced)} parameters", problems
+            )
         return num_bytes
 
     def _refuse(self, version: int, state: str, problems: list[str]) -> None:
-        self.problem = f"the weight update to version {version} failed ({state}): " + "; ".join(problems)
-        raise WeightUpdateError(f"{self.problem}. Send every parameter once, by its checkpoint name")
+        self.problem = f"the weight update to version {version} failed ({state}): " + "; ".join(
+            problems
+        )
+        raise WeightUpdateError(
+            f"{self.problem}. Send every parameter once, by its checkpoint name"
+        )
 
 
 def _problem_of(worker: Any) -> str | None:

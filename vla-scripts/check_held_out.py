@@ -50,7 +50,9 @@ def validate(args: Args) -> None:
     problems = []
     if args.task_suite_name not in SUITES:
         problems.append(f"--task_suite_name {args.task_suite_name}: use one of {', '.join(SUITES)}")
-    elif wrong := [i for i in args.task_ids if not 0 <= i < get_suite(args.task_suite_name).num_tasks]:
+    elif wrong := [
+        i for i in args.task_ids if not 0 <= i < get_suite(args.task_suite_name).num_tasks
+    ]:
         problems.append(f"--task_ids {wrong}: {args.task_suite_name} has no such tasks")
     for name, smallest in (("num_layouts", 1), ("num_envs", 1), ("seed", 0)):
         if getattr(args, name) < smallest:
@@ -67,10 +69,14 @@ def demonstration_seeds(args: Args) -> dict[int, list[int]]:
     from prismatic.vla.datasets.mixtures import dataset_dir
     from prismatic.vla.datasets.rlds import iterate_episodes
 
-    for episode in iterate_episodes(dataset_dir(str(args.data_root_dir), f"{args.task_suite_name}_no_noops")):
+    for episode in iterate_episodes(
+        dataset_dir(str(args.data_root_dir), f"{args.task_suite_name}_no_noops")
+    ):
         _, request = parse_episode_path(episode.file_path or "")
         if request.init_state_id is not None:
-            raise ValueError(f"{args.data_root_dir}: {episode.file_path} began from a fixed state, as evaluations do")
+            raise ValueError(
+                f"{args.data_root_dir}: {episode.file_path} began from a fixed state, as evaluations do"
+            )
         seeds[request.task_id].append(request.seed)
     return seeds
 
@@ -86,10 +92,18 @@ def main(args: Args) -> int:
     env = LiberoEnv(args.task_suite_name, 16, images=False, num_steps_wait=0)
     for task_id in tasks:
         # The episodes of all environments in turn; any of them may get any task.
-        drawn = [episode_seed((args.seed, 0), i % args.num_envs, i // args.num_envs) for i in range(args.num_layouts)]
-        distances[task_id] = check_task(env, task_id, [*recorded[task_id][: args.num_layouts], *drawn])
+        drawn = [
+            episode_seed((args.seed, 0), i % args.num_envs, i // args.num_envs)
+            for i in range(args.num_layouts)
+        ]
+        distances[task_id] = check_task(
+            env, task_id, [*recorded[task_id][: args.num_layouts], *drawn]
+        )
     env.close()
-    summary = {"num_demonstrations": sum(map(len, recorded.values())), **summarize_distances(distances)}
+    summary = {
+        "num_demonstrations": sum(map(len, recorded.values())),
+        **summarize_distances(distances),
+    }
     for part in summary["per_task"]:
         nearest, count = part["smallest_distance_mm"], part["num_layouts"]
         logger.info("task %d: nearest %.1f mm of %d layouts", part["task_id"], nearest, count)

@@ -155,14 +155,18 @@ def validate(args: Args) -> list[str]:
     if not 0 <= args.lora_dropout < 1:
         problems.append(f"--lora_dropout {args.lora_dropout} must lie in [0, 1)")
     if args.warmup_steps >= args.max_steps:
-        problems.append(f"--warmup_steps {args.warmup_steps} must be below --max_steps {args.max_steps}")
+        problems.append(
+            f"--warmup_steps {args.warmup_steps} must be below --max_steps {args.max_steps}"
+        )
     return problems + _combination_problems(args)
 
 
 def _combination_problems(args: Args) -> list[str]:
     problems = []
     if args.merge_lora and not args.use_lora:
-        problems.append("--merge_lora needs --use_lora: without an adapter the whole model is written anyway")
+        problems.append(
+            "--merge_lora needs --use_lora: without an adapter the whole model is written anyway"
+        )
     if args.save_dtype != "float32" and args.use_lora and not args.merge_lora:
         problems.append(
             f"--save_dtype {args.save_dtype} is of whole models: an adapter is float32 (or add --merge_lora)"
@@ -170,9 +174,13 @@ def _combination_problems(args: Args) -> list[str]:
     if args.use_wandb and not args.wandb_project:
         problems.append("--use_wandb needs --wandb_project: there is no default project")
     if args.output_dir and args.run_id_note:
-        problems.append("--run_id_note is appended to the default name only: put it into --output_dir")
+        problems.append(
+            "--run_id_note is appended to the default name only: put it into --output_dir"
+        )
     if args.device == "cpu" and args.offload:
-        problems.append("--offload moves GPU memory to the CPU: it has no meaning with --device cpu")
+        problems.append(
+            "--offload moves GPU memory to the CPU: it has no meaning with --device cpu"
+        )
     try:
         for name, _ in resolve_mixture(args.dataset_name):
             get_transform(name)
@@ -187,7 +195,9 @@ def check_files(args: Args) -> list[str]:
     problems += check_mixture(args.data_root_dir, args.dataset_name)
     exp_dir = run_dir(args)
     if exp_dir.exists() and any(exp_dir.iterdir()) and not args.overwrite:
-        problems.append(f"{exp_dir} exists and is not empty: choose another --output_dir, or pass --overwrite")
+        problems.append(
+            f"{exp_dir} exists and is not empty: choose another --output_dir, or pass --overwrite"
+        )
     return problems
 
 
@@ -204,7 +214,9 @@ def run_dir(args: Args) -> Path:
     return Path(args.run_root_dir) / name
 
 
-def action_metrics(logits_NV: Tensor, label_ids_N: Tensor, tokenizer: ActionTokenizer) -> dict[str, float]:
+def action_metrics(
+    logits_NV: Tensor, label_ids_N: Tensor, tokenizer: ActionTokenizer
+) -> dict[str, float]:
     """Token accuracy and L1 error of greedy actions, as sums over samples (`num_samples` of them).
 
     Greedy over the action tokens, given the demonstrated tokens before (teacher forcing). `action_l1` is the mean
@@ -240,7 +252,11 @@ class Finetuner:
         self.optimizer = torch.optim.AdamW(
             parameters, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
         )
-        name = "constant_with_warmup" if args.lr_scheduler_type == "constant" else args.lr_scheduler_type
+        name = (
+            "constant_with_warmup"
+            if args.lr_scheduler_type == "constant"
+            else args.lr_scheduler_type
+        )
         self.scheduler = get_scheduler(name, self.optimizer, args.warmup_steps, args.max_steps)
         self.dataset = build_dataset(args, info, self.processor, self.tokenizer)
         self.sums: dict[str, float] = {}
@@ -260,13 +276,19 @@ class Finetuner:
         # One rank in float32 has nothing to shard or to cast, and FSDP's bookkeeping costs 0.1 s a step on a CPU.
         if self.info.world_size > 1 or self.dtype != torch.float32 or args.offload:
             reshard = args.sharding_strategy == "full-shard"
-            fsdp_utils.shard_model(model, param_dtype=self.dtype, offload=args.offload, reshard_after_forward=reshard)
+            fsdp_utils.shard_model(
+                model, param_dtype=self.dtype, offload=args.offload, reshard_after_forward=reshard
+            )
         return model.train()
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
         """Endless collated micro-batches, prepared in a background thread."""
-        collator = ActionCollator(self.processor.pad_token_id, self.processor.tokenizer.eos_token_id)
-        return prefetch(iterate_batches(self.dataset, self.args.per_device_train_batch_size, collator))
+        collator = ActionCollator(
+            self.processor.pad_token_id, self.processor.tokenizer.eos_token_id
+        )
+        return prefetch(
+            iterate_batches(self.dataset, self.args.per_device_train_batch_size, collator)
+        )
 
     def step(self, batches: Iterator[dict[str, Tensor]], number: int) -> None:
         """One optimizer step over `grad_accumulation_steps` micro-batches.
@@ -280,7 +302,9 @@ class Finetuner:
             self._add({"data_s": time.perf_counter() - start})
             fsdp_utils.set_gradient_sync(self.model, index == passes - 1)
             self._backward(batch, passes)
-        norm = fsdp_utils.clip_gradients(peft_utils.trainable_parameters(self.model), self.args.max_grad_norm)
+        norm = fsdp_utils.clip_gradients(
+            peft_utils.trainable_parameters(self.model), self.args.max_grad_norm
+        )
         # The norm covers all ranks' gradients, so every rank stops here together.
         if not math.isfinite(norm):
             group = "the adapter" if self.args.use_lora else "the model"
@@ -290,11 +314,15 @@ class Finetuner:
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._add({"grad_norm": norm, "learning_rate": self.scheduler.get_last_lr()[0], "steps": 1.0})
+        self._add(
+            {"grad_norm": norm, "learning_rate": self.scheduler.get_last_lr()[0], "steps": 1.0}
+        )
         self.scheduler.step()
 
     def _backward(self, batch: dict[str, Tensor], passes: int) -> None:
-        batch = {name: tensor.to(self.info.device, non_blocking=True) for name, tensor in batch.items()}
+        batch = {
+            name: tensor.to(self.info.device, non_blocking=True) for name, tensor in batch.items()
+        }
         output = self.model(
             batch["input_ids"],
             batch["attention_mask"],
@@ -315,7 +343,10 @@ class Finetuner:
         """Averages over every sample and rank since the last call (a collective)."""
         sums, self.sums = fsdp_utils.all_reduce_sums(self.sums, self.info.device), {}
         num_samples = sums.pop("num_samples")
-        metrics = {f"train/{n}": sums[n] / num_samples for n in ("loss", "action_token_accuracy", "action_l1")}
+        metrics = {
+            f"train/{n}": sums[n] / num_samples
+            for n in ("loss", "action_token_accuracy", "action_l1")
+        }
         metrics |= {f"train/{n}": sums[n] / sums["steps"] for n in ("grad_norm", "learning_rate")}
         metrics["time/step_s"] = wall_s * self.info.world_size / sums["steps"]
         metrics["time/data_wait_s"] = sums["data_s"] / sums["steps"]
@@ -325,12 +356,17 @@ class Finetuner:
     def save(self, folder: Path, step: int) -> None:
         """Write the model (or adapter) with its statistics, all or nothing. A collective; rank 0 writes."""
         args = self.args
-        json_files = {"dataset_statistics.json": self.dataset.statistics, "metadata.json": metadata(args, step)}
+        json_files = {
+            "dataset_statistics.json": self.dataset.statistics,
+            "metadata.json": metadata(args, step),
+        }
         whole = self.adapter is None or args.merge_lora
         if whole:
             merged = fsdp_utils.iterate_merged_parameters(self.model)
             dtype = getattr(torch, args.save_dtype)
-            state = {name: tensor.to("cpu", dtype) for name, tensor in merged if self.info.rank == 0}
+            state = {
+                name: tensor.to("cpu", dtype) for name, tensor in merged if self.info.rank == 0
+            }
             if args.save_dtype != "float32":
                 json_files["config.json"] = config_of_type(args)
         else:
@@ -377,7 +413,12 @@ def build_dataset(
         num_threads=args.data_num_threads,
     )
     return RLDSDataset(
-        specs, reading, processor.prompt_ids, tokenizer, image_aug=args.image_aug, cache_gib=args.cache_gib
+        specs,
+        reading,
+        processor.prompt_ids,
+        tokenizer,
+        image_aug=args.image_aug,
+        cache_gib=args.cache_gib,
     )
 
 
@@ -435,7 +476,11 @@ def prepare_run(args: Args, exp_dir: Path) -> MetricWriter:
     config = dataclasses.asdict(args)
     (exp_dir / "args.json").write_text(json.dumps(config, indent=2) + "\n")
     return MetricWriter(
-        exp_dir, use_wandb=args.use_wandb, wandb_project=args.wandb_project, wandb_mode=args.wandb_mode, config=config
+        exp_dir,
+        use_wandb=args.use_wandb,
+        wandb_project=args.wandb_project,
+        wandb_mode=args.wandb_mode,
+        config=config,
     )
 
 
@@ -444,7 +489,9 @@ def main(args: Args) -> Path:
     problems = validate(args)
     problems += [problem for problem in check_files(args) if problem not in problems]
     if problems:
-        raise ValueError(f"{len(problems)} problem(s) with this command line:\n- " + "\n- ".join(problems))
+        raise ValueError(
+            f"{len(problems)} problem(s) with this command line:\n- " + "\n- ".join(problems)
+        )
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
     device_type = None if args.device == "auto" else args.device
@@ -455,7 +502,9 @@ def main(args: Args) -> Path:
     finetuner = Finetuner(args, info)
     num_trained = sum(p.numel() for p in peft_utils.trainable_parameters(finetuner.model))
     if writer is not None:
-        logger.info(f"training {num_trained / 1e6:.2f} M parameters on {info.world_size} rank(s); {exp_dir}")
+        logger.info(
+            f"training {num_trained / 1e6:.2f} M parameters on {info.world_size} rank(s); {exp_dir}"
+        )
     train(finetuner, exp_dir, writer)
     publish(finetuner, exp_dir)
     if writer is not None:

@@ -65,7 +65,11 @@ RECIPE: dict[str, dict[str, Any]] = {
 
 # PPO's placement by the number of GPUs. An engine and a trainer that work on one GPU at the same time take turns there,
 # and the engine's calls last twice as long; of two the simulators draw on the trainer's.
-TURNS: dict[str, Any] = {"colocate": True, "vllm_enable_sleep": False, "gpu_memory_utilization": 0.1}
+TURNS: dict[str, Any] = {
+    "colocate": True,
+    "vllm_enable_sleep": False,
+    "gpu_memory_utilization": 0.1,
+}
 LAYOUTS: dict[int | str, dict[str, Any]] = {
     0: {},
     1: TURNS,
@@ -88,7 +92,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 # Seconds that must be left to begin a stage, on an H100 with 16 cores; demos and ppo, which go on later, need a start.
-ESTIMATES_S = {"demos": 60, "model": 30, "sft": 560, "eval": 330, "ppo": 90, "merge": 40, "held_out": 150}
+ESTIMATES_S = {
+    "demos": 60,
+    "model": 30,
+    "sft": 560,
+    "eval": 330,
+    "ppo": 90,
+    "merge": 40,
+    "held_out": 150,
+}
 
 PROGRAMS = {
     "demos": "vla-scripts/make_demos.py",
@@ -162,7 +174,9 @@ def changed_recipe(changes: Sequence[str]) -> dict[str, dict[str, Any]]:
         name, equals, value = change.partition("=")
         stage, dot, flag = name.partition(".")
         if not (equals and dot and flag and stage in RECIPE):
-            problems.append(f"--set {change}: give STAGE.FLAG=VALUE with a stage of {', '.join(RECIPE)}")
+            problems.append(
+                f"--set {change}: give STAGE.FLAG=VALUE with a stage of {', '.join(RECIPE)}"
+            )
         else:
             recipe[stage][flag] = read_value(value)
     if problems:
@@ -181,7 +195,9 @@ def read_estimates(texts: Sequence[str]) -> dict[str, float]:
                 raise ValueError
             estimates[name] = float(seconds)
         except ValueError:
-            problems.append(f"--estimate {text}: give STAGE=SECONDS with a stage of {', '.join(ESTIMATES_S)}")
+            problems.append(
+                f"--estimate {text}: give STAGE=SECONDS with a stage of {', '.join(ESTIMATES_S)}"
+            )
     if problems:
         raise ValueError("\n".join(problems))
     return estimates
@@ -194,9 +210,15 @@ def variant_flags(recipe: Mapping[str, Mapping[str, Any]], variant: str) -> dict
 
 def choose_gpus(args: Args) -> tuple[int, ...]:
     """The GPUs to use; none: the CPU does it all."""
-    if args.gpus or os.environ.get("MUJOCO_GL", "egl") == "osmesa" or shutil.which("nvidia-smi") is None:
+    if (
+        args.gpus
+        or os.environ.get("MUJOCO_GL", "egl") == "osmesa"
+        or shutil.which("nvidia-smi") is None
+    ):
         return args.gpus
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+    listed = subprocess.run(
+        ["nvidia-smi", "-L"], capture_output=True, text=True, check=False
+    ).stdout
     return (0,) if listed.startswith("GPU") else ()
 
 
@@ -214,26 +236,47 @@ class StageMaker:
         self.num_envs = args.num_envs or (2 * self.cores if self.gpus else self.cores)
         self.drawing = {"env_gpu_id": self.gpus[0] if self.gpus else None}
         eval_envs = args.num_envs or (8 * self.cores if self.gpus else self.cores)
-        self.evaluating = {"num_envs": eval_envs, "num_processes": min(self.cores, eval_envs), **self.drawing}
+        self.evaluating = {
+            "num_envs": eval_envs,
+            "num_processes": min(self.cores, eval_envs),
+            **self.drawing,
+        }
         self.layout: int | str = "colocated" if args.colocate else len(self.gpus)
         self.tasks = {"task_ids": args.task_ids or None}
         # What is made from a policy that came from elsewhere is not mixed with what is made from another.
         self.origin = {"sft_dir": str(args.sft_dir.resolve())} if args.sft_dir is not None else {}
 
     def _stage(
-        self, kind: str, name: str, title: str, settings: Mapping[str, Any], machine: Mapping[str, Any], **options: Any
+        self,
+        kind: str,
+        name: str,
+        title: str,
+        settings: Mapping[str, Any],
+        machine: Mapping[str, Any],
+        **options: Any,
     ) -> Stage:
         """`settings` decide the result, `machine` (paths, numbers of processes) does not."""
-        environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
-        environment["OMP_NUM_THREADS"] = str(max(1, min(8, self.cores // 2))) if kind == "sft" else "1"
+        environment = {
+            "PYTHONPATH": os.pathsep.join(
+                [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+            )
+        }
+        environment["OMP_NUM_THREADS"] = (
+            str(max(1, min(8, self.cores // 2))) if kind == "sft" else "1"
+        )
         if self.gpus:
             visible = self.gpus if kind == "ppo" else self.gpus[-1:]
-            environment |= {"CUDA_VISIBLE_DEVICES": ",".join(map(str, visible)), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+            environment |= {
+                "CUDA_VISIBLE_DEVICES": ",".join(map(str, visible)),
+                "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+            }
         return Stage(
             name,
             title,
             (sys.executable, str(ROOT / PROGRAMS[kind]), *flags({**settings, **machine})),
-            settings={flag: str(v) for flag, v in {**settings, **self.origin}.items() if v is not None},
+            settings={
+                flag: str(v) for flag, v in {**settings, **self.origin}.items() if v is not None
+            },
             environment=environment,
             needs_s=self.estimates[kind],
             **options,
@@ -264,7 +307,10 @@ class StageMaker:
         """A PPO run and its merged model."""
         paths, values = self.paths, {**LAYOUTS[self.layout], **variant_flags(self.recipe, name)}
         exp_dir, base = paths.ppo(name), {"vla_path": paths.sft}
-        num_envs, num_engines = int(values["local_rollout_batch_size"]), values.get("vllm_num_engines", 1)
+        num_envs, num_engines = (
+            int(values["local_rollout_batch_size"]),
+            values.get("vllm_num_engines", 1),
+        )
         values |= {flag: int(values[flag]) // num_engines for flag in DIVIDED}
         # A process steps several environments in turn, which share simulators: more would only take memory.
         machine = {"num_env_processes": max(1, min(self.cores, num_envs) // num_engines)}
@@ -273,7 +319,11 @@ class StageMaker:
 
         def is_complete() -> bool:
             metadata, adapter = exp_dir / "metadata.json", exp_dir / "adapter_model.safetensors"
-            return metadata.exists() and adapter.exists() and read_json(metadata)["training_step"] == num_steps
+            return (
+                metadata.exists()
+                and adapter.exists()
+                and read_json(metadata)["training_step"] == num_steps
+            )
 
         return [
             self._stage(
@@ -319,8 +369,14 @@ class StageMaker:
         stages, checks = self.supervised(), self.args.checks
         for variant in self.args.variants:
             stages += self.variant(variant)
-        fewer = {"num_trials_per_task": min(CHECKED_STATES, int(self.recipe["eval"]["num_trials_per_task"]))}
-        kinds = {MAIN: {}} | {kind: {**changes, **fewer} for kind, changes in CHECKS.items() if kind in checks}
+        fewer = {
+            "num_trials_per_task": min(
+                CHECKED_STATES, int(self.recipe["eval"]["num_trials_per_task"])
+            )
+        }
+        kinds = {MAIN: {}} | {
+            kind: {**changes, **fewer} for kind, changes in CHECKS.items() if kind in checks
+        }
         for kind, changes in kinds.items():
             for policy in (SUPERVISED, *self.args.variants):
                 stages += self.evaluation(policy, kind, **changes)
@@ -339,23 +395,37 @@ def share_out(items: Sequence[int], count: int) -> list[tuple[int, ...]]:
 
 def validate(args: Args) -> None:
     """Raise ValueError with everything about the flags that keeps the run from starting."""
-    problems = [f"--variants {v}: use some of {', '.join(VARIANTS)}" for v in args.variants if v not in VARIANTS]
+    problems = [
+        f"--variants {v}: use some of {', '.join(VARIANTS)}"
+        for v in args.variants
+        if v not in VARIANTS
+    ]
     if len(set(args.variants)) != len(args.variants):
         problems.append(f"--variants {' '.join(args.variants)} names one twice")
     if args.task_ids and not all(0 <= i < 10 for i in args.task_ids):
         problems.append(f"--task_ids {args.task_ids}: {SUITE} has the tasks 0..9")
-    positive = {"eval_parts": args.eval_parts, "num_envs": args.num_envs, "time_limit_s": args.time_limit_s}
+    positive = {
+        "eval_parts": args.eval_parts,
+        "num_envs": args.num_envs,
+        "time_limit_s": args.time_limit_s,
+    }
     for name, value in positive.items():
         if value is not None and value <= 0:
             problems.append(f"--{name} {value} must be positive")
-    if len(args.gpus) not in LAYOUTS or len(set(args.gpus)) != len(args.gpus) or min(args.gpus, default=0) < 0:
+    if (
+        len(args.gpus) not in LAYOUTS
+        or len(set(args.gpus)) != len(args.gpus)
+        or min(args.gpus, default=0) < 0
+    ):
         problems.append(f"--gpus {args.gpus}: give one or two numbers of nvidia-smi")
     if args.colocate and len(args.gpus) != 2:
         problems.append("--colocate is for two GPUs: give --gpus 0 1")
     if args.reserve_s < 0:
         problems.append(f"--reserve_s {args.reserve_s} must not be negative")
     if args.sft_dir is not None:
-        from utils.checkpoint_utils import check_model_dir  # imports torch: seconds that --help need not take
+        from utils.checkpoint_utils import (
+            check_model_dir,
+        )  # imports torch: seconds that --help need not take
 
         problems += check_model_dir(args.sft_dir)
     for read, texts in ((changed_recipe, args.set), (read_estimates, args.estimate)):
@@ -397,7 +467,9 @@ def check_commands(stages: Sequence[Stage], file: Path) -> None:
             continue
         program = load_program(Path(stage.command[1]))
         config = (tyro.conf.FlagConversionOff,) if stage.name == "model" else ()
-        arguments = tyro.cli(program.Args, args=stage.command[2:], config=config, use_underscores=True)
+        arguments = tyro.cli(
+            program.Args, args=stage.command[2:], config=config, use_underscores=True
+        )
         if stage.name.startswith("ppo."):
             program.validate(arguments)
         checked[stage.name] = list(stage.command)
@@ -405,7 +477,9 @@ def check_commands(stages: Sequence[Stage], file: Path) -> None:
     write_json(file, checked)
 
 
-def run_stages(stages: Sequence[Stage], maker: StageMaker, ledger: Ledger, limit: TimeLimit) -> None:
+def run_stages(
+    stages: Sequence[Stage], maker: StageMaker, ledger: Ledger, limit: TimeLimit
+) -> None:
     """Run what is not done, in order, what another invocation is at later. Raises OutOfTimeError or StageError."""
     waiting = dict(enumerate(stages, 1))
     names = {stage.name for stage in stages}
@@ -420,11 +494,15 @@ def run_stages(stages: Sequence[Stage], maker: StageMaker, ledger: Ledger, limit
                     break
         else:
             if limit.left_s < 0:
-                raise OutOfTimeError(f"another invocation is still at {next(iter(waiting.values())).title}")
+                raise OutOfTimeError(
+                    f"another invocation is still at {next(iter(waiting.values())).title}"
+                )
             time.sleep(1.0)
 
 
-def run_or_skip(stage: Stage, head: str, maker: StageMaker, ledger: Ledger, limit: TimeLimit) -> None:
+def run_or_skip(
+    stage: Stage, head: str, maker: StageMaker, ledger: Ledger, limit: TimeLimit
+) -> None:
     """Run a stage that is not done. Raises OutOfTimeError, StageError or StageBusyError, see `run_stage`."""
     if ledger.is_done(stage):
         logger.info("%s: done earlier, %s", head, format_duration(ledger.seconds(stage.name)))
@@ -442,7 +520,10 @@ def prepare(args: Args) -> tuple[StageMaker, list[Stage], Ledger]:
     maker = StageMaker(args)
     stages, ledger = maker.all(), Ledger(maker.paths.stages)
     raise_problems([problem for stage in stages for problem in ledger.problems(stage)])
-    check_commands([stage for stage in stages if not ledger.pieces(stage.name)], args.run_dir / "checked_commands.json")
+    check_commands(
+        [stage for stage in stages if not ledger.pieces(stage.name)],
+        args.run_dir / "checked_commands.json",
+    )
     for folder in (maker.paths.stages, maker.paths.logs):
         folder.mkdir(parents=True, exist_ok=True)
     return maker, stages, ledger
@@ -485,7 +566,9 @@ def main(args: Args) -> int:
 
 if __name__ == "__main__":
     command_line = tyro.cli(Args, description=__doc__, use_underscores=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the running stage is ended too
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # an exception, so that the running stage is ended too
     try:
         sys.exit(main(command_line))
     except ValueError as error:

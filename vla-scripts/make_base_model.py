@@ -35,7 +35,12 @@ logger = get_logger(__name__)
 
 # Small, because the quick start's two cores pay for every token: 16 patches, a prompt of about 15 tokens.
 BASE_SIZES = TinyVLAConfig(
-    vision_dim=64, vision_heads=2, llm_dim=128, llm_depth=3, llm_mlp_dim=384, extra_words=("ball", "gripper", "height")
+    vision_dim=64,
+    vision_heads=2,
+    llm_dim=128,
+    llm_depth=3,
+    llm_mlp_dim=384,
+    extra_words=("ball", "gripper", "height"),
 )
 NUM_HELD_OUT = 2048
 # Frames of one unit of work; its number and the seed decide what they show.
@@ -83,18 +88,29 @@ class Questions:
     mask_ML: Tensor
 
 
-def _draw_chunk(job: tuple[int, int, int, tuple[str, ...]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _draw_chunk(
+    job: tuple[int, int, int, tuple[str, ...]],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     seed, chunk, image_size, kinds = job
     rng = np.random.default_rng((seed, chunk))
     frames = [make_frame(rng, image_size, kinds) for _ in range(CHUNK)]
     number = {text: index for index, text in enumerate(instructions())}
     texts = np.array([[number[text] for text in frame.instructions] for frame in frames])
-    return np.stack([frame.image for frame in frames]), texts, np.stack([frame.answers for frame in frames])
+    return (
+        np.stack([frame.image for frame in frames]),
+        texts,
+        np.stack([frame.answers for frame in frames]),
+    )
 
 
-def draw_questions(args: Args, model: OpenVLAForActionPrediction, processor: PrismaticProcessor) -> Questions:
+def draw_questions(
+    args: Args, model: OpenVLAForActionPrediction, processor: PrismaticProcessor
+) -> Questions:
     """Draw all frames in parallel and turn their questions into tokens on the device."""
-    jobs = [(args.seed, chunk, args.model.image_size, args.kinds) for chunk in range(args.num_frames // CHUNK)]
+    jobs = [
+        (args.seed, chunk, args.model.image_size, args.kinds)
+        for chunk in range(args.num_frames // CHUNK)
+    ]
     with multiprocessing.get_context("fork").Pool(args.num_workers) as pool:
         images, texts, answers = zip(*pool.imap(_draw_chunk, jobs), strict=True)
     answer_ids = model.action_tokenizer.encode(np.concatenate(answers))
@@ -104,13 +120,17 @@ def draw_questions(args: Args, model: OpenVLAForActionPrediction, processor: Pri
     return Questions(*(tensor.to(args.device) for tensor in (*tensors, *prompts)))
 
 
-def answer_logits(forward: Callable, processor: PrismaticProcessor, data: Questions, pick: Tensor) -> Tensor:
+def answer_logits(
+    forward: Callable, processor: PrismaticProcessor, data: Questions, pick: Tensor
+) -> Tensor:
     """Logits (B, 7, 256) of the chosen questions; `pick` (B,) counts them frame by frame."""
     num_kinds = data.text_NK.shape[1]
     frame, kind = pick // num_kinds, pick % num_kinds
     pixels = processor.image_processor.normalize(data.image_NHWC[frame])
     text, answer_BA = data.text_NK[frame, kind], data.answer_NKA[frame, kind]
-    return forward(data.prompt_ML[text], data.mask_ML[text], answer_BA, pixel_values=pixels).logits_BAV
+    return forward(
+        data.prompt_ML[text], data.mask_ML[text], answer_BA, pixel_values=pixels
+    ).logits_BAV
 
 
 def targets(model: OpenVLAForActionPrediction, data: Questions, pick: Tensor) -> Tensor:
@@ -121,11 +141,17 @@ def targets(model: OpenVLAForActionPrediction, data: Questions, pick: Tensor) ->
 
 @torch.no_grad()
 def held_out_accuracy(
-    model: OpenVLAForActionPrediction, processor: PrismaticProcessor, data: Questions, kinds: tuple[str, ...]
+    model: OpenVLAForActionPrediction,
+    processor: PrismaticProcessor,
+    data: Questions,
+    kinds: tuple[str, ...],
 ) -> dict[str, float]:
     """Per kind of question, the share of held-out answers with all tokens right; of "point", the mean bins off."""
     pick = torch.arange(NUM_HELD_OUT * len(kinds), device=data.answer_NKA.device)
-    parts = [answer_logits(model.forward_actions, processor, data, part).argmax(-1) for part in pick.split(4096)]
+    parts = [
+        answer_logits(model.forward_actions, processor, data, part).argmax(-1)
+        for part in pick.split(4096)
+    ]
     predicted = torch.cat(parts)
     error = (predicted - targets(model, data, pick)).abs()
     result = {}
@@ -136,10 +162,14 @@ def held_out_accuracy(
     return result
 
 
-def train(args: Args, model: OpenVLAForActionPrediction, processor: PrismaticProcessor, data: Questions) -> list[dict]:
+def train(
+    args: Args, model: OpenVLAForActionPrediction, processor: PrismaticProcessor, data: Questions
+) -> list[dict]:
     """Train in place; returns the log's rows."""
     on_gpu = args.device == "cuda"
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=on_gpu)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=on_gpu
+    )
     generator = torch.Generator(device=args.device).manual_seed(args.seed)
     num_questions = data.answer_NKA.shape[0] * len(args.kinds)
     start, rows = time.monotonic(), []
@@ -148,13 +178,22 @@ def train(args: Args, model: OpenVLAForActionPrediction, processor: PrismaticPro
         progress = max(update / args.num_updates, (time.monotonic() - start) / args.max_time_s)
         if progress >= 1.0:
             break
-        rate = args.learning_rate * min(1.0, (update + 1) / 300) * 0.5 * (1.0 + math.cos(math.pi * progress))
+        rate = (
+            args.learning_rate
+            * min(1.0, (update + 1) / 300)
+            * 0.5
+            * (1.0 + math.cos(math.pi * progress))
+        )
         for group in optimizer.param_groups:
             group["lr"] = rate
         first = NUM_HELD_OUT * len(args.kinds)
-        pick = torch.randint(first, num_questions, (args.batch_size,), generator=generator, device=args.device)
+        pick = torch.randint(
+            first, num_questions, (args.batch_size,), generator=generator, device=args.device
+        )
         logits = answer_logits(forward, processor, data, pick)
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets(model, data, pick).flatten())
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets(model, data, pick).flatten()
+        )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -162,7 +201,14 @@ def train(args: Args, model: OpenVLAForActionPrediction, processor: PrismaticPro
         if update % 500 == 499 or update == args.num_updates - 1:
             accuracy = held_out_accuracy(model, processor, data, args.kinds)
             seconds = round(time.monotonic() - start, 1)
-            rows.append({"update": update + 1, "loss": round(loss.item(), 5), "seconds": seconds, **accuracy})
+            rows.append(
+                {
+                    "update": update + 1,
+                    "loss": round(loss.item(), 5),
+                    "seconds": seconds,
+                    **accuracy,
+                }
+            )
             logger.info("%s", rows[-1])
     return rows
 
@@ -172,14 +218,18 @@ def main(args: Args) -> None:
     validate_tiny(args.model)
     output_dir = Path(args.output_dir)
     if output_dir.exists():
-        raise ValueError(f"--output_dir {output_dir} exists already: remove it or name another folder")
+        raise ValueError(
+            f"--output_dir {output_dir} exists already: remove it or name another folder"
+        )
     torch.backends.cuda.matmul.allow_tf32 = True
     model, processor = build_tiny_vla(args.model)
     torch.nn.Module.to(model, args.device)
     started = time.monotonic()
     data = draw_questions(args, model, processor)
     draw_s = time.monotonic() - started
-    logger.info("%d frames in %.0f s; %d parameters", len(data.image_NHWC), draw_s, model.num_parameters())
+    logger.info(
+        "%d frames in %.0f s; %d parameters", len(data.image_NHWC), draw_s, model.num_parameters()
+    )
     rows = train(args, model, processor, data)
     torch.nn.Module.to(model, "cpu")
     model.save_pretrained(output_dir)

@@ -22,7 +22,14 @@ from typing import Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -100,11 +107,15 @@ def validate(args: Args) -> list[str]:
     if not 0.0 <= args.haste <= 1.0:
         problems.append(f"--haste {args.haste} must lie in [0, 1]")
     elif args.haste and args.task_suite_name not in LIBERO_SUITES:
-        problems.append(f"--haste {args.haste} is for LIBERO's expert: {args.task_suite_name}'s has --imperfection")
+        problems.append(
+            f"--haste {args.haste} is for LIBERO's expert: {args.task_suite_name}'s has --imperfection"
+        )
     if args.max_env_length is not None and args.max_env_length < 1:
         problems.append(f"--max_env_length {args.max_env_length} must be at least 1, or left out")
     if args.env_gpu_id is not None and args.env_gpu_id < 0:
-        problems.append(f"--env_gpu_id {args.env_gpu_id} must not be negative: leave it out to draw on the CPU")
+        problems.append(
+            f"--env_gpu_id {args.env_gpu_id} must not be negative: leave it out to draw on the CPU"
+        )
     if not 1 <= args.num_processes <= 256:
         problems.append(f"--num_processes {args.num_processes} must lie in 1..256")
     return problems
@@ -112,14 +123,18 @@ def validate(args: Args) -> list[str]:
 
 def _task_problems(args: Args) -> list[str]:
     if args.task_suite_name not in EXPERTS:
-        return [f"--task_suite_name {args.task_suite_name}: no scripted expert; use one of {', '.join(EXPERTS)}"]
+        return [
+            f"--task_suite_name {args.task_suite_name}: no scripted expert; use one of {', '.join(EXPERTS)}"
+        ]
     if not args.task_ids:  # a simulator that is not installed shows itself when it is needed
         return []
     suite = get_suite(args.task_suite_name)
     if bad := [i for i in args.task_ids if not 0 <= i < suite.num_tasks]:
         return [f"--task_ids {bad}: {suite.name} has the tasks 0..{suite.num_tasks - 1}"]
     if bad := [i for i in args.task_ids if i not in expert_tasks(suite)]:
-        return [f"--task_ids {bad}: the expert of {suite.name} can do {', '.join(map(str, expert_tasks(suite)))}"]
+        return [
+            f"--task_ids {bad}: the expert of {suite.name} can do {', '.join(map(str, expert_tasks(suite)))}"
+        ]
     return []
 
 
@@ -169,7 +184,9 @@ class ProgressReport:
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn(),
                    TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False))  # fmt: skip
         console = Console(stderr=True)
-        self._bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+        self._bar = Progress(
+            *columns, console=console, disable=not console.is_terminal, transient=True
+        )
         self._task = self._bar.add_task("episodes", total=num_episodes, completed=num_finished)
 
     def __enter__(self) -> "ProgressReport":
@@ -183,13 +200,20 @@ class ProgressReport:
         """Episode `index` is finished."""
         self.num_finished, self.num_recorded = self.num_finished + 1, self.num_recorded + 1
         self.num_steps += num_steps
-        self.attempts, self.successes = self.attempts + counts["attempts"], self.successes + counts["successes"]
+        self.attempts, self.successes = (
+            self.attempts + counts["attempts"],
+            self.successes + counts["successes"],
+        )
         solved = f"{self.successes} of {self.attempts} attempts solved, {self.num_steps} steps"
         self._bar.update(self._task, advance=1, description=f"episodes, {solved}")
         now = time.monotonic()
         if self._bar.disable and now - self.logged_at >= LOG_INTERVAL_S:
             self.logged_at = now
-            left_s = (now - self.started_at) / self.num_recorded * (self.num_episodes - self.num_finished)
+            left_s = (
+                (now - self.started_at)
+                / self.num_recorded
+                * (self.num_episodes - self.num_finished)
+            )
             logger.info(
                 f"{self.num_finished} of {self.num_episodes} episodes ({solved}), about {left_s / 60:.0f} min left"
             )
@@ -197,7 +221,10 @@ class ProgressReport:
 
 def write(args: Args, settings: RecordingSettings, store: EpisodeStore) -> None:
     """Write the stored episodes as the RLDS directory, with its statistics, and say what it took."""
-    target, totals = output_path(args), dict.fromkeys(("attempts", "solved_at_once", "dropped_steps"), 0)
+    target, totals = (
+        output_path(args),
+        dict.fromkeys(("attempts", "solved_at_once", "dropped_steps"), 0),
+    )
 
     def demonstrations() -> Iterator[EncodedDemonstration]:
         for index in range(args.num_episodes):
@@ -244,7 +271,9 @@ def main(args: Args) -> None:
         wanted = set(range(args.num_episodes))
         finished = store.finished() & wanted
         if finished:
-            logger.info(f"{len(finished)} of {args.num_episodes} episodes are in {store.folder}: going on from there")
+            logger.info(
+                f"{len(finished)} of {args.num_episodes} episodes are in {store.folder}: going on from there"
+            )
         with ProgressReport(len(finished), args.num_episodes) as progress:
             record_missing(settings, store, wanted - finished, args.num_processes, progress.note)
         write(args, settings, store)

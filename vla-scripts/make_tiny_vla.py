@@ -33,10 +33,18 @@ def validate(args: Args) -> None:
     """Raise ValueError when the folder holds something already, or sizes are given that `--size` does not read."""
     output_dir = Path(args.output_dir)
     if output_dir.exists() and any(output_dir.iterdir()):
-        raise ValueError(f"--output_dir {output_dir} is not empty: give a new folder, or remove this one")
-    given = [f"--{f.name}" for f in fields(TinyVLAConfig) if f.name != "seed" and getattr(args, f.name) != f.default]
+        raise ValueError(
+            f"--output_dir {output_dir} is not empty: give a new folder, or remove this one"
+        )
+    given = [
+        f"--{f.name}"
+        for f in fields(TinyVLAConfig)
+        if f.name != "seed" and getattr(args, f.name) != f.default
+    ]
     if args.size != "tiny" and given:
-        raise ValueError(f"--size {args.size} has sizes of its own: remove {', '.join(given)}, or use --size tiny")
+        raise ValueError(
+            f"--size {args.size} has sizes of its own: remove {', '.join(given)}, or use --size tiny"
+        )
 
 
 def main(args: Args) -> None:
@@ -51,4 +59,10 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes), use_underscores=True))
+    main(
+        tyro.cli(
+            Args,
+            config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
+            use_underscores=True,
+        )
+    )

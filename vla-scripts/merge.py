@@ -30,7 +30,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from prismatic.extern.hf.modeling_prismatic import load_model
 from prismatic.extern.hf.processing_prismatic import load_processor
-from utils.checkpoint_utils import atomic_directory, check_adapter_dir, check_model_dir, copy_model_files
+from utils.checkpoint_utils import (
+    atomic_directory,
+    check_adapter_dir,
+    check_model_dir,
+    copy_model_files,
+)
 from utils.logging_utils import get_logger
 from utils.merge_utils import (
     DTYPES,
@@ -77,12 +82,18 @@ def validate(args: Args) -> None:
     Raises:
         ValueError: all problems at once: incomplete folders, an adapter for another base, an output in the way.
     """
-    problems = check_model_dir(args.vla_path) + check_adapter_dir(args.adapter_dir) + _output_problems(args)
+    problems = (
+        check_model_dir(args.vla_path)
+        + check_adapter_dir(args.adapter_dir)
+        + _output_problems(args)
+    )
     if not problems:
         problems += base_mismatches(load_adapter(args.adapter_dir), args.vla_path)
         if problems:
             known_base = load_adapter(args.adapter_dir).config.get("base_model_name_or_path")
-            problems.insert(0, f"{args.adapter_dir} is an adapter for another base (it names {known_base}):")
+            problems.insert(
+                0, f"{args.adapter_dir} is an adapter for another base (it names {known_base}):"
+            )
     if problems:
         raise ValueError("cannot merge:\n" + "\n".join(f"- {problem}" for problem in problems))
 
@@ -99,9 +110,13 @@ def _output_problems(args: Args) -> list[str]:
     if not output.is_dir():
         return [f"--output_dir {args.output_dir} is a file"]
     if any(output.iterdir()) and not args.overwrite:
-        return [f"--output_dir {args.output_dir} exists and is not empty: choose another folder or pass --overwrite"]
+        return [
+            f"--output_dir {args.output_dir} exists and is not empty: choose another folder or pass --overwrite"
+        ]
     if any(output.iterdir()) and not (output / "config.json").exists():
-        return [f"--output_dir {args.output_dir} is not a model folder: --overwrite does not replace it"]
+        return [
+            f"--output_dir {args.output_dir} is not a model folder: --overwrite does not replace it"
+        ]
     return []
 
 
@@ -115,10 +130,17 @@ def merge(args: Args) -> dict[str, Any]:
     validate(args)
     adapter = load_adapter(args.adapter_dir)
     if recorded_fingerprint(args.adapter_dir) is None:
-        logger.warning("%s does not record its base: only names and shapes are checked", args.adapter_dir)
+        logger.warning(
+            "%s does not record its base: only names and shapes are checked", args.adapter_dir
+        )
     with atomic_directory(args.output_dir, overwrite=args.overwrite) as folder:
         num_tensors = merge_weights(args.vla_path, adapter, folder, DTYPES[args.dtype])
-        logger.info("merged %d matrices, wrote %d tensors as %s", len(adapter.scaling), num_tensors, args.dtype)
+        logger.info(
+            "merged %d matrices, wrote %d tensors as %s",
+            len(adapter.scaling),
+            num_tensors,
+            args.dtype,
+        )
         _copy_files(args, folder)
         metadata = _metadata(args, adapter, num_tensors) | {"checks": _check(args, adapter, folder)}
         (folder / "merge_metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
@@ -150,7 +172,8 @@ def _metadata(args: Args, adapter: LoraAdapter, num_tensors: int) -> dict[str, A
         "num_merged_matrices": len(adapter.scaling),
         "num_replaced_tensors": len(adapter.replaced),
         "base_fingerprint": base_fingerprint(args.vla_path),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in packages},
     }
 
 
@@ -159,13 +182,18 @@ def _check(args: Args, adapter: LoraAdapter, folder: Path) -> dict[str, Any]:
     problems, worst = check_merged_weights(args.vla_path, adapter, folder, DTYPES[args.dtype])
     if problems:
         raise RuntimeError(
-            f"the merged weights are not base + adapter, {args.output_dir} is not written:\n" + "\n".join(problems[:20])
+            f"the merged weights are not base + adapter, {args.output_dir} is not written:\n"
+            + "\n".join(problems[:20])
         )
     found: dict[str, Any] = {"weights": {"max_error_over_rounding_bound": worst}}
-    float32_bytes = 4 * sum(torch.Size(shape).numel() for _, shape in tensor_specs(args.vla_path).values())
+    float32_bytes = 4 * sum(
+        torch.Size(shape).numel() for _, shape in tensor_specs(args.vla_path).values()
+    )
     fits = float32_bytes <= psutil.virtual_memory().available // 2
     if args.check == "weights" or (args.check == "auto" and not fits):
-        found["logits"] = f"not compared ({float32_bytes / 2**30:.1f} GiB in float32, --check {args.check})"
+        found["logits"] = (
+            f"not compared ({float32_bytes / 2**30:.1f} GiB in float32, --check {args.check})"
+        )
         logger.info("weights agree; logits %s", found["logits"])
         return found
     return found | {"logits": compare_logits(args, folder)}
@@ -180,7 +208,10 @@ def compare_logits(args: Args, merged_dir: Path) -> dict[str, float]:
     expected = _logits(reference.get_base_model(), args.vla_path)
     del reference
     merged = _logits(load_model(merged_dir), merged_dir)
-    difference, scale = float((merged - expected).abs().max()), max(1.0, float(expected.abs().max()))
+    difference, scale = (
+        float((merged - expected).abs().max()),
+        max(1.0, float(expected.abs().max())),
+    )
     tolerance = LOGIT_TOLERANCE[args.dtype]
     if not difference <= tolerance * scale:
         raise RuntimeError(
@@ -197,9 +228,13 @@ def _logits(model: Any, model_dir: Path) -> Tensor:
     processor = load_processor(model_dir)
     ids, mask = processor.collate_prompts([processor.prompt_ids(CHECK_INSTRUCTION)])
     height = width = model.config.image_sizes[0]
-    image = torch.randint(0, 256, (1, height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image = torch.randint(
+        0, 256, (1, height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     pixel_values = processor.image_processor.normalize(image, torch.float32)
-    return model.eval()(input_ids=ids, attention_mask=mask, pixel_values=pixel_values).logits.float()
+    return model.eval()(
+        input_ids=ids, attention_mask=mask, pixel_values=pixel_values
+    ).logits.float()
 
 
 def main() -> None:

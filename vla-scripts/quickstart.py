@@ -138,7 +138,9 @@ def make_stages(args: Args) -> list[Stage]:
 
 def validate(args: Args) -> None:
     """Raise ValueError with everything that keeps the run from starting."""
-    from utils.checkpoint_utils import check_model_dir  # imports torch: seconds that --help need not take
+    from utils.checkpoint_utils import (
+        check_model_dir,
+    )  # imports torch: seconds that --help need not take
 
     problems = [f"--seed {args.seed} must be 0 or more"] if args.seed < 0 else []
     problems += check_model_dir(BASE_MODEL)
@@ -146,9 +148,13 @@ def validate(args: Args) -> None:
         problems.append(f"--run_dir {args.run_dir} is a file")
     elif args.run_dir.exists() and any(args.run_dir.iterdir()):
         if not args.overwrite:
-            problems.append(f"--run_dir {args.run_dir} is not empty: choose another, or pass --overwrite to replace it")
+            problems.append(
+                f"--run_dir {args.run_dir} is not empty: choose another, or pass --overwrite to replace it"
+            )
         elif not (args.run_dir / MARKER).exists():
-            problems.append(f"--run_dir {args.run_dir} holds no quick start: --overwrite does not replace it")
+            problems.append(
+                f"--run_dir {args.run_dir} holds no quick start: --overwrite does not replace it"
+            )
     if problems:
         raise ValueError("cannot start:\n" + "\n".join(f"- {problem}" for problem in problems))
 
@@ -162,7 +168,9 @@ def run_stages(stages: Sequence[Stage], run_dir: Path) -> dict[str, float]:
         logger.info("[%d/%d] %s", number, len(stages), stage.title)
         started = time.perf_counter()
         console = get_console()
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        with Progress(
+            *columns, console=console, transient=True, disable=not console.is_terminal
+        ) as progress:
             task = progress.add_task(stage.title)
 
             def on_line(line: str, progress: Progress = progress, task: Any = task) -> None:
@@ -175,7 +183,13 @@ def run_stages(stages: Sequence[Stage], run_dir: Path) -> dict[str, float]:
             except StageError as error:
                 raise StageError(f"{stage.title} failed:\n{error}") from None
         seconds[stage.title] = time.perf_counter() - started
-        logger.info("[%d/%d] %s: done in %s", number, len(stages), stage.title, format_duration(seconds[stage.title]))
+        logger.info(
+            "[%d/%d] %s: done in %s",
+            number,
+            len(stages),
+            stage.title,
+            format_duration(seconds[stage.title]),
+        )
     return seconds
 
 
@@ -189,14 +203,18 @@ def summarize(args: Args, ppo_s: float, wall_s: float) -> dict[str, Any]:
         "ppo_success_rate": final["rate"],
         "merged_success_rate": merged["rate"],
         "num_eval_episodes": merged["episodes"],
-        "ppo_env_steps": int(max(line.get("time/env_steps_total", 0) for line in read_metrics(paths.ppo))),
+        "ppo_env_steps": int(
+            max(line.get("time/env_steps_total", 0) for line in read_metrics(paths.ppo))
+        ),
         "ppo_wall_s": round(ppo_s, 1),
         "wall_s": round(wall_s, 1),
         "seed": args.seed,
     }
 
 
-def replay(model_dir: Path, label: str, episodes: Sequence[dict[str, Any]], work_dir: Path) -> list[Clip]:
+def replay(
+    model_dir: Path, label: str, episodes: Sequence[dict[str, Any]], work_dir: Path
+) -> list[Clip]:
     """Play evaluated episodes again, greedily, with the plain PyTorch model; returns a clip of each, at 256 pixels.
 
     Initial state and noise are the evaluation's, so that the outcome is too; an episode that ends otherwise (the engine
@@ -206,7 +224,11 @@ def replay(model_dir: Path, label: str, episodes: Sequence[dict[str, Any]], work
 
     from prismatic.extern.hf.modeling_prismatic import load_model
     from prismatic.extern.hf.processing_prismatic import load_processor
-    from prismatic.vla.action_normalization import load_norm_stats, resolve_unnorm_key, to_env_action
+    from prismatic.vla.action_normalization import (
+        load_norm_stats,
+        resolve_unnorm_key,
+        to_env_action,
+    )
     from utils.video_utils import save_video
 
     disable_progress_bar()  # of loading a model
@@ -216,7 +238,9 @@ def replay(model_dir: Path, label: str, episodes: Sequence[dict[str, Any]], work
     for number, episode in enumerate(episodes):
         instruction = suite.instructions[episode["task_id"]]
         env = suite.make_env(model.config.image_sizes[0])
-        image = env.reset(ResetRequest(episode["task_id"], episode["init_state_id"], episode["seed"]))
+        image = env.reset(
+            ResetRequest(episode["task_id"], episode["init_state_id"], episode["seed"])
+        )
         frames, step = [env.render(256)], None
         while step is None or not (step.terminated or step.truncated):
             action = model.predict_action(image, instruction, unnorm_key, processor=processor)
@@ -245,13 +269,17 @@ def make_clips(paths: Paths) -> tuple[Clip, ...]:
     return tuple(clip for pair in zip(before, after, strict=True) for clip in pair)
 
 
-def make_report(args: Args, summary: dict[str, Any], stage_s: dict[str, float], clips: tuple[Clip, ...]) -> str:
+def make_report(
+    args: Args, summary: dict[str, Any], stage_s: dict[str, float], clips: tuple[Clip, ...]
+) -> str:
     """Return the report's HTML."""
     paths = Paths(args.run_dir)
     metrics = read_metrics(paths.ppo)
     ppo_args = json.loads((paths.ppo / "args.json").read_text())
     warmup = training_lines(metrics)[: ppo_args["value_init_steps"]]
-    settings = {f"make_demos {k}": v for k, v in DEMOS.items()} | {f"finetune {k}": v for k, v in FINETUNE.items()}
+    settings = {f"make_demos {k}": v for k, v in DEMOS.items()} | {
+        f"finetune {k}": v for k, v in FINETUNE.items()
+    }
     settings |= {f"PPO {name}": ppo_args[name] for name in SHOWN_PPO_FLAGS}
     return render_report(
         ReportData(
@@ -259,7 +287,9 @@ def make_report(args: Args, summary: dict[str, Any], stage_s: dict[str, float], 
             lead=f"A supervised policy, improved by PPO with LoRA, then merged into one model. Success is greedy, on "
             f"the same {summary['num_eval_episodes']} fixed episodes each time.",
             before=read_evaluation("supervised", paths.results("sft")),
-            after=read_evaluation("after PPO", json.loads((paths.ppo / "eval_final.json").read_text())),
+            after=read_evaluation(
+                "after PPO", json.loads((paths.ppo / "eval_final.json").read_text())
+            ),
             merged_success_rate=summary["merged_success_rate"],
             curve=curve_points(metrics, settling_steps(ppo_args)),
             warmup_env_steps=max((int(line["time/env_steps_total"]) for line in warmup), default=0),
@@ -275,12 +305,20 @@ def make_report(args: Args, summary: dict[str, Any], stage_s: dict[str, float], 
 
 def show_table(summary: dict[str, Any], paths: Paths) -> None:
     """Print the short table that ends the run."""
-    table = Table(title=f"tabletop, {summary['num_eval_episodes']} fixed episodes, greedy", show_header=False)
+    table = Table(
+        title=f"tabletop, {summary['num_eval_episodes']} fixed episodes, greedy", show_header=False
+    )
     gain = 100 * (summary["ppo_success_rate"] - summary["sft_success_rate"])
     table.add_row("supervised policy", percent(summary["sft_success_rate"]))
-    table.add_row("after PPO (base + adapter)", f"{percent(summary['ppo_success_rate'])}  ({gain:+.1f} points)")
+    table.add_row(
+        "after PPO (base + adapter)",
+        f"{percent(summary['ppo_success_rate'])}  ({gain:+.1f} points)",
+    )
     table.add_row("merged model", percent(summary["merged_success_rate"]))
-    table.add_row("PPO", f"{summary['ppo_env_steps']:,} environment steps, {format_duration(summary['ppo_wall_s'])}")
+    table.add_row(
+        "PPO",
+        f"{summary['ppo_env_steps']:,} environment steps, {format_duration(summary['ppo_wall_s'])}",
+    )
     table.add_row("whole run", format_duration(summary["wall_s"]))
     table.add_row("report", str(paths.run_dir / "report.html"))
     get_console().print(table)
@@ -294,7 +332,9 @@ def main(args: Args) -> None:
         shutil.rmtree(args.run_dir)
     args.run_dir.mkdir(parents=True)
     paths = Paths(args.run_dir)
-    (paths.run_dir / MARKER).write_text(json.dumps({key: str(value) for key, value in asdict(args).items()}) + "\n")
+    (paths.run_dir / MARKER).write_text(
+        json.dumps({key: str(value) for key, value in asdict(args).items()}) + "\n"
+    )
     logger.info("quick start in %s, logs in %s", paths.run_dir, paths.run_dir / "logs")
     stage_s = run_stages(make_stages(args), paths.run_dir)
     logger.info("playing %d episodes again for the report", 2 * NUM_CLIP_PAIRS)
@@ -309,7 +349,9 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     arguments = tyro.cli(Args, description=__doc__, use_underscores=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the running stage is ended too
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # an exception, so that the running stage is ended too
     try:
         main(arguments)
     except (ValueError, StageError) as error:

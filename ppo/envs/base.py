@@ -152,7 +152,10 @@ def split_options(suite: TaskSuite, **flags: Any) -> tuple[dict[str, Any], list[
     """Which of the flags that were given (not None) the suite's environments take, and a problem for each other one."""
     given = {name: value for name, value in flags.items() if value is not None}
     taken = {name: value for name, value in given.items() if name in suite.options}
-    return taken, [f"--{name} {given[name]}: {suite.name} has no such option" for name in given.keys() - taken.keys()]
+    return taken, [
+        f"--{name} {given[name]}: {suite.name} has no such option"
+        for name in given.keys() - taken.keys()
+    ]
 
 
 def known_suites() -> tuple[str, ...]:

@@ -88,7 +88,9 @@ def center_crop(images: np.ndarray, area: float = 0.9) -> np.ndarray:
         ValueError: another shape or type, or an area outside (0, 1].
     """
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[-1] != 3:
-        raise ValueError(f"images {images.shape} {images.dtype}: must be ([batch,] height, width, 3) uint8")
+        raise ValueError(
+            f"images {images.shape} {images.dtype}: must be ([batch,] height, width, 3) uint8"
+        )
     if not 0.0 < area <= 1.0:
         raise ValueError(f"area {area}: must lie in (0, 1]")
     height, width = images.shape[-3:-1]
@@ -96,13 +98,17 @@ def center_crop(images: np.ndarray, area: float = 0.9) -> np.ndarray:
     top, bottom, along_y = _crop_samples(height, area)
     unit = images.astype(np.float32) * np.float32(1.0 / 255.0)
     columns = _between(unit.take(left, axis=-2), unit.take(right, axis=-2), along_x[:, None])
-    cropped = _between(columns.take(top, axis=-3), columns.take(bottom, axis=-3), along_y[:, None, None])
+    cropped = _between(
+        columns.take(top, axis=-3), columns.take(bottom, axis=-3), along_y[:, None, None]
+    )
     return (np.clip(cropped, 0.0, 1.0, out=cropped) * np.float32(255.5)).astype(np.uint8)
 
 
 def _check(image_HW3: np.ndarray) -> None:
     if image_HW3.dtype != np.uint8 or image_HW3.ndim != 3 or image_HW3.shape[-1] != 3:
-        raise ValueError(f"image {image_HW3.shape} {image_HW3.dtype}: must be (height, width, 3) uint8")
+        raise ValueError(
+            f"image {image_HW3.shape} {image_HW3.dtype}: must be (height, width, 3) uint8"
+        )
 
 
 def _between(low: np.ndarray, high: np.ndarray, share: np.ndarray) -> np.ndarray:
@@ -125,7 +131,11 @@ def _crop_samples(size: int, area: float) -> tuple[np.ndarray, np.ndarray, np.nd
         step = ((start + side) - start) * last / last
         position = start * last + np.arange(size, dtype=np.float32) * step
     low, high = np.floor(position), np.ceil(position)
-    return low.astype(np.intp), np.minimum(high, last).astype(np.intp), (position - low).astype(np.float32)
+    return (
+        low.astype(np.intp),
+        np.minimum(high, last).astype(np.intp),
+        (position - low).astype(np.float32),
+    )
 
 
 def _resample_axis0(source: np.ndarray, size: int) -> np.ndarray:
@@ -165,12 +175,16 @@ def _lanczos3(position: np.ndarray) -> np.ndarray:
     pi, radius, x = np.float32(np.pi), np.float32(LANCZOS_RADIUS), np.abs(position)
     near = np.maximum(x, np.float32(1e-3))
     kernel = radius * _sine(pi * near) * _sine(pi * near / radius) / (pi * pi * near * near)
-    return np.where(x > radius, np.float32(0.0), np.where(x <= np.float32(1e-3), np.float32(1.0), kernel))
+    return np.where(
+        x > radius, np.float32(0.0), np.where(x <= np.float32(1e-3), np.float32(1.0), kernel)
+    )
 
 
 def _sine(angles: np.ndarray) -> np.ndarray:
     """The C library's float32 sine, which tensorflow calls; numpy's differs in the last bit, enough to be seen."""
     sine = ctypes.CDLL("libm.so.6").sinf
     sine.restype, sine.argtypes = ctypes.c_float, [ctypes.c_float]
-    values = np.fromiter((sine(angle) for angle in angles.flat), dtype=np.float32, count=angles.size)
+    values = np.fromiter(
+        (sine(angle) for angle in angles.flat), dtype=np.float32, count=angles.size
+    )
     return values.reshape(angles.shape)

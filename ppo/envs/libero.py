@@ -67,8 +67,14 @@ class LiberoEnv:
         max_canvases: int = MAX_CANVASES,
     ) -> None:
         if suite_name not in libero_install.SUITES:
-            raise ValueError(f"{suite_name} is no suite of LIBERO: use one of {', '.join(libero_install.SUITES)}")
-        limits = {"image_size": (image_size, 16), "max_steps": (max_steps, 1), "num_steps_wait": (num_steps_wait, 0)}
+            raise ValueError(
+                f"{suite_name} is no suite of LIBERO: use one of {', '.join(libero_install.SUITES)}"
+            )
+        limits = {
+            "image_size": (image_size, 16),
+            "max_steps": (max_steps, 1),
+            "num_steps_wait": (num_steps_wait, 0),
+        }
         limits |= {"max_simulators": (max_simulators, 2), "max_canvases": (max_canvases, 1)}
         for name, (value, smallest) in limits.items():
             if value is not None and value < smallest:
@@ -243,7 +249,11 @@ def training_options(given: Mapping[str, Any]) -> dict[str, Any]:
     the running and the prepared episode of many environments, beside an engine and a trainer.
     """
     drawn_by_cpu = libero_install.choose_gl(given.get("env_gpu_id")) == "osmesa"
-    drawing = {"render_quality": "fast"} if drawn_by_cpu else {"render_quality": "eval", "max_canvases": 2}
+    drawing = (
+        {"render_quality": "fast"}
+        if drawn_by_cpu
+        else {"render_quality": "eval", "max_canvases": 2}
+    )
     return {"exact_physics": False, **drawing, **given}
 
 
@@ -258,7 +268,9 @@ def _find_problems(
 def _suite(name: str) -> TaskSuite:
     return TaskSuite(
         name=name,
-        instructions=tuple(libero_install.instruction(task) for task in libero_install.task_names(name)),
+        instructions=tuple(
+            libero_install.instruction(task) for task in libero_install.task_names(name)
+        ),
         max_steps=libero_install.MAX_STEPS[name],
         num_init_states=libero_install.NUM_INIT_STATES,
         make_env=functools.partial(LiberoEnv, name),

@@ -49,7 +49,9 @@ class Arm:
         self.mass = np.zeros((model.nv, model.nv))
         self.joint_actuators = robot._ref_joint_actuator_indexes
         self.torque_low, self.torque_high = robot.torque_limits
-        self.gripper_actuators = [sim.model.actuator_name2id(name) for name in robot.gripper.actuators]
+        self.gripper_actuators = [
+            sim.model.actuator_name2id(name) for name in robot.gripper.actuators
+        ]
         ctrl_range = model.actuator_ctrlrange[self.gripper_actuators]
         self.gripper_bias = 0.5 * (ctrl_range[:, 1] + ctrl_range[:, 0])
         self.gripper_weight = 0.5 * (ctrl_range[:, 1] - ctrl_range[:, 0])
@@ -61,7 +63,9 @@ class Arm:
             action: LIBERO's raw action (7,), float64.
             is_first: whether the control step begins: the goal is set, relative to the present pose.
         """
-        if self.controller.new_update:  # not at an episode's first call: as in robosuite, it sees the reset's pose
+        if (
+            self.controller.new_update
+        ):  # not at an episode's first call: as in robosuite, it sees the reset's pose
             self._observe()
         if is_first:
             self.controller.set_goal(action[:6])
@@ -84,7 +88,9 @@ class Arm:
         controller.J_ori = np.array(self.jacobian_r[:, self.qvel_index])
         controller.J_full = np.vstack([controller.J_pos, controller.J_ori])
         mujoco.mj_fullM(model, self.mass, data.qM)
-        controller.mass_matrix = self.mass[self.qvel_index, :][:, self.qvel_index]  # its memory order decides rounding
+        controller.mass_matrix = self.mass[self.qvel_index, :][
+            :, self.qvel_index
+        ]  # its memory order decides rounding
         controller.new_update = False
 
 
@@ -104,7 +110,9 @@ class QuickArm(Arm):
         super().__init__(domain, model, data)
         controller, gripper = self.controller, self.robot.gripper
         fixed_gains = controller.impedance_mode == "fixed" and controller.uncoupling
-        no_interpolator = controller.interpolator_pos is None and controller.interpolator_ori is None
+        no_interpolator = (
+            controller.interpolator_pos is None and controller.interpolator_ori is None
+        )
         assert controller.name == "OSC_POSE" and fixed_gains and no_interpolator
         self._has_begun = False
         root = model.body_rootid[model.site_bodyid[self.site_id]]
@@ -149,7 +157,10 @@ class QuickArm(Arm):
             return
         if is_first:
             controller = self.controller
-            controller.ee_pos, controller.ee_ori_mat = arrays.position.copy(), arrays.rotation.copy()
+            controller.ee_pos, controller.ee_ori_mat = (
+                arrays.position.copy(),
+                arrays.rotation.copy(),
+            )
             controller.new_update = False
             controller.set_goal(action[:6])
             self._take_goal()
@@ -170,7 +181,9 @@ class _Arrays(NamedTuple):
     qvel: np.ndarray  # (nv,)
     position: np.ndarray  # (3,) of the end effector's site
     rotation: np.ndarray  # (3, 3)
-    motion_axes: np.ndarray  # (nv, 6) MjData.cdof: rotation and translation of each degree of freedom
+    motion_axes: (
+        np.ndarray
+    )  # (nv, 6) MjData.cdof: rotation and translation of each degree of freedom
     reference: np.ndarray  # (3,) the point at which those translations hold
     mass_entries: np.ndarray  # (nM,) MjData.qM
     bias: np.ndarray  # (nv,) Coriolis, centrifugal and gravity
@@ -229,7 +242,10 @@ def _control(arm, grip):
         error = arm.reset_joints[i] - arm.qpos[arm.qpos_index[i]]
         pull[i] = NULLSPACE_KP * error - NULLSPACE_KD * joint_velocity[i]
     jacobian = _jacobian(arm.motion_axes, arm.dofs, arm.position, arm.reference)
-    velocity, turn = _times(jacobian, joint_velocity), _rotation_error(arm.goal_rotation, arm.rotation)
+    velocity, turn = (
+        _times(jacobian, joint_velocity),
+        _rotation_error(arm.goal_rotation, arm.rotation),
+    )
     acceleration = np.empty(6)
     for k in range(6):
         error = arm.goal_position[k] - arm.position[k] if k < 3 else turn[k - 3]
@@ -245,7 +261,9 @@ def _control(arm, grip):
     for i in range(len(arm.fingers)):
         finger = arm.fingers[i] + arm.finger_speeds[i] * np.sign(grip)
         arm.fingers[i] = min(max(finger, -1.0), 1.0)
-        arm.ctrl[arm.finger_actuators[i]] = arm.finger_bias[i] + arm.finger_weight[i] * arm.fingers[i]
+        arm.ctrl[arm.finger_actuators[i]] = (
+            arm.finger_bias[i] + arm.finger_weight[i] * arm.fingers[i]
+        )
 
 
 @_compiled
@@ -269,7 +287,9 @@ def _rotation_error(desired, present):
     for k in range(3):
         m, n = (k + 1) % 3, (k + 2) % 3
         for axis in range(3):
-            error[k] += 0.5 * (present[m, axis] * desired[n, axis] - present[n, axis] * desired[m, axis])
+            error[k] += 0.5 * (
+                present[m, axis] * desired[n, axis] - present[n, axis] * desired[m, axis]
+            )
     return error
 
 

@@ -28,7 +28,10 @@ from ppo.envs.libero_expert_plans import make_plan
 from ppo.envs.libero_expert_scene import Scene
 from ppo.envs.tabletop_expert import Episode as BaseEpisode
 
-EXPERT_TASKS: dict[str, tuple[int, ...]] = {"libero_spatial": tuple(range(10)), "libero_goal": tuple(range(1, 10))}
+EXPERT_TASKS: dict[str, tuple[int, ...]] = {
+    "libero_spatial": tuple(range(10)),
+    "libero_goal": tuple(range(1, 10)),
+}
 """Suite -> the tasks that the expert can do."""
 
 STUCK_STEPS = 40
@@ -65,14 +68,23 @@ class LiberoExpert:
     """
 
     def __init__(
-        self, domain: Any, imperfection: float = 0.0, rng: np.random.Generator | None = None, haste: float = 0.0
+        self,
+        domain: Any,
+        imperfection: float = 0.0,
+        rng: np.random.Generator | None = None,
+        haste: float = 0.0,
     ) -> None:
         for name, value in (("imperfection", imperfection), ("haste", haste)):
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} {value}: must be in [0, 1]")
             if value and rng is None:
                 raise ValueError(f"{name} needs a generator")
-        self.scene, self.imperfection, self.haste, self.rng = Scene(domain), imperfection, haste, rng
+        self.scene, self.imperfection, self.haste, self.rng = (
+            Scene(domain),
+            imperfection,
+            haste,
+            rng,
+        )
         goal, *more = domain.parsed_problem["goal_state"]
         if more:
             raise ValueError(f"the scripted expert cannot do several things: {goal}, {more}")
@@ -94,7 +106,9 @@ class LiberoExpert:
             is_near = np.hypot(*(task.object + task.grasp - hand.position)[:2]) < STUCK_RADIUS
             is_stuck = self._count(bool(is_near and opens)) > STUCK_STEPS
             # The fingers closed on nothing, or lost the object on the way.
-            is_stuck |= bool(opens and not is_open and np.linalg.norm(task.object - task.place) > LOST_DISTANCE)
+            is_stuck |= bool(
+                opens and not is_open and np.linalg.norm(task.object - task.place) > LOST_DISTANCE
+            )
         if is_stuck:
             self._attempt, self._num_tries = self._attempt + 1, 0
         if isinstance(task, PickPlace) and may_drop(hand, task):
@@ -122,7 +136,9 @@ class LiberoExpert:
         assert self.rng is not None
         if not self._burst and self.rng.random() < BURST_RATE * self.imperfection:
             low, high = BURST_STEPS
-            self._burst = [self.rng.uniform(BURST_LOW, BURST_HIGH)] * int(self.rng.integers(low, high + 1))
+            self._burst = [self.rng.uniform(BURST_LOW, BURST_HIGH)] * int(
+                self.rng.integers(low, high + 1)
+            )
         if self._burst:
             return make_action(self._burst.pop(), float(action[6]))
         return action

@@ -166,7 +166,13 @@ def move_to(position: np.ndarray, goal: np.ndarray, gripper: float) -> np.ndarra
 
 
 def move_over(
-    position: np.ndarray, goal: np.ndarray, gripper: float, *, height: float, clear: float, near: float = np.inf
+    position: np.ndarray,
+    goal: np.ndarray,
+    gripper: float,
+    *,
+    height: float,
+    clear: float,
+    near: float = np.inf,
 ) -> np.ndarray:
     """The action that brings `position` (3,) to `goal` (3,) from above.
 
@@ -190,7 +196,10 @@ def move_over(
 
 def clear_height(point: np.ndarray, obstacles: Sequence[Obstacle], margin: float) -> float:
     """The highest top among the obstacles within `margin` of `point`, sideways; -inf without any."""
-    return max((obstacle.top for obstacle in obstacles if obstacle.distance(point) < margin), default=-np.inf)
+    return max(
+        (obstacle.top for obstacle in obstacles if obstacle.distance(point) < margin),
+        default=-np.inf,
+    )
 
 
 def _within(offset: np.ndarray, radius: float, height: float) -> bool:
@@ -218,7 +227,12 @@ def pick_place(hand: Hand, task: PickPlace) -> np.ndarray:
 
 
 def _approach(
-    hand: Hand, goal: np.ndarray, gripper: float, hover: float, obstacles: Sequence[Obstacle], inside: float = INSIDE
+    hand: Hand,
+    goal: np.ndarray,
+    gripper: float,
+    hover: float,
+    obstacles: Sequence[Obstacle],
+    inside: float = INSIDE,
 ) -> np.ndarray:
     """The hand, holding nothing, comes to `goal` (3,) from above."""
     clear = -np.inf

@@ -70,7 +70,11 @@ DRAWER_SIDE, DRAWER_SHUT = 0.109, -0.02
 BOWL_ASIDE = 0.05
 """How far from the drawer's side, towards the robot, the bowl's origin must be to be taken beside the open drawer."""
 BESIDE_DRAWER_INSIDE = 0.015
-BOWL_CONTACT, BOWL_SLACK, BOWL_AHEAD = np.array([-0.01, 0.0, 0.035]), (0.045, 0.01), np.array([-0.05, 0.0, 0.0])
+BOWL_CONTACT, BOWL_SLACK, BOWL_AHEAD = (
+    np.array([-0.01, 0.0, 0.035]),
+    (0.045, 0.01),
+    np.array([-0.05, 0.0, 0.0]),
+)
 """Closed fingers that stand in the bowl push it towards the robot."""
 
 KNOB_CONTACT, KNOB_SLACK = np.array([0.03, -0.035, 0.026]), (0.03, 0.008)
@@ -186,5 +190,7 @@ def _turn_knob(scene: Scene, stove: str, attempt: int) -> Push:
     axes = np.array([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]])
     contact, obstacles = scene.body(stove) + axes @ KNOB_CONTACT, scene.obstacles(stove)
     if attempt % 2:
-        return Push(contact + axes @ KNOB_BACK, np.zeros(3), KNOB_SLACK, patience=1, obstacles=obstacles)
+        return Push(
+            contact + axes @ KNOB_BACK, np.zeros(3), KNOB_SLACK, patience=1, obstacles=obstacles
+        )
     return Push(contact, axes @ KNOB_AHEAD, KNOB_SLACK, KNOB_PATIENCE, obstacles=obstacles)

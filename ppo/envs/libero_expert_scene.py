@@ -32,7 +32,12 @@ class Scene:
         data, robot = self.domain.sim.data, self.robot
         left, right = data.qpos[robot._ref_gripper_joint_pos_indexes]
         left_speed, right_speed = data.qvel[robot._ref_gripper_joint_vel_indexes]
-        return Hand(np.array(data.site_xpos[robot.eef_site_id]), left - right, left_speed - right_speed, command)
+        return Hand(
+            np.array(data.site_xpos[robot.eef_site_id]),
+            left - right,
+            left_speed - right_speed,
+            command,
+        )
 
     def body(self, name: str) -> np.ndarray:
         """Origin (3,) of an object or fixture."""

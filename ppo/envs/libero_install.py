@@ -80,7 +80,9 @@ def find_assets() -> Path | None:
     named = os.environ.get("LIBERO_ASSETS")
     if named:
         if not (Path(named) / "scenes").is_dir():
-            raise LiberoMissingError(f"LIBERO_ASSETS={named}: no folder of LIBERO's assets (it has no `scenes`)")
+            raise LiberoMissingError(
+                f"LIBERO_ASSETS={named}: no folder of LIBERO's assets (it has no `scenes`)"
+            )
         return Path(named).resolve()
     for folder in (find_package() / "assets", ROOT / ".cache" / "libero_assets" / "assets"):
         if (folder / "scenes").is_dir():
@@ -129,7 +131,9 @@ def prepare() -> None:
         os.replace(partial, config)
     libero: Any = importlib.import_module("libero.libero")
     if assets is not None:
-        libero._assets_path_cache = str(assets)  # its setting in config.yaml is not read by `get_assets_path`
+        libero._assets_path_cache = str(
+            assets
+        )  # its setting in config.yaml is not read by `get_assets_path`
 
 
 def _own_config_dir() -> str:
@@ -182,7 +186,10 @@ class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("numpy", "ndarray") or (module, name) == ("numpy", "dtype"):
             return getattr(np, name)
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in ("_reconstruct", "scalar"):
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in (
+            "_reconstruct",
+            "scalar",
+        ):
             return getattr(importlib.import_module("numpy._core.multiarray"), name)
         if (module, name) == ("_codecs", "encode"):
             return importlib.import_module("_codecs").encode
@@ -195,9 +202,15 @@ def choose_gl(env_gpu_id: int | None) -> str:
     Raises:
         ValueError: MUJOCO_GL is something else.
     """
-    backend = "egl" if env_gpu_id is not None else os.environ.get("MUJOCO_GL", "").lower().strip() or "osmesa"
+    backend = (
+        "egl"
+        if env_gpu_id is not None
+        else os.environ.get("MUJOCO_GL", "").lower().strip() or "osmesa"
+    )
     if backend not in GL_PACKAGES:
-        raise ValueError(f"MUJOCO_GL={backend}: LIBERO draws off screen with egl (GPU) or osmesa (CPU)")
+        raise ValueError(
+            f"MUJOCO_GL={backend}: LIBERO draws off screen with egl (GPU) or osmesa (CPU)"
+        )
     return backend
 
 
@@ -245,11 +258,15 @@ def _without_robosuite_drawing() -> Iterator[None]:
     package = importlib.util.find_spec("robosuite")
     if package is None or package.origin is None:
         raise LiberoMissingError(f"robosuite is not installed: run `{SETUP}`")
-    spec = importlib.util.spec_from_file_location("robosuite.macros", Path(package.origin).parent / "macros.py")
+    spec = importlib.util.spec_from_file_location(
+        "robosuite.macros", Path(package.origin).parent / "macros.py"
+    )
     assert spec is not None and spec.loader is not None
     macros = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(macros)
-    macros.__dict__.update(MUJOCO_GPU_RENDERING=False, FILE_LOGGING_LEVEL=None, CONSOLE_LOGGING_LEVEL="ERROR")
+    macros.__dict__.update(
+        MUJOCO_GPU_RENDERING=False, FILE_LOGGING_LEVEL=None, CONSOLE_LOGGING_LEVEL="ERROR"
+    )
     sys.modules["robosuite.macros"] = macros
     previous = os.environ.get("MUJOCO_GL")
     os.environ["MUJOCO_GL"] = "disabled"
@@ -294,5 +311,7 @@ def find_problems(env_gpu_id: int | None = None) -> list[str]:
     except (ValueError, ImportError) as error:
         return [str(error)]
     if assets is None and "huggingface_hub" not in sys.modules and os.environ.get("HF_HUB_OFFLINE"):
-        return ["LIBERO's assets are not here and HF_HUB_OFFLINE forbids their download: set LIBERO_ASSETS"]
+        return [
+            "LIBERO's assets are not here and HF_HUB_OFFLINE forbids their download: set LIBERO_ASSETS"
+        ]
     return []

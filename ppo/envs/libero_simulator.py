@@ -89,12 +89,16 @@ class Canvas:
         self.camera = mujoco.MjvCamera()
         self.camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
 
-    def draw(self, model: mujoco.MjModel, data: mujoco.MjData, size: int, camera: str) -> np.ndarray:
+    def draw(
+        self, model: mujoco.MjModel, data: mujoco.MjData, size: int, camera: str
+    ) -> np.ndarray:
         """(size, size, 3) uint8 as OpenGL has it: bottom row first. Raises ValueError for an unknown camera."""
         camera_id = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, camera)
         largest = min(self.context.offWidth, self.context.offHeight)
         if camera_id < 0 or not 1 <= size <= largest:
-            raise ValueError(f"camera {camera!r} at {size} pixels: use a camera of the model and 1 to {largest} pixels")
+            raise ValueError(
+                f"camera {camera!r} at {size} pixels: use a camera of the model and 1 to {largest} pixels"
+            )
         self.drawing.use()
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
         self.camera.fixedcamid = camera_id
@@ -129,7 +133,9 @@ def _remembering(domain_class: type) -> type:
             for name, values in self.compiled.items():
                 getattr(model, name)[:] = values
             mujoco.mj_resetData(model, data)
-            mujoco.mj_forward(model, data)  # as after compilation: the solver starts from its result
+            mujoco.mj_forward(
+                model, data
+            )  # as after compilation: the solver starts from its result
 
         self.sim.reset = reset_as_compiled
 
@@ -181,7 +187,9 @@ class Simulator:
             raise RuntimeError(f"{self.name} cannot be made: {error}") from error
         self.domain._observables = {}
         self.model, self.data = self.domain.sim.model._model, self.domain.sim.data._data
-        if not is_exact:  # the wrist's force sensors, which nobody reads, cost a pass over all bodies
+        if (
+            not is_exact
+        ):  # the wrist's force sensors, which nobody reads, cost a pass over all bodies
             self.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_SENSOR
         _trim_heap()
 
@@ -232,7 +240,9 @@ class Simulator:
         action = np.asarray(action, dtype=np.float64)
         domain.timestep += 1
         for substep in range(arm.num_substeps):
-            if self.is_exact:  # robosuite: forward, forward, control, step; what depends on the pose alone once
+            if (
+                self.is_exact
+            ):  # robosuite: forward, forward, control, step; what depends on the pose alone once
                 mujoco.mj_forward(model, data)
                 mujoco.mj_forwardSkip(model, data, _POSE_AND_VELOCITY, 1)
             else:
@@ -250,7 +260,9 @@ class Simulator:
 
         robot, data = self.domain.robots[0], self.data
         quaternion_wxyz = self.domain.sim.data.get_body_xquat(robot.robot_model.eef_name)
-        rotation = transform_utils.quat2axisangle(transform_utils.convert_quat(quaternion_wxyz, to="xyzw"))
+        rotation = transform_utils.quat2axisangle(
+            transform_utils.convert_quat(quaternion_wxyz, to="xyzw")
+        )
         fingers = data.qpos[robot._ref_gripper_joint_pos_indexes]
         state = np.concatenate([data.site_xpos[robot.eef_site_id], rotation, fingers])
         return state.astype(np.float32), data.qpos[robot._ref_joint_pos_indexes].astype(np.float32)

@@ -22,7 +22,10 @@ from prismatic.vla.datasets.writer import (
 
 LIBERO_SUITES = ("libero_spatial", "libero_goal")
 # Suites with a scripted expert: the module that has run_expert_episode.
-EXPERTS = {"tabletop": "ppo.envs.tabletop_expert", **dict.fromkeys(LIBERO_SUITES, "ppo.envs.libero_expert")}
+EXPERTS = {
+    "tabletop": "ppo.envs.tabletop_expert",
+    **dict.fromkeys(LIBERO_SUITES, "ppo.envs.libero_expert"),
+}
 # Keeps the layouts apart from other random streams made of the same seed.
 _LAYOUTS = 601
 # An expert that fails this often in a row cannot supply successful episodes.
@@ -67,7 +70,9 @@ class RecordingSettings:
         """Task of episode `index`."""
         return self.task_ids[index % len(self.task_ids)]
 
-    def request(self, index: int, attempt: int, num_init_states: int, rng: np.random.Generator) -> ResetRequest:
+    def request(
+        self, index: int, attempt: int, num_init_states: int, rng: np.random.Generator
+    ) -> ResetRequest:
         """How attempt `attempt` at episode `index` starts; draws the seed from `rng`.
 
         With fixed initial states the episodes of a task take them in turn, and another attempt takes the next one: an
@@ -115,7 +120,9 @@ def parse_episode_path(file_path: str) -> tuple[str, ResetRequest]:
     """
     match = _EPISODE_PATH.fullmatch(file_path)
     if match is None:
-        raise ValueError(f"file_path {file_path!r} does not say how the episode started: it is not of make_demos.py")
+        raise ValueError(
+            f"file_path {file_path!r} does not say how the episode started: it is not of make_demos.py"
+        )
     state = None if match["state"] is None else int(match["state"])
     return match["suite"], ResetRequest(int(match["task"]), state, int(match["seed"]))
 
@@ -171,14 +178,22 @@ class Recorder:
             self._env = make_recording_env(settings)
         if settings.task_suite_name not in LIBERO_SUITES:
             return self._expert.run_expert_episode(self._env, request, settings.imperfection, rng)
-        if settings.haste and not settings.keep_failures:  # many an attempt fails: that is found out without drawing
+        if (
+            settings.haste and not settings.keep_failures
+        ):  # many an attempt fails: that is found out without drawing
             rehearsal = self._expert.run_expert_episode(
                 self._env, request, settings.imperfection, copy.deepcopy(rng), haste=settings.haste
             )
             if not rehearsal.success:
                 return rehearsal
         return self._expert.run_expert_episode(
-            self._env, request, settings.imperfection, rng, settings.image_size, settings.haste, settings.wrist_camera
+            self._env,
+            request,
+            settings.imperfection,
+            rng,
+            settings.image_size,
+            settings.haste,
+            settings.wrist_camera,
         )
 
     def _demonstration(self, episode: Any, request: ResetRequest, index: int) -> Demonstration:

@@ -53,7 +53,11 @@ class WorkList:
 
 
 def record_missing(
-    settings: RecordingSettings, store: EpisodeStore, indices: Iterable[int], num_processes: int, on_done: OnDone
+    settings: RecordingSettings,
+    store: EpisodeStore,
+    indices: Iterable[int],
+    num_processes: int,
+    on_done: OnDone,
 ) -> None:
     """Record the episodes `indices` into the store.
 
@@ -85,7 +89,11 @@ def _record_into(store: EpisodeStore, recorder: Recorder, index: int) -> tuple[i
 
 
 def _record_in_processes(
-    settings: RecordingSettings, store: EpisodeStore, work: WorkList, num_processes: int, on_done: OnDone
+    settings: RecordingSettings,
+    store: EpisodeStore,
+    work: WorkList,
+    num_processes: int,
+    on_done: OnDone,
 ) -> None:
     processes = [_Process(number, settings, store) for number in range(num_processes)]
     try:
@@ -121,7 +129,9 @@ class _Process:
         if index is None:
             self.connection.close()
             return
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # noticed when waiting for its result
+        with contextlib.suppress(
+            BrokenPipeError, ConnectionResetError
+        ):  # noticed when waiting for its result
             self.connection.send(index)
 
     def result(self) -> tuple[int, int, dict[str, int]]:
@@ -142,8 +152,16 @@ class _Process:
     def _how_it_died(self) -> str:
         status = self._popen.wait()
         size = os.fstat(self._output.fileno()).st_size
-        tail = os.pread(self._output.fileno(), _TAIL_BYTES, max(size - _TAIL_BYTES, 0)).decode(errors="replace").strip()
-        how = f"died by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
+        tail = (
+            os.pread(self._output.fileno(), _TAIL_BYTES, max(size - _TAIL_BYTES, 0))
+            .decode(errors="replace")
+            .strip()
+        )
+        how = (
+            f"died by {signal.Signals(-status).name}"
+            if status < 0
+            else f"exited with status {status}"
+        )
         return f"{how}\n{tail}" if tail else how
 
     def end(self) -> None:
@@ -153,7 +171,9 @@ class _Process:
         self.connection.close()
         try:
             self._popen.wait(10.0)
-        except subprocess.TimeoutExpired:  # a driver that does not let go: everything is in the store
+        except (
+            subprocess.TimeoutExpired
+        ):  # a driver that does not let go: everything is in the store
             self._popen.kill()
         self._output.close()
 
@@ -165,7 +185,9 @@ def main(connection_fd: int) -> None:
     connection: Connection[Any, Any] = Connection(connection_fd)
     settings, store = connection.recv()
     recorder = Recorder(settings)
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent has had enough
+    with contextlib.suppress(
+        EOFError, BrokenPipeError, ConnectionResetError
+    ):  # the parent has had enough
         while True:
             index = connection.recv()
             try:

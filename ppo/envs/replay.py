@@ -11,7 +11,11 @@ import numpy as np
 
 from ppo.envs.base import Environment, ResetRequest
 from ppo.envs.recording import parse_episode_path
-from prismatic.vla.action_normalization import to_env_action, tokens_to_env_actions, unnormalize_action
+from prismatic.vla.action_normalization import (
+    to_env_action,
+    tokens_to_env_actions,
+    unnormalize_action,
+)
 from prismatic.vla.action_tokenizer import ActionTokenizer
 from prismatic.vla.datasets.mixtures import dataset_dir
 from prismatic.vla.datasets.rlds import RawEpisode, iterate_episodes
@@ -38,7 +42,9 @@ class Replay:
     token_actions_T7: np.ndarray
 
 
-def load_replays(data_root_dir: str | Path, dataset_name: str, max_episodes: int | None = None) -> list[Replay]:
+def load_replays(
+    data_root_dir: str | Path, dataset_name: str, max_episodes: int | None = None
+) -> list[Replay]:
     """Read the episodes of a dataset that make_demos.py wrote, with the dataset's own statistics.
 
     Raises ValueError for an incomplete directory, or one whose `file_path` does not recreate an episode's start.
@@ -64,7 +70,9 @@ def _replay_of(episode: RawEpisode, spec: DatasetSpec) -> Replay:
     )
 
 
-def play(env: Environment, request: ResetRequest, actions_T7: np.ndarray, num_extra_steps: int = 0) -> bool:
+def play(
+    env: Environment, request: ResetRequest, actions_T7: np.ndarray, num_extra_steps: int = 0
+) -> bool:
     """Whether these actions solve the task.
 
     Args:

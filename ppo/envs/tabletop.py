@@ -54,10 +54,16 @@ class TabletopEnv:
         check_request(request, "tabletop", len(TASKS), NUM_INIT_STATES)
         state_id = request.init_state_id
         seed = abs(request.seed + self.seed)
-        layout_key = (_RANDOM, request.task_id, seed) if state_id is None else (_FIXED, request.task_id, state_id)
+        layout_key = (
+            (_RANDOM, request.task_id, seed)
+            if state_id is None
+            else (_FIXED, request.task_id, state_id)
+        )
         self.task = TASKS[request.task_id]
         self._world = random_world(np.random.default_rng(layout_key), self.task)
-        self._rng = np.random.default_rng((_NOISE, request.task_id, seed, 0 if state_id is None else state_id + 1))
+        self._rng = np.random.default_rng(
+            (_NOISE, request.task_id, seed, 0 if state_id is None else state_id + 1)
+        )
         self._num_steps = 0
         return self.render(self.image_size)
 

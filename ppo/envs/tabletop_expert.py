@@ -67,7 +67,13 @@ class TabletopExpert:
         task: what it tries to do; None: the environment's task (another one shows what a wrong instruction gives).
     """
 
-    def __init__(self, env: TabletopEnv, imperfection: float, rng: np.random.Generator, task: Task | None = None):
+    def __init__(
+        self,
+        env: TabletopEnv,
+        imperfection: float,
+        rng: np.random.Generator,
+        task: Task | None = None,
+    ):
         if not 0.0 <= imperfection <= 1.0:
             raise ValueError(f"imperfection {imperfection}: must be a probability in [0, 1]")
         self.env, self.imperfection, self.rng, self.task = env, imperfection, rng, task
@@ -83,13 +89,19 @@ class TabletopExpert:
     def _rushes(self) -> bool:
         return bool(self.rng.random() < self.imperfection)
 
-    def _above(self, world: World, item: Item, gripper: float, height: float, near: float) -> np.ndarray | None:
+    def _above(
+        self, world: World, item: Item, gripper: float, height: float, near: float
+    ) -> np.ndarray | None:
         """The action that brings the gripper above an item, or None when it is there and low enough to decide."""
         offset = np.abs(item.position - world.gripper[:2]).max()
         if offset <= ALIGNED and world.gripper[2] <= CONTACT_HEIGHT:
             return None
         if offset < near:
-            height = HOVER_HEIGHT if world.held is not None else min(HOVER_HEIGHT, float(world.gripper[2]))
+            height = (
+                HOVER_HEIGHT
+                if world.held is not None
+                else min(HOVER_HEIGHT, float(world.gripper[2]))
+            )
         return _action(world, item.position, height, gripper)
 
     def _pick(self, world: World, target: Item, receptacle: Item) -> np.ndarray:
@@ -105,9 +117,13 @@ class TabletopExpert:
     def _push(self, world: World, target: Item, receptacle: Item) -> np.ndarray:
         if world.held is not target:
             if world.held is not None or not world.closed:
-                return _action(world, target.position, TRAVEL_HEIGHT, CLOSE if world.held is None else OPEN)
+                return _action(
+                    world, target.position, TRAVEL_HEIGHT, CLOSE if world.held is None else OPEN
+                )
             approach = self._above(world, target, CLOSE, TRAVEL_HEIGHT, NEAR_PUSHING)
-            return approach if approach is not None else _action(world, world.gripper[:2], 0.0, CLOSE)
+            return (
+                approach if approach is not None else _action(world, world.gripper[:2], 0.0, CLOSE)
+            )
         if not world.pressed:
             return _action(world, world.gripper[:2], HOVER_HEIGHT, OPEN)
         arrived = np.abs(receptacle.position - world.gripper[:2]).max() <= ALIGNED
@@ -120,7 +136,11 @@ class TabletopExpert:
 
 
 def run_expert_episode(
-    env: TabletopEnv, request: ResetRequest, imperfection: float, rng: np.random.Generator, task: Task | None = None
+    env: TabletopEnv,
+    request: ResetRequest,
+    imperfection: float,
+    rng: np.random.Generator,
+    task: Task | None = None,
 ) -> Episode:
     """Let the operator play one episode, successful or not, and return what it recorded."""
     images, actions, rewards, states = [env.reset(request)], [], [], []
@@ -136,7 +156,14 @@ def run_expert_episode(
     state_T8 = np.stack(states)
     joint_T7 = np.zeros((len(states), 7), dtype=np.float32)
     joint_T7[:, :4] = state_T8[:, [0, 1, 2, 6]]
-    return Episode(images, np.stack(actions), np.asarray(rewards, dtype=np.float32), result.success, state_T8, joint_T7)
+    return Episode(
+        images,
+        np.stack(actions),
+        np.asarray(rewards, dtype=np.float32),
+        result.success,
+        state_T8,
+        joint_T7,
+    )
 
 
 def _state(world: World) -> np.ndarray:

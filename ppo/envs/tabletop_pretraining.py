@@ -12,9 +12,21 @@ import numpy as np
 
 from ppo.envs.base import ACTION_DIM
 from ppo.envs.tabletop_render import render_world
-from ppo.envs.tabletop_world import MAX_HEIGHT, MOVE_STEP, OBJECTS, RECEPTACLES, Item, World, random_world
+from ppo.envs.tabletop_world import (
+    MAX_HEIGHT,
+    MOVE_STEP,
+    OBJECTS,
+    RECEPTACLES,
+    Item,
+    World,
+    random_world,
+)
 
-STEP_HEIGHTS = {"lower the gripper": 0.0, "move the gripper to middle height": 0.2, "lift the gripper": 0.4}
+STEP_HEIGHTS = {
+    "lower the gripper": 0.0,
+    "move the gripper to middle height": 0.2,
+    "lift the gripper": 0.4,
+}
 FINE_RANGE = 0.5
 """Table units that the finest answers ("point to ...") map to the action range [-1, 1]."""
 
@@ -76,11 +88,19 @@ def _question(kind: str, world: World, rng: np.random.Generator) -> tuple[str, n
         answer[2] = _steps(STEP_HEIGHTS[text] - world.gripper[2])
         return text, answer
     if kind == "hold":
-        thing = world.held if world.held is not None and rng.random() < 0.5 else world.objects[rng.integers(3)]
+        thing = (
+            world.held
+            if world.held is not None and rng.random() < 0.5
+            else world.objects[rng.integers(3)]
+        )
         answer[6] = 0.0 if world.held is thing else 1.0
         return f"hold the {thing.name} or open the gripper", answer
     assert kind == "carry", kind
-    thing = world.held if world.held is not None and rng.random() < 0.5 else world.objects[rng.integers(3)]
+    thing = (
+        world.held
+        if world.held is not None and rng.random() < 0.5
+        else world.objects[rng.integers(3)]
+    )
     place = world.receptacles[rng.integers(2)]
     goal = place if world.held is thing else thing
     answer[:2] = _steps(goal.position - world.gripper[:2])
@@ -92,7 +112,9 @@ def instructions() -> list[str]:
     names = [*OBJECTS, *RECEPTACLES]
     texts = [f"{verb} to the {name}" for verb in ("point", "move") for name in names]
     texts += list(STEP_HEIGHTS) + [f"hold the {name} or open the gripper" for name in OBJECTS]
-    return texts + [f"move with the {thing} to the {place}" for thing in OBJECTS for place in RECEPTACLES]
+    return texts + [
+        f"move with the {thing} to the {place}" for thing in OBJECTS for place in RECEPTACLES
+    ]
 
 
 def make_frame(rng: np.random.Generator, image_size: int, kinds: tuple[str, ...]) -> Frame:

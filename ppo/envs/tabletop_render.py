@@ -45,19 +45,27 @@ class _Canvas:
         row = _TOP + _SCALE * (y - _LIFT * z)
         return round((_LEFT + _SCALE * x) * unit) - half_pixel, round(row * unit) - half_pixel
 
-    def ellipse(self, x: float, y: float, z: float, radius: float, color: tuple, flat: float = 1.0) -> None:
+    def ellipse(
+        self, x: float, y: float, z: float, radius: float, color: tuple, flat: float = 1.0
+    ) -> None:
         """A filled ellipse, `flat` times as high as wide."""
         axes = (self._length(radius), self._length(radius * flat))
         if flat == 1.0:
             cv2.circle(self.image, self._point(x, y, z), axes[0], color, -1, cv2.LINE_AA, _SHIFT)
         else:
-            cv2.ellipse(self.image, self._point(x, y, z), axes, 0, 0, 360, color, -1, cv2.LINE_AA, _SHIFT)
+            cv2.ellipse(
+                self.image, self._point(x, y, z), axes, 0, 0, 360, color, -1, cv2.LINE_AA, _SHIFT
+            )
 
-    def box(self, x: float, y: float, z: float, half_width: float, half_height: float, color: tuple) -> None:
+    def box(
+        self, x: float, y: float, z: float, half_width: float, half_height: float, color: tuple
+    ) -> None:
         """A filled upright rectangle around a point."""
         u, v = self._point(x, y, z)
         w, h = self._length(half_width), self._length(half_height)
-        corners = np.array([(u - w, v - h), (u + w, v - h), (u + w, v + h), (u - w, v + h)], dtype=np.int32)
+        corners = np.array(
+            [(u - w, v - h), (u + w, v - h), (u + w, v + h), (u - w, v + h)], dtype=np.int32
+        )
         cv2.fillConvexPoly(self.image, corners, color, cv2.LINE_AA, _SHIFT)
 
 
@@ -73,7 +81,9 @@ def _draw_receptacle(canvas: _Canvas, item: Item) -> None:
         canvas.box(x, y, 0, radius * 0.7, radius * 0.7, _shade(color, 0.82))
         return
     canvas.ellipse(x, y, 0, radius, color)
-    canvas.ellipse(x, y, 0, radius * 0.72, _shade(color, 1.3) if kind == "plate" else _shade(color, 0.8))
+    canvas.ellipse(
+        x, y, 0, radius * 0.72, _shade(color, 1.3) if kind == "plate" else _shade(color, 0.8)
+    )
 
 
 def _draw_object(canvas: _Canvas, item: Item) -> None:

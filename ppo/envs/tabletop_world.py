@@ -113,8 +113,15 @@ class World:
         noise = rng.normal(size=3) * (NOISE_XY, NOISE_XY, NOISE_Z)
         slip_roll, scatter = rng.random(), rng.normal(size=2)
         moves_sideways = bool(np.abs(command[:2]).max() > 0.1)
-        self.gripper = np.clip(self.gripper + MOVE_STEP * command[:3] + noise, 0.0, (1.0, 1.0, MAX_HEIGHT))
-        if self.held is not None and not self.firm and moves_sideways and slip_roll < SLIP_PROBABILITY:
+        self.gripper = np.clip(
+            self.gripper + MOVE_STEP * command[:3] + noise, 0.0, (1.0, 1.0, MAX_HEIGHT)
+        )
+        if (
+            self.held is not None
+            and not self.firm
+            and moves_sideways
+            and slip_roll < SLIP_PROBABILITY
+        ):
             self._let_go(scatter * SLIP_SCATTER)
         self._carry()
         if command[6] > 0 and not self.closed:
@@ -131,7 +138,10 @@ class World:
     def solved(self, task: Task) -> bool:
         """Whether the task's object lies free on its receptacle, brought there in the way the verb says."""
         target, receptacle = self.item(task.target), self.item(task.receptacle)
-        if self.held is target or np.hypot(*(target.position - receptacle.position)) > TARGET_RADIUS:
+        if (
+            self.held is target
+            or np.hypot(*(target.position - receptacle.position)) > TARGET_RADIUS
+        ):
             return False
         return target.moved_by == {"pick": "grasp", "push": "press"}[task.verb]
 
@@ -152,7 +162,9 @@ class World:
         """The object under the fingers that they can take hold of, or None."""
         if self.gripper[2] > CONTACT_HEIGHT:
             return None
-        nearest = min(self.objects, key=lambda item: float(np.hypot(*(item.position - self.gripper[:2]))))
+        nearest = min(
+            self.objects, key=lambda item: float(np.hypot(*(item.position - self.gripper[:2])))
+        )
         return nearest if np.hypot(*(nearest.position - self.gripper[:2])) <= GRASP_RADIUS else None
 
     def _grasp(self) -> None:
@@ -182,7 +194,9 @@ def _place(radii_gap: list[np.ndarray], gaps: list[float], rng: np.random.Genera
     """A random point of the table that keeps its distance from the points placed so far."""
     for _ in range(60):
         point = rng.uniform((0.12, 0.12), (0.88, 0.9))
-        if all(np.hypot(*(point - other)) >= gap for other, gap in zip(radii_gap, gaps, strict=True)):
+        if all(
+            np.hypot(*(point - other)) >= gap for other, gap in zip(radii_gap, gaps, strict=True)
+        ):
             return point
     raise _Crowded
 
@@ -191,12 +205,17 @@ class _Crowded(Exception):
     """No room was left for the next item; the whole layout is drawn again."""
 
 
-def _try_layout(num_receptacles: int, num_objects: int, rng: np.random.Generator) -> list[np.ndarray]:
+def _try_layout(
+    num_receptacles: int, num_objects: int, rng: np.random.Generator
+) -> list[np.ndarray]:
     """Centres of the receptacles, then of the objects, none touching another."""
     points: list[np.ndarray] = []
     for index in range(num_receptacles + num_objects):
         is_receptacle = index < num_receptacles
-        gaps = [(0.36 if is_receptacle else 0.29) if other < num_receptacles else 0.24 for other in range(index)]
+        gaps = [
+            (0.36 if is_receptacle else 0.29) if other < num_receptacles else 0.24
+            for other in range(index)
+        ]
         points.append(_place(points, gaps, rng))
     return points
 
@@ -208,7 +227,9 @@ def random_world(rng: np.random.Generator, task: Task | None = None) -> World:
     and where everything lies, is random. Without a task any of them may be missing (pre-training).
     """
     objects = _choose(OBJECTS, NUM_SCENE_OBJECTS, task.target if task else None, rng)
-    receptacles = _choose(RECEPTACLES, NUM_SCENE_RECEPTACLES, task.receptacle if task else None, rng)
+    receptacles = _choose(
+        RECEPTACLES, NUM_SCENE_RECEPTACLES, task.receptacle if task else None, rng
+    )
     while True:
         try:
             points = _try_layout(len(receptacles), len(objects), rng)
@@ -216,11 +237,15 @@ def random_world(rng: np.random.Generator, task: Task | None = None) -> World:
         except _Crowded:
             continue
     gripper = rng.uniform((0.2, 0.2, 0.36), (0.8, 0.8, 0.46))
-    items = [Item(name, point) for name, point in zip([*receptacles, *objects], points, strict=True)]
+    items = [
+        Item(name, point) for name, point in zip([*receptacles, *objects], points, strict=True)
+    ]
     return World(items[len(receptacles) :], items[: len(receptacles)], gripper)
 
 
-def _choose(names: tuple[str, ...], count: int, needed: str | None, rng: np.random.Generator) -> list[str]:
+def _choose(
+    names: tuple[str, ...], count: int, needed: str | None, rng: np.random.Generator
+) -> list[str]:
     """`count` of the names in random order, `needed` among them."""
     others = [name for name in rng.permutation(names).tolist() if name != needed]
     chosen = ([needed] if needed else []) + others

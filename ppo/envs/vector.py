@@ -104,7 +104,11 @@ class _Slot:
 def _kwargs_of(env_kwargs: Mapping[str, Any], turn: int) -> dict[str, Any]:
     """The arguments of one process, which draws on one of the GPUs."""
     gpus = env_kwargs.get("env_gpu_id")
-    return {**env_kwargs, "env_gpu_id": gpus[turn % len(gpus)]} if isinstance(gpus, tuple) else dict(env_kwargs)
+    return (
+        {**env_kwargs, "env_gpu_id": gpus[turn % len(gpus)]}
+        if isinstance(gpus, tuple)
+        else dict(env_kwargs)
+    )
 
 
 class VectorEnv:
@@ -151,7 +155,9 @@ class VectorEnv:
         process_variables: Mapping[str, str] | None = None,
     ) -> None:
         if not 1 <= num_processes <= num_envs:
-            raise ValueError(f"{num_processes} processes for {num_envs} environments: use 1 to {num_envs} processes")
+            raise ValueError(
+                f"{num_processes} processes for {num_envs} environments: use 1 to {num_envs} processes"
+            )
         self.num_envs, self.num_processes, self.image_size = num_envs, num_processes, image_size
         self.num_tasks = get_suite(suite_name).num_tasks
         self.startup_timeout_s, self.replacement_wait_s = startup_timeout_s, replacement_wait_s
@@ -194,7 +200,9 @@ class VectorEnv:
         """End all processes, by force where they do not react. A second call does nothing."""
         self._finalizer()
 
-    def reset(self, env_ids: Sequence[int] | np.ndarray, requests: Sequence[ResetRequest]) -> np.ndarray:
+    def reset(
+        self, env_ids: Sequence[int] | np.ndarray, requests: Sequence[ResetRequest]
+    ) -> np.ndarray:
         """Start the requested episodes, giving up running ones; returns their first images, (n, H, W, 3) uint8.
 
         Raises:
@@ -231,7 +239,9 @@ class VectorEnv:
         self._check_requests([r for r in next_resets if r is not None])
         actions = np.asarray(actions, dtype=np.float32)
         if actions.shape != (len(ids), ACTION_DIM):
-            raise ValueError(f"actions of shape {actions.shape} for {len(ids)} environments: need (n, {ACTION_DIM})")
+            raise ValueError(
+                f"actions of shape {actions.shape} for {len(ids)} environments: need (n, {ACTION_DIM})"
+            )
         idle = [env_id for env_id in ids if self._slots[env_id].request is None]
         if idle:
             raise ValueError(f"environments {idle} have no running episode: reset them first")
@@ -249,9 +259,15 @@ class VectorEnv:
             RuntimeError: a process failed MAX_FAILURES times in a row; the message has its traceback.
         """
         ids = [int(i) for i in env_ids]
-        missing = [env_id for env_id in ids if not 0 <= env_id < self.num_envs or self._slots[env_id].command is None]
+        missing = [
+            env_id
+            for env_id in ids
+            if not 0 <= env_id < self.num_envs or self._slots[env_id].command is None
+        ]
         if missing or len(set(ids)) != len(ids):
-            raise ValueError(f"environments {missing or ids} cannot be received: send them first, each once")
+            raise ValueError(
+                f"environments {missing or ids} cannot be received: send them first, each once"
+            )
         self._wait(ids, wait_for_start=False)
         return self._collect(ids)
 
@@ -291,9 +307,13 @@ class VectorEnv:
         if not self._finalizer.alive:
             raise ValueError("this vector of environments is closed")
         if len(set(ids)) != len(ids) or any(not 0 <= i < self.num_envs for i in ids):
-            raise ValueError(f"environments {ids}: give each of 0..{self.num_envs - 1} at most once")
+            raise ValueError(
+                f"environments {ids}: give each of 0..{self.num_envs - 1} at most once"
+            )
         if len(ids) != num_others:
-            raise ValueError(f"{num_others} requests for {len(ids)} environments: give one for each")
+            raise ValueError(
+                f"{num_others} requests for {len(ids)} environments: give one for each"
+            )
         under_way = [i for i in ids if self._slots[i].command is not None]
         if under_way:
             raise ValueError(f"environments {under_way} are under way: receive their step first")
@@ -302,7 +322,9 @@ class VectorEnv:
     def _check_requests(self, requests: Sequence[ResetRequest]) -> None:
         wrong = sorted({r.task_id for r in requests if not 0 <= r.task_id < self.num_tasks})
         if wrong:
-            raise ValueError(f"task ids {wrong} are not among the suite's: use 0..{self.num_tasks - 1}")
+            raise ValueError(
+                f"task ids {wrong} are not among the suite's: use 0..{self.num_tasks - 1}"
+            )
 
     # ------------------------------------------------------------------------------------------ traffic
 
@@ -378,7 +400,10 @@ class VectorEnv:
         if slot.dropping:  # a reset in place of the step that was asked for
             assert slot.request is not None
             outcome = Outcome(
-                outcome.env_id, slot.request.task_id, reset_used=slot.command.request is not None, dropped=True
+                outcome.env_id,
+                slot.request.task_id,
+                reset_used=slot.command.request is not None,
+                dropped=True,
             )
             slot.lost = False
         slot.outcome = outcome
@@ -386,7 +411,9 @@ class VectorEnv:
 
     # ------------------------------------------------------------------------------------------ deaths
 
-    def _replace(self, process: EnvProcess, what: str, *, grace_s: float, traceback_text: str = "") -> None:
+    def _replace(
+        self, process: EnvProcess, what: str, *, grace_s: float, traceback_text: str = ""
+    ) -> None:
         """Log how a process failed, start another in its place and have its environments reset there."""
         where = f"environment process {process.config.process_index} (pid {process.pid})"
         message = f"{where} {what} {self._describe_activity(process)}"
@@ -397,7 +424,9 @@ class VectorEnv:
             self.close()
             raise RuntimeError(f"{message}\nfailure {process.num_failures} in a row: giving up")
         self.num_replaced += 1
-        logger.error(f"{message}\nreplacing it; the episodes of environments {process.config.env_ids} are void")
+        logger.error(
+            f"{message}\nreplacing it; the episodes of environments {process.config.env_ids} are void"
+        )
         for env_id in process.config.env_ids:
             slot = self._slots[env_id]
             if not slot.is_in_flight():
@@ -405,7 +434,11 @@ class VectorEnv:
             elif slot.command is not None and slot.command.action is not None:
                 slot.dropping = True
         process.start()
-        owed = [self._slots[i].effective_command() for i in process.config.env_ids if self._slots[i].is_in_flight()]
+        owed = [
+            self._slots[i].effective_command()
+            for i in process.config.env_ids
+            if self._slots[i].is_in_flight()
+        ]
         process.backlog = [owed] if owed else []
 
     def _describe_activity(self, process: EnvProcess) -> str:

@@ -15,12 +15,20 @@ from typing import IO, Any
 
 from ppo.envs.vector_worker import ACTIVITIES, Command, SharedBoard, WorkerConfig
 
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+_THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+)
 _TAIL_BYTES = 6000
 
 
 def spawn_python(
-    program: str, output: IO[bytes], pass_fds: tuple[int, ...], variables: dict[str, str] | None = None
+    program: str,
+    output: IO[bytes],
+    pass_fds: tuple[int, ...],
+    variables: dict[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start a plain Python process of one thread a library, with this one's import path and nothing else of it.
 
@@ -66,7 +74,11 @@ class EnvProcess:
         variables: dict[str, str],
     ) -> None:
         self.config, self.board, self.memory_fd = config, board, memory_fd
-        self.startup_timeout_s, self.step_timeout_s, self.variables = startup_timeout_s, step_timeout_s, variables
+        self.startup_timeout_s, self.step_timeout_s, self.variables = (
+            startup_timeout_s,
+            step_timeout_s,
+            variables,
+        )
         self.num_failures = 0  # since it last did what it was told
         self.is_ready = False
         self.backlog: list[list[Command]] = []  # waits for the start
@@ -79,10 +91,14 @@ class EnvProcess:
         """Start the process; it says ("ready", None) once its environments are made."""
         parent_end, child_end = Pipe()
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `kill`)
-        program = f"from ppo.envs.vector_worker import main; main({child_end.fileno()}, {self.memory_fd})"
+        program = (
+            f"from ppo.envs.vector_worker import main; main({child_end.fileno()}, {self.memory_fd})"
+        )
         self.started_at = time.monotonic()
         self.board.activity[self.config.process_index] = (0, -1, 0, self.started_at)
-        self._popen = spawn_python(program, self._output, (child_end.fileno(), self.memory_fd), self.variables)
+        self._popen = spawn_python(
+            program, self._output, (child_end.fileno(), self.memory_fd), self.variables
+        )
         child_end.close()
         self.connection = parent_end
         self.is_ready = False
@@ -111,7 +127,9 @@ class EnvProcess:
             self.backlog.append(commands)
             return
         self._sent_at.append(time.monotonic())
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # its end is noticed when waiting for a reply
+        with contextlib.suppress(
+            BrokenPipeError, ConnectionResetError
+        ):  # its end is noticed when waiting for a reply
             self.connection.send(commands)
 
     def note_ready(self) -> None:
@@ -132,7 +150,10 @@ class EnvProcess:
             return self.started_at + self.startup_timeout_s
         if not self._sent_at:
             return float("inf")
-        return max(self._sent_at[0], float(self.board.activity[self.config.process_index, 3])) + self.step_timeout_s
+        return (
+            max(self._sent_at[0], float(self.board.activity[self.config.process_index, 3]))
+            + self.step_timeout_s
+        )
 
     def activity(self) -> tuple[str, int, int]:
         """What it does, or did when it died, with which environment (-1: none), and the episode's step number."""
@@ -159,11 +180,17 @@ class EnvProcess:
             self._popen.wait(grace_s)
         status = self._popen.poll()
         self._popen.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # it may be stuck in a driver: go on without it
+        with contextlib.suppress(
+            subprocess.TimeoutExpired
+        ):  # it may be stuck in a driver: go on without it
             self._popen.wait(5.0)
         self.connection.close()
         size = os.fstat(self._output.fileno()).st_size
-        tail = os.pread(self._output.fileno(), _TAIL_BYTES, max(size - _TAIL_BYTES, 0)).decode(errors="replace").strip()
+        tail = (
+            os.pread(self._output.fileno(), _TAIL_BYTES, max(size - _TAIL_BYTES, 0))
+            .decode(errors="replace")
+            .strip()
+        )
         self._output.close()
         self._popen = self._output = None
         return f"{_describe_status(status)}\n{tail}" if tail else _describe_status(status)

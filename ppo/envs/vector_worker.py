@@ -88,7 +88,9 @@ class SharedBoard:
         if os.fstat(fd).st_size < size:
             os.ftruncate(fd, size)
         memory = mmap.mmap(fd, size)
-        self.activity = np.frombuffer(memory, np.float64, num_processes * 4).reshape(num_processes, 4)
+        self.activity = np.frombuffer(memory, np.float64, num_processes * 4).reshape(
+            num_processes, 4
+        )
         pixels = np.frombuffer(memory, np.uint8, 2 * image_bytes, offset=activity_bytes)
         self.images = pixels[:image_bytes].reshape(shape)
         self.final_images = pixels[image_bytes:].reshape(shape)
@@ -109,13 +111,20 @@ class _Slot:
 class _Worker:
     def __init__(self, config: WorkerConfig, memory_fd: int) -> None:
         self.config = config
-        self.board = SharedBoard(memory_fd, config.num_envs, config.image_size, config.num_processes)
+        self.board = SharedBoard(
+            memory_fd, config.num_envs, config.image_size, config.num_processes
+        )
         self.slots: dict[int, _Slot] = {}
 
     def note(self, activity: str, env_id: int = -1) -> None:
         """Tell the parent what is about to be done, for its time-outs and its log."""
         length = self.slots[env_id].episode_length if env_id in self.slots else 0
-        self.board.activity[self.config.process_index] = (ACTIVITIES.index(activity), env_id, length, time.monotonic())
+        self.board.activity[self.config.process_index] = (
+            ACTIVITIES.index(activity),
+            env_id,
+            length,
+            time.monotonic(),
+        )
 
     def make_environments(self) -> None:
         config = self.config
@@ -190,7 +199,9 @@ class _Worker:
     def close(self) -> None:
         for env_id, slot in self.slots.items():
             self.note("closing", env_id)
-            with contextlib.suppress(Exception):  # the process ends anyway, and frees what the simulator holds
+            with contextlib.suppress(
+                Exception
+            ):  # the process ends anyway, and frees what the simulator holds
                 slot.env.close()
 
     def serve(self, connection: Connection) -> None:

@@ -46,7 +46,9 @@ class Curriculum:
         seed: int = 0,
         uniform: bool = False,
     ) -> None:
-        self.task_ids = list(range(task_ids)) if isinstance(task_ids, int) else [int(i) for i in task_ids]
+        self.task_ids = (
+            list(range(task_ids)) if isinstance(task_ids, int) else [int(i) for i in task_ids]
+        )
         self.ema_alpha, self.tau, self.min_prob, self.uniform = ema_alpha, tau, min_prob, uniform
         self._check()
         self._row = {task_id: row for row, task_id in enumerate(self.task_ids)}
@@ -78,7 +80,9 @@ class Curriculum:
         distance = np.abs(self.ema - PRIOR_SUCCESS)
         with np.errstate(over="ignore"):  # a tiny tau must not make all of them 0
             weight = np.exp(-(distance - distance.min()) / self.tau)
-        probability = self.min_prob + max(1 - num_tasks * self.min_prob, 0.0) * weight / weight.sum()
+        probability = (
+            self.min_prob + max(1 - num_tasks * self.min_prob, 0.0) * weight / weight.sum()
+        )
         return probability / probability.sum()
 
     def sample(self, num: int) -> list[int]:
@@ -139,7 +143,9 @@ class Curriculum:
         try:
             rng.bit_generator.state = state["rng"]
         except (ValueError, TypeError, KeyError, OverflowError) as error:
-            raise ValueError(f"the saved curriculum's random state is damaged: {error!r}") from error
+            raise ValueError(
+                f"the saved curriculum's random state is damaged: {error!r}"
+            ) from error
         self.ema = np.array(state["ema"], dtype=np.float64)
         self.num_episodes = np.array(state["num_episodes"], dtype=np.int64)
         self.num_successes = np.array(state["num_successes"], dtype=np.int64)
@@ -149,13 +155,18 @@ class Curriculum:
         if not isinstance(state, dict):
             return ["it is not a JSON object"]
         if state.get("task_ids") != self.task_ids:
-            return [f"it has tasks {state.get('task_ids')}, this run {self.task_ids}: give the saved run's --task_ids"]
+            return [
+                f"it has tasks {state.get('task_ids')}, this run {self.task_ids}: give the saved run's --task_ids"
+            ]
         num_tasks, large = len(self.task_ids), 1 << 62
         episodes, successes = state.get("num_episodes"), state.get("num_successes")
         problems = []
         if not is_list_of(state.get("ema"), lambda x: is_number(x) and 0 <= x <= 1, num_tasks):
             problems.append(f"ema must be {num_tasks} numbers in [0, 1]")
-        if not all(is_list_of(counts, lambda n: is_int(n, 0, large), num_tasks) for counts in (episodes, successes)):
+        if not all(
+            is_list_of(counts, lambda n: is_int(n, 0, large), num_tasks)
+            for counts in (episodes, successes)
+        ):
             problems.append(f"num_episodes and num_successes must be {num_tasks} counts")
         elif any(s > n for s, n in zip(successes, episodes, strict=True)):  # type: ignore[arg-type]
             problems.append("it has more successes than episodes")

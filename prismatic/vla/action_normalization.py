@@ -53,9 +53,13 @@ def statistics_problems(entry: Any) -> list[str]:
     low: Any = action.get("q01")
     high: Any = action.get("q99")
     mask = action.get("mask", True)
-    if not (is_list_of(low, is_number) and is_list_of(high, is_number) and low and len(low) == len(high)):
+    if not (
+        is_list_of(low, is_number) and is_list_of(high, is_number) and low and len(low) == len(high)
+    ):
         return [".action needs q01 and q99: lists of finite numbers of the same length"]
-    problems = [] if all(a <= b for a, b in zip(low, high, strict=True)) else [".action has q01 above q99"]
+    problems = (
+        [] if all(a <= b for a, b in zip(low, high, strict=True)) else [".action has q01 above q99"]
+    )
     if mask is not True and not is_list_of(mask, lambda m: isinstance(m, bool), len(low)):
         problems.append(f".action.mask must be {len(low)} times true or false")
     for name in ("num_transitions", "num_trajectories"):
@@ -67,7 +71,9 @@ def statistics_problems(entry: Any) -> list[str]:
     return problems
 
 
-def resolve_unnorm_key(norm_stats: Mapping[str, Any], suite_name: str, unnorm_key: str | None = None) -> str:
+def resolve_unnorm_key(
+    norm_stats: Mapping[str, Any], suite_name: str, unnorm_key: str | None = None
+) -> str:
     """Return the statistics' key: `unnorm_key` if given, else the suite's name, else `{suite_name}_no_noops`.
 
     Raises ValueError naming the keys there are when none fits.
@@ -76,7 +82,10 @@ def resolve_unnorm_key(norm_stats: Mapping[str, Any], suite_name: str, unnorm_ke
     for key in candidates:
         if key in norm_stats:
             return key
-    have = sorted(norm_stats) or "none: the folder needs dataset_statistics.json, as fine-tuning writes it"
+    have = (
+        sorted(norm_stats)
+        or "none: the folder needs dataset_statistics.json, as fine-tuning writes it"
+    )
     raise ValueError(
         f"the checkpoint has no action statistics under {' or '.join(map(repr, candidates))}; it has {have}"
     )
@@ -105,7 +114,10 @@ def unnormalize_action(action: np.ndarray, stats: Mapping[str, Any]) -> np.ndarr
 
 
 def _bounds(stats: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    low, high = np.asarray(stats["q01"], dtype=np.float64), np.asarray(stats["q99"], dtype=np.float64)
+    low, high = (
+        np.asarray(stats["q01"], dtype=np.float64),
+        np.asarray(stats["q99"], dtype=np.float64),
+    )
     return low, high, np.asarray(stats.get("mask", np.ones_like(low)), dtype=bool)
 
 
@@ -120,6 +132,8 @@ def to_env_action(action: np.ndarray) -> np.ndarray:
     return env_action
 
 
-def tokens_to_env_actions(token_ids_BA: np.ndarray, tokenizer: ActionTokenizer, stats: Mapping[str, Any]) -> np.ndarray:
+def tokens_to_env_actions(
+    token_ids_BA: np.ndarray, tokenizer: ActionTokenizer, stats: Mapping[str, Any]
+) -> np.ndarray:
     """Decode, un-normalise and convert action tokens (B, 7) to LIBERO's raw actions (B, 7) float32."""
     return to_env_action(unnormalize_action(tokenizer.decode(token_ids_BA), stats))

@@ -21,7 +21,9 @@ class ActionTokenizer:
 
     def __init__(self, vocab_size: int, num_bins: int = 256) -> None:
         if not 2 <= num_bins <= vocab_size:
-            raise ValueError(f"num_bins is {num_bins}: it must be at least 2 and at most vocab_size ({vocab_size})")
+            raise ValueError(
+                f"num_bins is {num_bins}: it must be at least 2 and at most vocab_size ({vocab_size})"
+            )
         self.vocab_size = vocab_size
         self.num_bins = num_bins
         self.bins = np.linspace(-1.0, 1.0, num_bins)
@@ -56,4 +58,6 @@ class ActionTokenizer:
                 f"token ids {np.unique(token_ids[outside])[:5].tolist()} are not action tokens: those are "
                 f"{self.action_token_ids[0]}..{self.action_token_ids[-1]}; restrict sampling to them"
             )
-        return self.bin_centers[np.clip(self.vocab_size - token_ids - 1, 0, len(self.bin_centers) - 1)]
+        return self.bin_centers[
+            np.clip(self.vocab_size - token_ids - 1, 0, len(self.bin_centers) - 1)
+        ]

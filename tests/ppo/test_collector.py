@@ -54,14 +54,24 @@ def expected_steps(requests: list[ResetRequest], num_steps: int):
         token = token_for(PROMPTS[request.task_id], image)
         result = env.step(decode(np.array([[token] + [0] * 6]))[0])
         final = result.image if result.truncated else None
-        yield image, request.task_id, token, result.reward, result.terminated, result.truncated, final
+        yield (
+            image,
+            request.task_id,
+            token,
+            result.reward,
+            result.terminated,
+            result.truncated,
+            final,
+        )
         image = result.image
         if result.terminated or result.truncated:
             request = next(todo)
             image = env.reset(request)
 
 
-def test_two_rollouts_hold_what_serial_environments_do_and_each_episode_its_task(collector, monkeypatch):
+def test_two_rollouts_hold_what_serial_environments_do_and_each_episode_its_task(
+    collector, monkeypatch
+):
     requests: dict[int, list[ResetRequest]] = {b: [] for b in range(B)}
     original = collector._request
 
@@ -72,18 +82,29 @@ def test_two_rollouts_hold_what_serial_environments_do_and_each_episode_its_task
     monkeypatch.setattr(collector, "_request", remembered)
     tasks = itertools.cycle([0, 1, 1])
     collected = [collector.collect(T, tasks) for _ in range(2)]
-    assert len({r.seed for rs in requests.values() for r in rs}) == sum(map(len, requests.values())), "seeds repeat"
+    assert len({r.seed for rs in requests.values() for r in rs}) == sum(
+        map(len, requests.values())
+    ), "seeds repeat"
     num_episodes = num_truncated = 0
     for b in range(B):
         for number, step in enumerate(expected_steps(requests[b], 2 * T)):
             image, task, token, reward, terminated, truncated, final = step
             rollout, t = collected[number // T][0], number % T
             np.testing.assert_array_equal(rollout.images_TBHWC[t, b].numpy(), image)
-            assert int(rollout.task_id_TB[t, b]) == task and int(rollout.action_ids_TBA[t, b, 0]) == token
+            assert (
+                int(rollout.task_id_TB[t, b]) == task
+                and int(rollout.action_ids_TBA[t, b, 0]) == token
+            )
             assert float(rollout.logprob_TBA[t, b, 0]) == -token - 1.0
             assert float(rollout.reward_TB[t, b]) == reward
-            assert (bool(rollout.terminated_TB[t, b]), bool(rollout.truncated_TB[t, b])) == (terminated, truncated)
-            num_episodes, num_truncated = num_episodes + (terminated or truncated), num_truncated + truncated
+            assert (bool(rollout.terminated_TB[t, b]), bool(rollout.truncated_TB[t, b])) == (
+                terminated,
+                truncated,
+            )
+            num_episodes, num_truncated = (
+                num_episodes + (terminated or truncated),
+                num_truncated + truncated,
+            )
             if truncated:
                 row = ((rollout.final_t_K == t) & (rollout.final_b_K == b)).nonzero().item()
                 np.testing.assert_array_equal(rollout.final_images_KHWC[row].numpy(), final)
@@ -96,7 +117,9 @@ def test_two_rollouts_hold_what_serial_environments_do_and_each_episode_its_task
     np.testing.assert_array_equal(first.last_task_id_B.numpy(), second.task_id_TB[0].numpy())
 
 
-def test_the_policy_is_given_image_and_instruction_and_nothing_of_the_simulators_state(tiny_model_dir):
+def test_the_policy_is_given_image_and_instruction_and_nothing_of_the_simulators_state(
+    tiny_model_dir,
+):
     model, processor = load_model(tiny_model_dir), load_processor(tiny_model_dir)
     prompts = [processor.prompt_ids(text) for text in UNSEEN_SUITE.instructions]
 
@@ -104,7 +127,9 @@ def test_the_policy_is_given_image_and_instruction_and_nothing_of_the_simulators
     def act(prompt_ids, images):
         ids, mask = processor.collate_prompts(prompt_ids)
         pixels = processor.image_processor.normalize(torch.from_numpy(images), torch.float32)
-        logits = model(input_ids=ids, attention_mask=mask, pixel_values=pixels).logits[:, -1].numpy()
+        logits = (
+            model(input_ids=ids, attention_mask=mask, pixel_values=pixels).logits[:, -1].numpy()
+        )
         distributions.append((prompt_ids, logits))
         tokens = np.zeros((len(images), 7), dtype=np.int64)
         tokens[:, 0] = np.arange(len(images)) % 2
@@ -173,15 +198,22 @@ def test_an_episode_that_does_not_repeat_itself_begins_anew_and_is_counted(caplo
     assert state["running"][1]["actions"]
     state["running"][1]["image"] = "0" * 16
     actions = base64.b64decode(state["running"][3]["actions"])
-    state["running"][3]["actions"] = base64.b64encode(actions * 9).decode()  # it would end on the way
+    state["running"][3]["actions"] = base64.b64encode(
+        actions * 9
+    ).decode()  # it would end on the way
     monkeypatch.setattr(logging.getLogger("ppo_vla"), "propagate", True)
     loaded, (again, _, collector) = next_rollout("tests.worlds:SUITE", state, 0)
-    assert collector.num_not_repeated == 2 and "environments [1, 3] did not come to the images" in caplog.text
+    assert (
+        collector.num_not_repeated == 2
+        and "environments [1, 3] did not come to the images" in caplog.text
+    )
     assert [len(loaded["running"][i]["actions"]) for i in (1, 3)] == [0, 0]
     assert loaded["running"][0] == state["running"][0]
     first = PushRight(16).reset(ResetRequest(*state["running"][1]["request"]))
     np.testing.assert_array_equal(again.images_TBHWC[0, 1].numpy(), first)
-    np.testing.assert_array_equal(again.images_TBHWC[:, 0].numpy(), rollout.images_TBHWC[:, 0].numpy())
+    np.testing.assert_array_equal(
+        again.images_TBHWC[:, 0].numpy(), rollout.images_TBHWC[:, 0].numpy()
+    )
 
 
 def test_a_collector_that_has_not_begun_or_was_restarted_has_no_episodes(collector):

@@ -22,7 +22,9 @@ def critic(tiny_model_dir):
 
 def observation(processor, *instructions, seed=0):
     size = processor.image_processor.image_size[0]
-    images = torch.randint(0, 256, (len(instructions), size, size, 3), generator=torch.Generator().manual_seed(seed))
+    images = torch.randint(
+        0, 256, (len(instructions), size, size, 3), generator=torch.Generator().manual_seed(seed)
+    )
     ids, mask = processor.collate_prompts([processor.prompt_ids(text) for text in instructions])
     return ids, mask, processor.image_processor.normalize(images.to(torch.uint8), torch.float32)
 
@@ -77,7 +79,9 @@ def test_cached_vision_features_give_the_same_value(critic, processor):
     ids, mask, pixels = observation(processor, "push the red block", "push")
     features = critic.encode_vision(pixels)
     expected = critic(ids, mask, pixel_values=pixels)
-    torch.testing.assert_close(critic(ids, mask, vision_features=features), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        critic(ids, mask, vision_features=features), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_backbone_trains_and_lm_head_does_not(critic, processor):
@@ -85,7 +89,11 @@ def test_the_backbone_trains_and_lm_head_does_not(critic, processor):
     critic(ids, mask, pixel_values=pixels).sum().backward()
     assert critic.backbone.get_output_embeddings().weight.grad is None
     assert not critic.backbone.get_output_embeddings().weight.requires_grad
-    for part in (critic.backbone.vision_backbone, critic.backbone.projector, critic.backbone.language_model.model):
+    for part in (
+        critic.backbone.vision_backbone,
+        critic.backbone.projector,
+        critic.backbone.language_model.model,
+    ):
         assert max(p.grad.abs().max() for p in part.parameters() if p.grad is not None) > 0
 
 
@@ -101,5 +109,11 @@ def test_with_lora_only_adapter_and_head_train(tiny_model_dir, processor):
     assert any("lora_" in name for name in trained)
     ids, mask, pixels = observation(processor, "push the red block")
     critic(ids, mask, pixel_values=pixels).sum().backward()
-    reached = {name for name, p in critic.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-    assert any("language_model" in name and "lora_B" in name for name in reached)  # lora_A's gradient is 0 at B = 0
+    reached = {
+        name
+        for name, p in critic.named_parameters()
+        if p.grad is not None and p.grad.abs().max() > 0
+    }
+    assert any(
+        "language_model" in name and "lora_B" in name for name in reached
+    )  # lora_A's gradient is 0 at B = 0

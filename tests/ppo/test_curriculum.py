@@ -27,7 +27,9 @@ def test_tasks_near_half_are_sampled_most_and_none_below_the_floor():
     probability = curriculum.probabilities()
     assert probability.sum() == pytest.approx(1.0)
     np.testing.assert_allclose(probability, [0.05, 0.05, 0.8, 0.05, 0.05], atol=1e-9)
-    equal = with_rates(0.0, 1.0, 0.0, tau=1e-4, min_prob=0.0).probabilities()  # all far away: not 0 / 0
+    equal = with_rates(
+        0.0, 1.0, 0.0, tau=1e-4, min_prob=0.0
+    ).probabilities()  # all far away: not 0 / 0
     np.testing.assert_allclose(equal, 1 / 3)
 
 
@@ -99,7 +101,10 @@ def test_the_file_is_complete_and_replaces_the_last_one(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"task_ids": 10, "min_prob": 0.11}, "curriculum_min_prob 0.11 for each of 10 tasks .* use at most 0.1"),
+        (
+            {"task_ids": 10, "min_prob": 0.11},
+            "curriculum_min_prob 0.11 for each of 10 tasks .* use at most 0.1",
+        ),
         ({"task_ids": []}, "at least one"),
         ({"task_ids": [1, 1]}, "each once"),
         ({"task_ids": 3, "ema_alpha": 0.0}, "curriculum_ema_alpha 0.0"),
@@ -112,7 +117,9 @@ def test_impossible_settings_are_refused(options, message):
 
 
 def test_a_floor_that_just_fits_is_uniform():
-    np.testing.assert_allclose(with_rates(*np.linspace(0, 1, 10), min_prob=0.1).probabilities(), 0.1)
+    np.testing.assert_allclose(
+        with_rates(*np.linspace(0, 1, 10), min_prob=0.1).probabilities(), 0.1
+    )
 
 
 def test_unknown_results_are_refused_and_change_nothing():
@@ -127,5 +134,7 @@ def test_unknown_results_are_refused_and_change_nothing():
 def test_the_algorithm_imports_neither_ray_nor_vllm():
     modules = "ppo.gae, ppo.losses, ppo.rollout, ppo.critic, ppo.utils.curriculum, ppo.envs.base, ppo.envs.vector"
     program = f"import sys, {modules}; print(sorted({{'ray', 'vllm', 'transformers'}} & set(sys.modules)))"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "[]"

@@ -29,7 +29,9 @@ def by_definition(reward, value, next_value, terminated, done, gamma, lam):
 def test_terminated_episode_by_hand():
     # gamma 0.5, lam 0.5. delta_1 = 1 - 2 = -1 (terminal: next value 100 must not count)
     # delta_0 = 0 + 0.5 * 2 - 1 = 0;  A_0 = 0 + 0.25 * -1 = -0.25
-    advantage, returns = gae(column(0, 1), column(1, 2), column(2, 100), flags(0, 1), flags(0, 1), 0.5, 0.5)
+    advantage, returns = gae(
+        column(0, 1), column(1, 2), column(2, 100), flags(0, 1), flags(0, 1), 0.5, 0.5
+    )
     torch.testing.assert_close(advantage, column(-0.25, -1.0))
     torch.testing.assert_close(returns, column(0.75, 1.0))
 
@@ -37,7 +39,9 @@ def test_terminated_episode_by_hand():
 def test_truncated_episode_bootstraps_its_own_last_observation_by_hand():
     # Step 0 is truncated with final value 4; step 1 begins another episode of value 10, bootstrapped by 6.
     # delta_0 = 1 + 0.5 * 4 - 1 = 2, and nothing of step 1;  delta_1 = 0 + 0.5 * 6 - 10 = -7
-    advantage, returns = gae(column(1, 0), column(1, 10), column(4, 6), flags(0, 0), flags(1, 0), 0.5, 0.5)
+    advantage, returns = gae(
+        column(1, 0), column(1, 10), column(4, 6), flags(0, 0), flags(1, 0), 0.5, 0.5
+    )
     torch.testing.assert_close(advantage, column(2.0, -7.0))
     torch.testing.assert_close(returns, column(3.0, 3.0))
 
@@ -45,7 +49,9 @@ def test_truncated_episode_bootstraps_its_own_last_observation_by_hand():
 def test_several_episodes_in_one_row_by_hand():
     # gamma = lam = 1: an advantage is the sum of rewards to the end of the episode (plus bootstrap) minus the value.
     reward, value = column(1, 2, 4, 8, 16), column(0.5, 0.5, 0.5, 0.5, 0.5)
-    next_value = column(0.5, 99, 0.5, 3.0, 7.0)  # 99: after termination; 3: truncated; 7: the rollout's end
+    next_value = column(
+        0.5, 99, 0.5, 3.0, 7.0
+    )  # 99: after termination; 3: truncated; 7: the rollout's end
     terminated, done = flags(0, 1, 0, 0, 0), flags(0, 1, 0, 1, 0)
     advantage, returns = gae(reward, value, next_value, terminated, done, 1.0, 1.0)
     torch.testing.assert_close(returns, column(3.0, 2.0, 15.0, 11.0, 23.0))
@@ -69,7 +75,9 @@ def test_equals_the_definition_on_random_rollouts(num_envs):
 
 
 def test_a_nan_value_after_termination_has_no_effect():
-    advantage, _ = gae(column(1, 1), column(0, 0), column(float("nan"), 2), flags(1, 0), flags(1, 0), 0.9, 0.9)
+    advantage, _ = gae(
+        column(1, 1), column(0, 0), column(float("nan"), 2), flags(1, 0), flags(1, 0), 0.9, 0.9
+    )
     torch.testing.assert_close(advantage, column(1.0, 2.8))
 
 

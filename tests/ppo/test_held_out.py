@@ -32,8 +32,14 @@ def test_distance_is_that_of_the_object_that_moved_farthest_from_the_nearest_sta
 def test_summary_counts_equal_ones():
     summary = summarize_distances({3: np.array([0.004, 0.002]), 5: np.array([0.0])})
     assert summary["num_layouts"] == 3 and summary["num_equal"] == 1
-    assert summary["smallest_distance_mm"] == 0.0 and summary["per_task"][0]["smallest_distance_mm"] == 2.0
-    assert summary["per_task"][0]["median_distance_mm"] == 3.0 and summary["per_task"][0]["num_equal"] == 0
+    assert (
+        summary["smallest_distance_mm"] == 0.0
+        and summary["per_task"][0]["smallest_distance_mm"] == 2.0
+    )
+    assert (
+        summary["per_task"][0]["median_distance_mm"] == 3.0
+        and summary["per_task"][0]["num_equal"] == 0
+    )
 
 
 def test_wrong_flags_are_all_named():
@@ -48,7 +54,11 @@ def test_random_layouts_are_none_of_the_fixed_states_and_a_fixed_one_is_found(tm
 
     assert script.main(script.Args(task_ids=(3,), num_layouts=4, output=tmp_path / "out.json")) == 0
     summary = json.loads((tmp_path / "out.json").read_text())
-    assert summary["num_layouts"] == 4 and summary["num_equal"] == 0 and summary["smallest_distance_mm"] > 1
+    assert (
+        summary["num_layouts"] == 4
+        and summary["num_equal"] == 0
+        and summary["smallest_distance_mm"] > 1
+    )
 
     class Fixed(LiberoEnv):
         """Every layout is the fixed state of the seed's number."""
@@ -74,9 +84,18 @@ def test_an_evaluation_seed_moves_the_fixtures_and_nothing_else():
         for body in fixtures:
             others &= env.simulator.model.body_rootid != env.simulator.model.body_rootid[body]
         data = env.simulator.data
-        found.append((data.qpos.copy(), data.qvel.copy(), data.xpos[others].copy(), data.xpos[fixtures].copy()))
+        found.append(
+            (
+                data.qpos.copy(),
+                data.qvel.copy(),
+                data.xpos[others].copy(),
+                data.xpos[fixtures].copy(),
+            )
+        )
     (qpos, qvel, places, cabinet), (other_qpos, other_qvel, other_places, other_cabinet) = found
-    assert (qpos == other_qpos).all() and (qvel == other_qvel).all() and (places == other_places).all()
+    assert (
+        (qpos == other_qpos).all() and (qvel == other_qvel).all() and (places == other_places).all()
+    )
     moved = np.linalg.norm(cabinet - other_cabinet, axis=-1)
     assert (moved > 1e-4).all() and (moved < 0.05).all()  # a few millimetres to centimetres
     env.close()

@@ -43,7 +43,9 @@ PICTURES = pytest.mark.parametrize("picture", [noise, gradient, blobs, tabletop]
 
 
 def tf_jpeg(tf, image: np.ndarray) -> np.ndarray:
-    return tf.io.decode_image(tf.image.encode_jpeg(image), expand_animations=False, dtype=tf.uint8).numpy()
+    return tf.io.decode_image(
+        tf.image.encode_jpeg(image), expand_animations=False, dtype=tf.uint8
+    ).numpy()
 
 
 def tf_resize(tf, image: np.ndarray, size: int) -> np.ndarray:
@@ -58,7 +60,9 @@ def tf_center_crop(tf, image: np.ndarray, area: float) -> np.ndarray:
     offset = (1 - side) / 2
     boxes = tf.stack([offset, offset, offset + side, offset + side], axis=1)
     cropped = tf.image.crop_and_resize(unit[None], boxes, tf.range(1), image.shape[:2])[0]
-    return tf.image.convert_image_dtype(tf.clip_by_value(cropped, 0, 1), tf.uint8, saturate=True).numpy()
+    return tf.image.convert_image_dtype(
+        tf.clip_by_value(cropped, 0, 1), tf.uint8, saturate=True
+    ).numpy()
 
 
 def largest_difference(a: np.ndarray, b: np.ndarray) -> int:
@@ -85,7 +89,8 @@ def test_a_jpeg_of_another_quality_chroma_or_transform_differs(tf, monkeypatch):
 
 @PICTURES
 @pytest.mark.parametrize(
-    ("old", "new"), [(256, 224), (256, 112), (256, 64), (128, 224), (112, 112), (100, 33), (33, 256)]
+    ("old", "new"),
+    [(256, 224), (256, 112), (256, 64), (128, 224), (112, 112), (100, 33), (33, 256)],
 )
 def test_lanczos_is_tensorflows(tf, picture, old, new):
     assert np.array_equal(resize_lanczos3(picture(old), new), tf_resize(tf, picture(old), new))
@@ -128,10 +133,14 @@ def test_a_batch_is_cropped_image_by_image():
 
 
 def test_the_centre_crop_keeps_the_middle_nine_tenths_of_the_area():
-    ramp = np.broadcast_to(np.arange(0, 202, 2, dtype=np.uint8)[None, None, :, None], (2, 101, 101, 3))
+    ramp = np.broadcast_to(
+        np.arange(0, 202, 2, dtype=np.uint8)[None, None, :, None], (2, 101, 101, 3)
+    )
     cropped = center_crop(np.ascontiguousarray(ramp))
     position = 100 + np.sqrt(0.9) * (np.arange(0, 202, 2) - 100)
-    np.testing.assert_allclose(cropped[1, 50, :, 2], position, atol=0.51 + 0.5)  # 255.5 x, not 255 x, is cut off
+    np.testing.assert_allclose(
+        cropped[1, 50, :, 2], position, atol=0.51 + 0.5
+    )  # 255.5 x, not 255 x, is cut off
     np.testing.assert_allclose(cropped[0, 0, :, 0], position, atol=0.51 + 0.5)
     black_and_white = np.full((8, 8, 3), 255, np.uint8)
     black_and_white[:4] = 0
@@ -149,12 +158,19 @@ def test_what_the_policy_sees_is_the_jpeg_then_the_resize(tf, picture):
 def test_the_source_is_left_alone_and_any_strides_will_do():
     image = noise(256)
     before, turned = image.copy(), image[::-1, ::-1]
-    for function in (jpeg_round_trip, center_crop, lambda x: resize_lanczos3(x, 224), lambda x: policy_image(x, 64)):
+    for function in (
+        jpeg_round_trip,
+        center_crop,
+        lambda x: resize_lanczos3(x, 224),
+        lambda x: policy_image(x, 64),
+    ):
         assert np.array_equal(function(turned), function(np.ascontiguousarray(turned)))
     assert np.array_equal(image, before)
 
 
-@pytest.mark.parametrize("wrong", [np.zeros((8, 8, 3)), np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8)])
+@pytest.mark.parametrize(
+    "wrong", [np.zeros((8, 8, 3)), np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8)]
+)
 def test_other_shapes_and_types_are_refused(wrong):
     for function in (jpeg_round_trip, center_crop, lambda image: resize_lanczos3(image, 4)):
         with pytest.raises(ValueError, match=r"height, width, 3\) uint8"):

@@ -56,10 +56,14 @@ def several_checks(rank: int, model_dir: str) -> None:
     # critic warm-up: only the critic moves
     learner = make_learner(model_dir, flags(value_init_steps=1))
     before, metrics = weights(learner), learner.update(rollout, step=1)
-    changed = {n.split(".")[0] for n, w in weights(learner).items() if not torch.equal(w, before[n])}
+    changed = {
+        n.split(".")[0] for n, w in weights(learner).items() if not torch.equal(w, before[n])
+    }
     assert changed == {"critic"} and "train/policy_loss" not in metrics
     learner.update(rollout, step=2)
-    assert any(not torch.equal(w, before[n]) for n, w in weights(learner).items() if n.startswith("policy"))
+    assert any(
+        not torch.equal(w, before[n]) for n, w in weights(learner).items() if n.startswith("policy")
+    )
 
     # samples of a dropped episode have no influence, whatever they hold
     spoilt = dataclasses.replace(
@@ -73,7 +77,9 @@ def several_checks(rank: int, model_dir: str) -> None:
         learner.update(data, step=1)
         results.append(weights(learner))
     for name in results[0]:
-        torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-5, atol=1e-7, msg=name)
+        torch.testing.assert_close(
+            results[0][name], results[1][name], rtol=1e-5, atol=1e-7, msg=name
+        )
 
     # a frozen vision backbone: features cached once give the same policy gradient as computed every time
     results = []
@@ -83,7 +89,9 @@ def several_checks(rank: int, model_dir: str) -> None:
         learner.update(rollout, step=1)
         results.append({n: w for n, w in weights(learner).items() if "vision" not in n})
     for name in results[0]:
-        torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(
+            results[0][name], results[1][name], rtol=1e-5, atol=1e-6, msg=name
+        )
 
 
 def test_ratio_warmup_dropped_episodes_and_cached_vision_features(tiny_model_dir):
@@ -99,7 +107,9 @@ def advantages_by_hand(rank: int, model_dir: str) -> None:
     def value_of(image, task) -> float:
         ids, mask = learner.processor.collate_prompts([rollout.prompts[int(task)]])
         pixels = learner.processor.image_processor.normalize(image[None])
-        hidden = learner.policy.model.forward_actions(ids, mask, pixel_values=pixels).prompt_hidden_BD
+        hidden = learner.policy.model.forward_actions(
+            ids, mask, pixel_values=pixels
+        ).prompt_hidden_BD
         return float(learner.critic.model(hidden))
 
     with torch.no_grad():
@@ -112,13 +122,18 @@ def advantages_by_hand(rank: int, model_dir: str) -> None:
                 elif rollout.truncated_TB[t, b]:
                     row = 0 if b == 0 else 1
                     target, advantage = (
-                        args.gamma * value_of(rollout.final_images_KHWC[row], rollout.task_id_TB[t, b]),
+                        args.gamma
+                        * value_of(rollout.final_images_KHWC[row], rollout.task_id_TB[t, b]),
                         0.0,
                     )
                 elif t == T - 1:
-                    target = args.gamma * value_of(rollout.last_images_BHWC[b], rollout.last_task_id_B[b])
+                    target = args.gamma * value_of(
+                        rollout.last_images_BHWC[b], rollout.last_task_id_B[b]
+                    )
                 else:
-                    target = args.gamma * value_of(rollout.images_TBHWC[t + 1, b], rollout.task_id_TB[t + 1, b])
+                    target = args.gamma * value_of(
+                        rollout.images_TBHWC[t + 1, b], rollout.task_id_TB[t + 1, b]
+                    )
                 advantage = target - value + args.gamma * args.lam * advantage
                 assert batch.advantage_N[t * B + b] == pytest.approx(advantage, abs=1e-5), (t, b)
 
@@ -132,7 +147,8 @@ def non_finite(rank: int, model_dir: str) -> None:
     rollout.reward_TB[0, 0] = float("nan")
     learner = make_learner(model_dir, flags(norm_adv=False, local_mini_batch_size=T * B // 2))
     with pytest.raises(
-        FloatingPointError, match="not finite at training step 4; rank 0: 1 of 12 values of the rewards"
+        FloatingPointError,
+        match="not finite at training step 4; rank 0: 1 of 12 values of the rewards",
     ):
         learner.update(rollout.shard(rank, dist.get_world_size()), step=4)
 
@@ -146,7 +162,10 @@ def dropout_and_checkpointing(rank: int, model_dir: str) -> None:
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
     calls = [0]
-    LlamaDecoderLayer.forward, original = counted(LlamaDecoderLayer.forward, calls), LlamaDecoderLayer.forward
+    LlamaDecoderLayer.forward, original = (
+        counted(LlamaDecoderLayer.forward, calls),
+        LlamaDecoderLayer.forward,
+    )
     results, num_calls = [], []
     for options in ({}, {"checkpointing": True}, {"dropout": 0.5}):
         learner = make_learner(model_dir, flags(), lora=True, **options)
@@ -160,7 +179,9 @@ def dropout_and_checkpointing(rank: int, model_dir: str) -> None:
     for name in plain:
         torch.testing.assert_close(checkpointed[name], plain[name], rtol=1e-5, atol=1e-7, msg=name)
     assert num_calls[1] > num_calls[0], "no layer was recomputed"
-    assert any(not torch.allclose(dropped[n], plain[n], atol=1e-7) for n in plain if "lora_B" in n), "no dropout"
+    assert any(
+        not torch.allclose(dropped[n], plain[n], atol=1e-7) for n in plain if "lora_B" in n
+    ), "no dropout"
 
 
 def counted(function, calls):
@@ -216,7 +237,9 @@ def compiled(rank: int, model_dir: str) -> None:
     ):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        learner = make_learner(model_dir, flags(compile="compile_backend" in options), lora=True, **options)
+        learner = make_learner(
+            model_dir, flags(compile="compile_backend" in options), lora=True, **options
+        )
         before = weights(learner)
         learner.update(make_rollout(model_dir), step=1)
         results.append({"metrics": {}, "weights": weights(learner), "before": before})
@@ -238,7 +261,9 @@ def test_compiled_blocks_give_the_eager_update(tiny_model_dir):
 
 def masters(rank: int, model_dir: str) -> None:
     """bfloat16 compute: frozen weights in bfloat16, what trains (and its gradients) in float32, on one rank and two."""
-    args = flags(sharding_strategy="shard-grad-op", local_mini_batch_size=T * B // dist.get_world_size())
+    args = flags(
+        sharding_strategy="shard-grad-op", local_mini_batch_size=T * B // dist.get_world_size()
+    )
     learner = make_learner(model_dir, args, lora=True, adam=True, dtype=torch.bfloat16)
     dtypes = {p.requires_grad: p.dtype for p in learner.policy.model.parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}

@@ -84,7 +84,9 @@ def assert_object_is_where_it_belongs(env, view: np.ndarray, name: str) -> None:
     camera, body = domain.sim.model.camera_name2id("agentview"), domain.obj_body_id[name]
     x, y, z = data.cam_xmat[camera].reshape(3, 3).T @ (data.xpos[body] - data.cam_xpos[camera])
     focal = 128 / np.tan(np.radians(model.cam_fovy[camera]) / 2)
-    expected = np.array([128 + focal * y / z, 128 + focal * x / z])  # the camera looks along -z: both signs turn
+    expected = np.array(
+        [128 + focal * y / z, 128 + focal * x / z]
+    )  # the camera looks along -z: both signs turn
     address = model.jnt_qposadr[model.body_jntadr[body]]
     data.qpos[address + 2] += 50.0
     domain.sim.forward()
@@ -95,7 +97,11 @@ def assert_object_is_where_it_belongs(env, view: np.ndarray, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "suite", [pytest.param(s, marks=pytest.mark.libero(s)) for s in ("libero_object", "libero_10", "libero_90")]
+    "suite",
+    [
+        pytest.param(s, marks=pytest.mark.libero(s))
+        for s in ("libero_object", "libero_10", "libero_90")
+    ],
 )
 def test_the_other_suites_start_from_their_fixed_states_where_their_assets_are(suite):
     env = make_env(suite, num_steps_wait=0)
@@ -108,7 +114,9 @@ def test_the_other_suites_start_from_their_fixed_states_where_their_assets_are(s
     env.close()
 
 
-@pytest.mark.parametrize("suite", ["libero_spatial", pytest.param("libero_goal", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "suite", ["libero_spatial", pytest.param("libero_goal", marks=pytest.mark.slow)]
+)
 def test_every_task_starts_from_its_fixed_states_steps_and_draws_upright(suite, monkeypatch):
     """One environment plays all tasks in turn with room for two simulators and one canvas."""
     alive = Alive(monkeypatch)
@@ -126,7 +134,12 @@ def test_every_task_starts_from_its_fixed_states_steps_and_draws_upright(suite, 
             np.testing.assert_array_equal(image, policy_image(view, SIZE))
             result = env.step(ACTIONS[state_id])
             assert not np.array_equal(data.qpos, states[state_id, 1 : 1 + num_positions])
-            assert (result.reward, result.terminated, result.truncated, result.success) == (0.0, False, False, False)
+            assert (result.reward, result.terminated, result.truncated, result.success) == (
+                0.0,
+                False,
+                False,
+                False,
+            )
             views += [view, env.render(256)]
             assert np.abs(views[-1].astype(int) - view).max() > 20, "the arm has moved"
         raw = env.pool.draw(env.simulator, 256, "agentview")
@@ -191,10 +204,14 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
     )
     files = (ROOT / "tests/plain_libero.py", folder / "played.npz", folder / "seen.npz")
     program = [sys.executable, *map(str, files)]
-    ended = subprocess.run(program, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
+    ended = subprocess.run(
+        program, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300
+    )
     assert ended.returncode == 0, ended.stderr
     seen = dict(np.load(folder / "seen.npz"))
-    yield Reference(env, FIXED, episode.actions, np.stack(positions), np.stack(velocities), pictured, seen)
+    yield Reference(
+        env, FIXED, episode.actions, np.stack(positions), np.stack(velocities), pictured, seen
+    )
     env.close()
 
 
@@ -219,7 +236,9 @@ def test_a_layout_after_a_soft_reset_is_the_one_after_liberos_hard_reset(referen
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(env, "num_steps_wait", 0)
         settling = np.tile(np.array([0, 0, 0, 0, 0, 0, -1], np.float32), (10, 1))
-        played = play(env, ResetRequest(FIXED.task_id, None, FIXED.seed), np.concatenate([settling, actions]))
+        played = play(
+            env, ResetRequest(FIXED.task_id, None, FIXED.seed), np.concatenate([settling, actions])
+        )
     np.testing.assert_array_equal(played.qpos, reference.seen["layout_qpos"])
 
 
@@ -288,7 +307,9 @@ def test_an_episode_is_decided_by_its_request_whatever_was_played_before(pair):
     leave_traces(first, ResetRequest(CABINET_TASK, 8, 1))
     assert_same(play(first, FIXED), expected)
     # Each part of the request counts.
-    others = [random_layout] + [play(first, ResetRequest(CABINET_TASK, state, 3), ACTIONS[:1]) for state in (3, None)]
+    others = [random_layout] + [
+        play(first, ResetRequest(CABINET_TASK, state, 3), ACTIONS[:1]) for state in (3, None)
+    ]
     other_fixtures = play(first, ResetRequest(CABINET_TASK, 2, 4), ACTIONS[:1])
     np.testing.assert_allclose(other_fixtures.qpos[0, :9], fresh.qpos[0, :9], atol=1e-3)
     for other in [*others, other_fixtures]:
@@ -298,10 +319,14 @@ def test_an_episode_is_decided_by_its_request_whatever_was_played_before(pair):
 def test_the_environments_seed_is_added_to_the_requests(pair, monkeypatch):
     expected = play(pair[0], RANDOM, ACTIONS[:1])
     monkeypatch.setattr(pair[0], "seed", 2)
-    assert_same(play(pair[0], ResetRequest(CABINET_TASK, None, RANDOM.seed - 2), ACTIONS[:1]), expected)
+    assert_same(
+        play(pair[0], ResetRequest(CABINET_TASK, None, RANDOM.seed - 2), ACTIONS[:1]), expected
+    )
 
 
-@pytest.mark.parametrize("upcoming", [ResetRequest(CABINET_TASK, None, 21), DRAWER], ids=["same task", "another"])
+@pytest.mark.parametrize(
+    "upcoming", [ResetRequest(CABINET_TASK, None, 21), DRAWER], ids=["same task", "another"]
+)
 def test_preparing_disturbs_nothing_and_leaves_nothing_to_do(pair, monkeypatch, upcoming):
     from ppo.envs.libero import Simulator
 
@@ -399,7 +424,9 @@ def test_simulators_that_make_room_are_freed_without_pythons_collector(monkeypat
 
     def make(*args):
         made = original(*args)
-        held.extend(weakref.ref(thing) for thing in (made.model, made.data, made.domain, made.domain.model))
+        held.extend(
+            weakref.ref(thing) for thing in (made.model, made.data, made.domain, made.domain.model)
+        )
         return made
 
     original = libero_pool.Simulator
@@ -440,7 +467,9 @@ def test_success_ends_an_episode_and_the_limit_truncates_it_never_both(reference
         is_solved = limit == num
         facts = (last.terminated, last.truncated, last.success, last.reward)
         assert facts == (is_solved, not is_solved, is_solved, float(is_solved))
-        assert not last.image.any() and last.image.shape == (SIZE, SIZE, 3), "nothing is drawn without images"
+        assert not last.image.any() and last.image.shape == (SIZE, SIZE, 3), (
+            "nothing is drawn without images"
+        )
 
 
 # --- What is refused ---
@@ -468,7 +497,9 @@ def test_wrong_requests_actions_and_cameras_are_refused_and_the_episode_goes_on(
     for method in (env.reset, env.prepare):
         with pytest.raises(ValueError, match=r"task_id 10: libero_spatial has tasks 0\.\.9"):
             method(ResetRequest(10, 0, 0))
-        with pytest.raises(ValueError, match=r"init_state_id 50: libero_spatial has states 0\.\.49"):
+        with pytest.raises(
+            ValueError, match=r"init_state_id 50: libero_spatial has states 0\.\.49"
+        ):
             method(ResetRequest(0, 50, 0))
     for action in (np.zeros(6, np.float32), np.full(7, np.nan, np.float32)):
         with pytest.raises(ValueError, match="must be 7 finite numbers"):

@@ -62,8 +62,12 @@ class ArmBesideRobosuites:
             np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize(("task_id", "init_state_id"), [(0, 0), (DRAWER_TASK, 3), (CABINET_TASK, None)])
-def test_every_substeps_torques_and_fingers_are_robosuites(env, task_id, init_state_id, monkeypatch):
+@pytest.mark.parametrize(
+    ("task_id", "init_state_id"), [(0, 0), (DRAWER_TASK, 3), (CABINET_TASK, None)]
+)
+def test_every_substeps_torques_and_fingers_are_robosuites(
+    env, task_id, init_state_id, monkeypatch
+):
     from ppo.envs.libero_arm import QuickArm
 
     env.reset(ResetRequest(task_id, init_state_id, 1))
@@ -74,19 +78,27 @@ def test_every_substeps_torques_and_fingers_are_robosuites(env, task_id, init_st
     monkeypatch.setattr(simulator, "_arm", both)
     for action in varied_actions(24, seed=task_id):
         env.step(action)
-    controls, expected, unclipped = (np.array(x) for x in (both.controls, both.expected, both.unclipped))
+    controls, expected, unclipped = (
+        np.array(x) for x in (both.controls, both.expected, both.unclipped)
+    )
     assert len(controls) == 24 * 25
     np.testing.assert_allclose(controls, expected, rtol=0, atol=1e-9 * TORQUE_LIMIT)
     torques = both.reference.joint_actuators
     is_free = expected[:, torques] == unclipped
-    assert 0.5 < is_free.mean() < 1.0 and np.abs(expected[:, torques]).max() > 30.0, "both sides of the limits are met"
+    assert 0.5 < is_free.mean() < 1.0 and np.abs(expected[:, torques]).max() > 30.0, (
+        "both sides of the limits are met"
+    )
     fingers = both.reference.gripper_actuators
     np.testing.assert_array_equal(controls[:, fingers], expected[:, fingers])
     assert np.ptp(expected[:, fingers], axis=0).min() > 0.03, "the fingers have opened and closed"
 
 
-@pytest.mark.parametrize(("task_id", "init_state_id"), [(0, 0), (DRAWER_TASK, 3), (CABINET_TASK, 2)])
-def test_whole_episodes_are_those_of_robosuites_controller(env, task_id, init_state_id, monkeypatch):
+@pytest.mark.parametrize(
+    ("task_id", "init_state_id"), [(0, 0), (DRAWER_TASK, 3), (CABINET_TASK, 2)]
+)
+def test_whole_episodes_are_those_of_robosuites_controller(
+    env, task_id, init_state_id, monkeypatch
+):
     """Approach, grasp, transport and release; the sensors are left out too.
 
     Until the fingers close the states differ by rounding (4e-13 m or rad at most where it was measured). A grasp
@@ -125,7 +137,10 @@ def test_exact_physics_keeps_robosuites_controller_and_the_sensors():
     exact = make_env(images=False, exact_physics=True, num_steps_wait=1)
     exact.reset(ResetRequest(0, 0, 0))
     assert type(exact.simulator._arm) is Arm
-    assert exact.simulator.model.opt.disableflags == 0 and np.abs(exact.simulator.data.sensordata).max() > 0
+    assert (
+        exact.simulator.model.opt.disableflags == 0
+        and np.abs(exact.simulator.data.sensordata).max() > 0
+    )
     exact.close()
 
 
@@ -145,12 +160,18 @@ def test_the_wrench_is_that_of_the_pseudo_inverses_away_from_singular_poses(arm_
     inverse_inertia = jacobian @ np.linalg.inv(mass) @ jacobian.T
     blocks = (inverse_inertia, inverse_inertia[:3, :3], inverse_inertia[3:, 3:])
     full, position, orientation = (np.linalg.pinv(block) for block in blocks)
-    expected = np.concatenate([position @ acceleration[:3], orientation @ acceleration[3:]]) - full @ pull
-    np.testing.assert_allclose(_wrench(mass, jacobian, acceleration.copy(), pull.copy()), expected, rtol=1e-10)
+    expected = (
+        np.concatenate([position @ acceleration[:3], orientation @ acceleration[3:]]) - full @ pull
+    )
+    np.testing.assert_allclose(
+        _wrench(mass, jacobian, acceleration.copy(), pull.copy()), expected, rtol=1e-10
+    )
 
 
 @pytest.mark.parametrize("lost", [1, 5])
-def test_a_singular_pose_gives_finite_torques_and_the_nullspaces_are_the_pseudo_inverses(arm_model, lost):
+def test_a_singular_pose_gives_finite_torques_and_the_nullspaces_are_the_pseudo_inverses(
+    arm_model, lost
+):
     """A direction of the velocity, or of the rotation, depends on the one before it."""
     from ppo.envs.libero_arm import _wrench
 
@@ -166,7 +187,9 @@ def test_a_singular_pose_gives_finite_torques_and_the_nullspaces_are_the_pseudo_
     demand = np.zeros(6)
     demand[block] = inverse_inertia[block, block] @ np.array([1.0, -2.0, 3.0])
     wrench = _wrench(mass, jacobian, demand.copy(), np.zeros(6))
-    np.testing.assert_allclose(inverse_inertia[block, block] @ wrench[block], demand[block], rtol=1e-9)
+    np.testing.assert_allclose(
+        inverse_inertia[block, block] @ wrench[block], demand[block], rtol=1e-9
+    )
     assert wrench[lost] == 0.0 and np.all(np.isfinite(wrench))
     unreachable = _wrench(mass, jacobian, np.ones(6), np.ones(6))
     assert np.abs(unreachable).max() < 1e3

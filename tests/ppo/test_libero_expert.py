@@ -12,14 +12,20 @@ from ppo.envs.libero_expert_motion import CLOSE, OPEN, Hand, Obstacle, PickPlace
 from prismatic.vla.datasets.writer import noop_steps
 
 OPEN_GAP, RIM_GAP = 0.079, 0.012
-BOWL, PLATE, GRASP = np.array([-0.06, 0.2, 0.9]), np.array([0.05, -0.1, 0.91]), np.array([0.0, 0.046, 0.03])
+BOWL, PLATE, GRASP = (
+    np.array([-0.06, 0.2, 0.9]),
+    np.array([0.05, -0.1, 0.91]),
+    np.array([0.0, 0.046, 0.03]),
+)
 
 
 def task(**changes) -> PickPlace:
     return PickPlace(**({"object": BOWL, "place": PLATE, "grasp": GRASP} | changes))
 
 
-def hand(offset=(0.0, 0.0, 0.0), gap=OPEN_GAP, gap_speed=0.0, command=OPEN, origin=BOWL + GRASP) -> Hand:
+def hand(
+    offset=(0.0, 0.0, 0.0), gap=OPEN_GAP, gap_speed=0.0, command=OPEN, origin=BOWL + GRASP
+) -> Hand:
     """A hand at an offset from the grasp point."""
     return Hand(origin + np.array(offset), gap, gap_speed, command)
 
@@ -32,7 +38,9 @@ def test_speed_is_odd_grows_with_the_error_and_saturates():
     speeds = motion.speed(errors)
     np.testing.assert_allclose(motion.speed(-errors), -speeds)
     assert np.all(np.diff(speeds[:5]) > 0) and speeds[4] == speeds[5] == 1.0
-    np.testing.assert_allclose(motion.speed(np.array([motion.FULL_SPEED_ERROR / 2])), 0.5**motion.SPEED_POWER)
+    np.testing.assert_allclose(
+        motion.speed(np.array([motion.FULL_SPEED_ERROR / 2])), 0.5**motion.SPEED_POWER
+    )
 
 
 def test_no_action_is_a_noop_even_without_any_error():
@@ -58,9 +66,13 @@ def test_moving_over_rises_first_then_goes_sideways_then_comes_down():
     np.testing.assert_array_equal(over([0.5, 0.0, 0.1])[:2], [-1, 0])
     half = over([0.5, 0.0, 0.1 - motion.LOW_MARGIN / 2])
     assert half[0] == pytest.approx(-0.5) and half[2] > 0
-    np.testing.assert_array_equal(over([0.0, 0.0, 0.1])[:3], [0, 0, -1])  # in the middle of the funnel: down
+    np.testing.assert_array_equal(
+        over([0.0, 0.0, 0.1])[:3], [0, 0, -1]
+    )  # in the middle of the funnel: down
     assert over([0.5, 0.0, 0.0], near=0.2)[0] == -1.0  # far away nothing is in the way
-    np.testing.assert_array_equal(over([0.5, 0.0, 0.1], clear=0.3)[:3], [0, 0, 1])  # unless an obstacle is
+    np.testing.assert_array_equal(
+        over([0.5, 0.0, 0.1], clear=0.3)[:3], [0, 0, 1]
+    )  # unless an obstacle is
     np.testing.assert_array_equal(over([0.5, 0.0, 0.1], clear=0.3, near=0.2)[:3], [0, 0, 1])
 
 
@@ -70,7 +82,9 @@ def test_moving_over_rises_first_then_goes_sideways_then_comes_down():
 def test_the_empty_hand_comes_from_above_with_open_fingers():
     action = motion.pick_place(hand((-0.2, -0.2, 0.3)), task())
     assert action[0] == action[1] == 1.0 and action[2] < 0 and action[6] == OPEN
-    beside = motion.pick_place(hand((0.05, 0.0, 0.0)), task())  # beside the bowl: up before it goes there
+    beside = motion.pick_place(
+        hand((0.05, 0.0, 0.0)), task()
+    )  # beside the bowl: up before it goes there
     assert beside[2] > 0 and abs(beside[0]) < 0.1
     above = motion.pick_place(hand((0.0, 0.0, 0.08)), task())
     assert above[2] == -1.0 and above[6] == OPEN
@@ -125,11 +139,21 @@ def test_what_lies_under_something_is_drawn_out_before_it_is_lifted():
 def test_obstacles_are_passed_above():
     wall = Obstacle((BOWL + GRASP)[:2] - np.array([0.2, 0.0]), 0.0, np.array([0.02, 0.3]), 1.2)
     at_wall, far_away = hand((-0.25, 0.0, 0.1)), hand((-0.4, 0.0, 0.1))
-    np.testing.assert_array_equal(motion.pick_place(at_wall, task(obstacles=(wall,)))[:3], [0, 0, 1])
-    assert motion.pick_place(far_away, task(obstacles=(wall,)))[0] == motion.pick_place(at_wall, task())[0] == 1.0
+    np.testing.assert_array_equal(
+        motion.pick_place(at_wall, task(obstacles=(wall,)))[:3], [0, 0, 1]
+    )
+    assert (
+        motion.pick_place(far_away, task(obstacles=(wall,)))[0]
+        == motion.pick_place(at_wall, task())[0]
+        == 1.0
+    )
     held = hand(gap=RIM_GAP, command=CLOSE, origin=BOWL + GRASP)
-    near_place = task(place=BOWL + [0.03, 0.0, -0.05], obstacles=(Obstacle(BOWL[:2], 0.0, np.ones(2), 1.2),))
-    assert motion.pick_place(held, near_place)[0] > 0  # close to its place it comes down whatever stands around
+    near_place = task(
+        place=BOWL + [0.03, 0.0, -0.05], obstacles=(Obstacle(BOWL[:2], 0.0, np.ones(2), 1.2),)
+    )
+    assert (
+        motion.pick_place(held, near_place)[0] > 0
+    )  # close to its place it comes down whatever stands around
 
 
 def test_pushing_aims_ahead_and_returns_to_the_object_when_it_has_slipped():
@@ -148,12 +172,19 @@ class ToyDomain:
 
     def __init__(self, slips: int = 0) -> None:
         self.robots = [
-            SimpleNamespace(_ref_gripper_joint_pos_indexes=[0, 1], _ref_gripper_joint_vel_indexes=[0, 1], eef_site_id=0)
+            SimpleNamespace(
+                _ref_gripper_joint_pos_indexes=[0, 1],
+                _ref_gripper_joint_vel_indexes=[0, 1],
+                eef_site_id=0,
+            )
         ]
         self.obj_body_id = {"akita_black_bowl_1": 0, "plate_1": 1}
         self.parsed_problem = {"goal_state": [["on", "akita_black_bowl_1", "plate_1"]]}
         data = SimpleNamespace(qpos=np.array([0.04, -0.04]), qvel=np.zeros(2))
-        data.site_xpos, data.body_xpos = np.array([[-0.2, 0.0, 1.17]]), np.array([BOWL, PLATE - [0, 0, 0.01]])
+        data.site_xpos, data.body_xpos = (
+            np.array([[-0.2, 0.0, 1.17]]),
+            np.array([BOWL, PLATE - [0, 0, 0.01]]),
+        )
         self.sim = SimpleNamespace(data=data)
         self.slips = slips
 
@@ -165,7 +196,10 @@ class ToyDomain:
     def step(self, action: np.ndarray) -> None:
         data = self.sim.data
         hand_position, bowl = data.site_xpos[0], data.body_xpos[0]
-        at_rim = abs(np.linalg.norm((hand_position - bowl)[:2]) - 0.046) < 0.01 and abs(hand_position - bowl)[2] < 0.045
+        at_rim = (
+            abs(np.linalg.norm((hand_position - bowl)[:2]) - 0.046) < 0.01
+            and abs(hand_position - bowl)[2] < 0.045
+        )
         gap = data.qpos[0] - data.qpos[1]
         holds = at_rim and gap <= RIM_GAP + 1e-6 and action[6] == CLOSE
         if holds and self.slips and bowl[2] > 0.95:
@@ -182,7 +216,9 @@ class ToyDomain:
         data.qvel[:] = (data.qpos - [gap / 2, -gap / 2]) / 0.05
 
 
-def play(domain: ToyDomain, imperfection: float = 0.0, seed: int = 0, haste: float = 0.0) -> np.ndarray:
+def play(
+    domain: ToyDomain, imperfection: float = 0.0, seed: int = 0, haste: float = 0.0
+) -> np.ndarray:
     expert = LiberoExpert(domain, imperfection, np.random.default_rng(seed), haste)
     actions = []
     while not domain.solved and len(actions) < 220:
@@ -196,7 +232,9 @@ def test_an_episode_closes_once_opens_once_and_never_turns_or_rests():
     actions = play(domain)
     assert domain.solved and len(actions) < 130
     assert np.count_nonzero(np.diff(actions[:, 6])) == 2
-    assert not actions[:, 3:6].any() and np.abs(actions).max() <= 1.0 and actions.dtype == np.float32
+    assert (
+        not actions[:, 3:6].any() and np.abs(actions).max() <= 1.0 and actions.dtype == np.float32
+    )
     assert not noop_steps(actions).any()
     closed = np.flatnonzero(actions[:, 6] == CLOSE)
     lifted = closed[np.flatnonzero(actions[closed, 2] > 0.5)[0]]
@@ -215,7 +253,9 @@ def test_imperfect_episodes_differ_by_seed_keep_the_gripper_and_still_succeed():
     for seed in range(6):
         domain = ToyDomain()
         episodes.append(play(domain, 0.5, seed))
-        assert domain.solved and not noop_steps(episodes[-1]).any() and not episodes[-1][:, 3:6].any()
+        assert (
+            domain.solved and not noop_steps(episodes[-1]).any() and not episodes[-1][:, 3:6].any()
+        )
     assert len({len(e) for e in episodes} | {len(clean)}) > 2
     np.testing.assert_array_equal(play(ToyDomain(), 0.5, 3), episodes[3])
 
@@ -247,7 +287,9 @@ def test_a_wrong_haste_is_refused():
             LiberoExpert(ToyDomain(), rng=rng, haste=haste)
 
 
-@pytest.mark.parametrize("imperfection, rng", [(1.5, np.random.default_rng()), (-0.1, None), (0.5, None)])
+@pytest.mark.parametrize(
+    "imperfection, rng", [(1.5, np.random.default_rng()), (-0.1, None), (0.5, None)]
+)
 def test_a_wrong_imperfection_is_refused(imperfection, rng):
     with pytest.raises(ValueError, match="imperfection"):
         LiberoExpert(ToyDomain(), imperfection, rng)
@@ -277,7 +319,9 @@ def test_it_solves_tasks_of_both_suites(env):
     tasks = {"libero_spatial": (0, 4, 9), "libero_goal": (2, 3, 5, 7)}[env.suite_name]
     assert set(tasks) <= set(EXPERT_TASKS[env.suite_name])
     for task_id in tasks:
-        episode = run_expert_episode(env, ResetRequest(task_id, 1, 7), 0.0, np.random.default_rng(0))
+        episode = run_expert_episode(
+            env, ResetRequest(task_id, 1, 7), 0.0, np.random.default_rng(0)
+        )
         assert episode.success and len(episode.actions) < 200
         assert not episode.actions[:, 3:6].any() and not noop_steps(episode.actions).any()
         num = len(episode.actions)
@@ -290,6 +334,8 @@ def test_it_solves_tasks_of_both_suites(env):
 def test_an_episode_repeats_and_random_layouts_and_pushes_are_survived(env):
     task_id = {"libero_spatial": 4, "libero_goal": 8}[env.suite_name]
     request = ResetRequest(task_id, None, 11)
-    first, again = (run_expert_episode(env, request, 0.3, np.random.default_rng(5)) for _ in range(2))
+    first, again = (
+        run_expert_episode(env, request, 0.3, np.random.default_rng(5)) for _ in range(2)
+    )
     assert first.success
     np.testing.assert_array_equal(first.actions, again.actions)

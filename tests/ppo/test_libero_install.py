@@ -42,10 +42,16 @@ def package(tmp_path, monkeypatch, no_memory) -> Path:
     for name in ("bddl_files/toy", "init_files/toy", "benchmark"):
         (folder / name).mkdir(parents=True)
     tasks = ["KITCHEN_SCENE10_open_the_drawer", "push_the_plate"]
-    (folder / "benchmark" / "libero_suite_task_map.py").write_text(f"libero_task_map = {{'toy': {tasks}}}\n")
-    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path / "elsewhere"), str(folder.parent)])
+    (folder / "benchmark" / "libero_suite_task_map.py").write_text(
+        f"libero_task_map = {{'toy': {tasks}}}\n"
+    )
+    spec = SimpleNamespace(
+        submodule_search_locations=[str(tmp_path / "elsewhere"), str(folder.parent)]
+    )
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if name == "libero" else find_spec(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: spec if name == "libero" else find_spec(name)
+    )
     monkeypatch.setattr(libero_install, "ROOT", tmp_path / "checkout")
     monkeypatch.delenv("LIBERO_ASSETS", raising=False)
     return folder
@@ -82,7 +88,9 @@ def test_without_the_package_the_command_that_installs_it_is_named(monkeypatch, 
         assert libero_install.find_problems() == [f"LIBERO is not installed: run `{SETUP}`"]
 
 
-def test_assets_are_the_ones_named_else_the_packages_else_the_checkouts(package, monkeypatch, tmp_path):
+def test_assets_are_the_ones_named_else_the_packages_else_the_checkouts(
+    package, monkeypatch, tmp_path
+):
     assert libero_install.find_assets() is None
     unpacked = make_assets(tmp_path / "checkout/.cache/libero_assets/assets")
     assert libero_install.find_assets() == unpacked
@@ -179,7 +187,9 @@ def test_a_file_of_states_can_make_nothing_but_arrays(package, tmp_path):
         (SimpleNamespace(), "types.SimpleNamespace"),
     ):
         save_states(package, content)
-        with pytest.raises(pickle.UnpicklingError, match=f"{name} has no place in a file of initial states"):
+        with pytest.raises(
+            pickle.UnpicklingError, match=f"{name} has no place in a file of initial states"
+        ):
             libero_install.load_init_states("toy", 1)
     assert not trace.exists()
     for too_little in (np.zeros((49, 7)), np.zeros(50), [1.0]):
@@ -213,18 +223,28 @@ def test_tasks_instructions_and_states_are_those_of_liberos_benchmark():
     ended = run_python(BENCHMARK)
     assert ended.returncode == 0, ended.stderr
     facts = json.loads(ended.stdout.partition("FACTS")[2])
-    limits = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
+    limits = {
+        "libero_spatial": 220,
+        "libero_object": 280,
+        "libero_goal": 300,
+        "libero_10": 520,
+        "libero_90": 400,
+    }
     assert facts.keys() == limits.keys()
     for name, fact in facts.items():
         suite = get_suite(name)
         assert (suite.name, suite.max_steps, suite.num_init_states) == (name, limits[name], 50)
         assert suite.num_tasks == (90 if name == "libero_90" else 10)
-        assert libero_install.task_names(name) == tuple(fact["names"]) and suite.instructions == tuple(fact["texts"])
+        assert libero_install.task_names(name) == tuple(
+            fact["names"]
+        ) and suite.instructions == tuple(fact["texts"])
         for task_id in range(suite.num_tasks):
             file = libero_install.bddl_file(name, task_id)
             assert file.is_file() and file.samefile(fact["files"][task_id])
             states = libero_install.load_init_states(name, task_id)
-            assert [list(states.shape), hashlib.sha256(states.tobytes()).hexdigest()] == fact["states"][task_id]
+            assert [list(states.shape), hashlib.sha256(states.tobytes()).hexdigest()] == fact[
+                "states"
+            ][task_id]
 
 
 # --- The import of LIBERO ---
@@ -239,22 +259,34 @@ def test_liberos_import_asks_nothing_and_writes_its_settings_where_it_is_told(tm
         "assert 'torch' not in sys.modules\n"
         "print([L.get_assets_path(), L.get_libero_path('bddl_files'), L.libero_config_path])"
     )
-    variables = {"LIBERO_ASSETS": str(assets), "HOME": str(tmp_path / "home"), "LIBERO_CONFIG_PATH": str(config)}
+    variables = {
+        "LIBERO_ASSETS": str(assets),
+        "HOME": str(tmp_path / "home"),
+        "LIBERO_CONFIG_PATH": str(config),
+    }
     package = libero_install.find_package()
     ended = run_python(program, **variables)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.splitlines()[-1] == str([str(assets), str(package / "bddl_files"), str(config)])
+    assert ended.stdout.splitlines()[-1] == str(
+        [str(assets), str(package / "bddl_files"), str(config)]
+    )
     written = (config / "config.yaml").read_text()
-    assert f"assets: '{assets}'" in written and f"init_states: '{package / 'init_files'}'" in written
+    assert (
+        f"assets: '{assets}'" in written and f"init_states: '{package / 'init_files'}'" in written
+    )
     assert [p.name for p in config.iterdir()] == ["config.yaml"]
     (config / "config.yaml").write_text(written + "# mine\n")
 
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     for where in (str(config), ""):  # as given, and none given
-        ended = run_python(program, **variables | {"LIBERO_CONFIG_PATH": where, "TMPDIR": str(temporary)})
+        ended = run_python(
+            program, **variables | {"LIBERO_CONFIG_PATH": where, "TMPDIR": str(temporary)}
+        )
         assert ended.returncode == 0, ended.stderr
-    assert (config / "config.yaml").read_text().endswith("# mine\n"), "what is there is not written again"
+    assert (config / "config.yaml").read_text().endswith("# mine\n"), (
+        "what is there is not written again"
+    )
     (own,) = temporary.glob("ppo_vla_libero_*/config.yaml")
     assert own.read_text() == written
     assert not (tmp_path / "home" / ".libero").exists()
@@ -282,9 +314,12 @@ def test_a_named_gpu_draws_with_egl_else_the_variable_decides_else_osmesa(monkey
 
 @pytest.mark.parametrize("error", [ImportError, AttributeError, OSError])
 @pytest.mark.parametrize(
-    ("backend", "gpu", "packages"), [("osmesa", None, "libosmesa6"), ("egl", 2, "libegl1 libglvnd0 libgl1 libglx0")]
+    ("backend", "gpu", "packages"),
+    [("osmesa", None, "libosmesa6"), ("egl", 2, "libegl1 libglvnd0 libgl1 libglx0")],
 )
-def test_a_library_that_does_not_load_is_named_with_its_debian_package(monkeypatch, error, backend, gpu, packages):
+def test_a_library_that_does_not_load_is_named_with_its_debian_package(
+    monkeypatch, error, backend, gpu, packages
+):
     monkeypatch.setenv("PYOPENGL_PLATFORM", "before")
     monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "before")
     visible, asked = ctypes.RTLD_GLOBAL, []
@@ -297,12 +332,17 @@ def test_a_library_that_does_not_load_is_named_with_its_debian_package(monkeypat
         patch.setattr(importlib, "import_module", refuse)
         with pytest.raises(LiberoMissingError) as caught:
             libero_install.load_gl(backend, gpu)
-    assert f"MUJOCO_GL={backend}: its library does not load (no such library): " in str(caught.value)
+    assert f"MUJOCO_GL={backend}: its library does not load (no such library): " in str(
+        caught.value
+    )
     assert f"apt-get install -y {packages} (as root), or {SETUP}" in str(caught.value)
     # OSMesa's symbols stay its own; all is as before afterwards.
     assert asked == [(f"mujoco.{backend}", backend == "egl")] and visible == ctypes.RTLD_GLOBAL
     device = "before" if gpu is None else str(gpu)
-    assert (os.environ["PYOPENGL_PLATFORM"], os.environ["MUJOCO_EGL_DEVICE_ID"]) == (backend, device)
+    assert (os.environ["PYOPENGL_PLATFORM"], os.environ["MUJOCO_EGL_DEVICE_ID"]) == (
+        backend,
+        device,
+    )
 
 
 @pytest.mark.libero
@@ -324,7 +364,10 @@ print(libero_install.find_problems())
 """
     ended = run_python(program)
     assert ended.returncode == 0, ended.stderr
-    assert "MUJOCO_GL=osmesa: its library does not load" in ended.stdout and "install -y libosmesa6" in ended.stdout
+    assert (
+        "MUJOCO_GL=osmesa: its library does not load" in ended.stdout
+        and "install -y libosmesa6" in ended.stdout
+    )
 
 
 # --- The suites' options ---

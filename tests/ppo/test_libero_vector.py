@@ -62,7 +62,9 @@ def lone() -> Iterator:
     env.close()
 
 
-def test_simulators_that_die_or_hang_are_replaced_and_episodes_are_those_of_a_lone_one(lone, monkeypatch, log):
+def test_simulators_that_die_or_hang_are_replaced_and_episodes_are_those_of_a_lone_one(
+    lone, monkeypatch, log
+):
     requests = [FIXED, DRAWER]
     upcoming = [ResetRequest(CABINET_TASK, 5, 0), ResetRequest(DRAWER_TASK, None, 1)]
 
@@ -79,7 +81,9 @@ def test_simulators_that_die_or_hang_are_replaced_and_episodes_are_those_of_a_lo
             assert not result.dropped.any()
             image = result.final_images if number == 2 else result.images
             np.testing.assert_array_equal(image[env_id], expected.images[number + 1])
-        assert result.truncated[env_id] and not result.terminated[env_id] and result.reset_used[env_id]
+        assert (
+            result.truncated[env_id] and not result.terminated[env_id] and result.reset_used[env_id]
+        )
         np.testing.assert_array_equal(result.images[env_id], lone.reset(upcoming[env_id]))
 
     with VectorEnv(

@@ -70,7 +70,9 @@ def test_token_ratios_by_hand_and_unlike_action_ratios():
     assert action.loss.item() == pytest.approx(-1.0)
     assert token.loss.item() == pytest.approx(-(1.3 + 0.5) / 2)
     assert (action.clip_fraction.item(), token.clip_fraction.item()) == (0.0, 1.0)
-    assert token.approx_kl_k3.item() == pytest.approx(action.approx_kl_k3.item(), abs=1e-6)  # of actions at both levels
+    assert token.approx_kl_k3.item() == pytest.approx(
+        action.approx_kl_k3.item(), abs=1e-6
+    )  # of actions at both levels
     half = policy_loss(log(2.0, 1.0)[None], old, advantage, level="token", **CLIP)
     assert half.clip_fraction.item() == 0.5
 
@@ -92,12 +94,16 @@ def test_the_gradient_raises_good_actions_and_lowers_bad_ones():
     index = torch.full((2, 7), 3)
     new = action_logprobs(logits, index, 0.5)
     policy_loss(new, new.detach(), torch.tensor([1.0, -1.0]), **CLIP).loss.backward()
-    assert (logits.grad[0, :, 3] < 0).all() and (logits.grad[1, :, 3] > 0).all()  # a step goes against the gradient
+    assert (logits.grad[0, :, 3] < 0).all() and (
+        logits.grad[1, :, 3] > 0
+    ).all()  # a step goes against the gradient
 
 
 def test_no_gradient_beyond_the_clip_range_but_back_into_it():
     new = log(1.5, 1.5, 0.5, 0.5)[:, None].requires_grad_()
-    policy_loss(new, torch.zeros(4, 1), torch.tensor([1.0, -1.0, 1.0, -1.0]), **CLIP).loss.backward()
+    policy_loss(
+        new, torch.zeros(4, 1), torch.tensor([1.0, -1.0, 1.0, -1.0]), **CLIP
+    ).loss.backward()
     assert new.grad[0] == 0 and new.grad[3] == 0  # already far enough
     assert new.grad[1] > 0 and new.grad[2] < 0  # gone the wrong way
 
@@ -109,7 +115,9 @@ def test_policy_gradient_equals_finite_differences(level):
     iw = torch.linspace(0.5, 2.0, 12)
 
     def loss(x):
-        return policy_loss(x, old, advantage, level=level, importance_weight_B=iw, weight_B=weight, **CLIP).loss
+        return policy_loss(
+            x, old, advantage, level=level, importance_weight_B=iw, weight_B=weight, **CLIP
+        ).loss
 
     loss(new).backward()
     # float32 throughout by contract, so a coarse step and tolerance; no ratio lies within a step of a kink
@@ -123,7 +131,10 @@ def test_policy_gradient_equals_finite_differences(level):
 
 
 def test_importance_weights_scale_each_action_and_are_truncated():
-    old, behaviour = log(0.5, 0.4)[None].repeat(3, 1), torch.stack([log(0.5, 0.4), log(0.1, 0.1), log(1.0, 0.8)])
+    old, behaviour = (
+        log(0.5, 0.4)[None].repeat(3, 1),
+        torch.stack([log(0.5, 0.4), log(0.1, 0.1), log(1.0, 0.8)]),
+    )
     weight = truncated_importance_weight(old, behaviour, cap=2.0)
     torch.testing.assert_close(weight, torch.tensor([1.0, 2.0, 0.25]))  # 1, 20 cut to 2, 0.2 / 0.8
     advantage = torch.tensor([1.0, 10.0, 100.0])
@@ -178,7 +189,12 @@ def test_micro_batches_add_up_to_the_minibatch(sizes):
     sums: dict[str, float] = {}
     for rows in torch.arange(12).split(sizes):
         part = policy_loss(
-            new[rows], old[rows], advantage[rows], weight_B=weight[rows], normalizer=weight.sum(), **CLIP
+            new[rows],
+            old[rows],
+            advantage[rows],
+            weight_B=weight[rows],
+            normalizer=weight.sum(),
+            **CLIP,
         )
         part_value = value_loss(
             value[rows],
@@ -204,7 +220,9 @@ def test_void_samples_count_for_nothing_and_a_wholly_void_batch_is_0():
     advantage[1] = math.nan
     result = policy_loss(new, old, advantage, weight_B=torch.tensor([1.0, 0, 1, 1]), **CLIP)
     rest = [0, 2, 3]
-    torch.testing.assert_close(result.loss, policy_loss(new[rest], old[rest], advantage[rest], **CLIP).loss)
+    torch.testing.assert_close(
+        result.loss, policy_loss(new[rest], old[rest], advantage[rest], **CLIP).loss
+    )
     void = policy_loss(new, old, advantage, weight_B=torch.zeros(4), **CLIP)
     void.loss.backward()
     assert void.loss.item() == 0.0 and void.ratio_max_abs_dev.item() == 0.0
@@ -218,10 +236,14 @@ def test_kl_k3_is_never_negative_and_estimates_the_kl():
     assert (estimate >= 0).all()
     assert kl_k3(policy, policy).abs().max() == 0
     exact = (policy.exp() * (policy - reference)).sum()
-    torch.testing.assert_close((policy.exp() * estimate).sum(), exact)  # the expectation over the policy's samples
+    torch.testing.assert_close(
+        (policy.exp() * estimate).sum(), exact
+    )  # the expectation over the policy's samples
     sample = policy[:1].clone().requires_grad_()
     kl_k3(sample, sample.detach() - 1.0).sum().backward()
-    assert sample.grad.item() > 0  # likelier than under the reference: its probability is to go down
+    assert (
+        sample.grad.item() > 0
+    )  # likelier than under the reference: its probability is to go down
 
 
 def test_normalised_advantages_over_ranks():
@@ -235,7 +257,9 @@ def test_normalised_advantages_over_ranks():
 
 def test_explained_variance():
     returns = torch.tensor([0.0, 1.0, 2.0, 3.0])
-    assert explained_variance(returns + 5.0, returns) == pytest.approx(1.0)  # an offset explains all the variance
+    assert explained_variance(returns + 5.0, returns) == pytest.approx(
+        1.0
+    )  # an offset explains all the variance
     assert explained_variance(torch.full((4,), 1.5), returns) == pytest.approx(0.0)
     assert explained_variance(-returns, returns) == pytest.approx(-3.0)
     assert math.isnan(explained_variance(returns, torch.ones(4)))

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from ppo.memory import GIB, cached_bytes, candidate_sizes, check_memory, choose_size, optimizer_bytes
+from ppo.memory import (
+    GIB,
+    cached_bytes,
+    candidate_sizes,
+    check_memory,
+    choose_size,
+    optimizer_bytes,
+)
 from tests.distributed import in_ranks
 from tests.learners import B, T, assert_same_update, flags, make_learner, make_rollout, weights
 
@@ -42,23 +49,33 @@ def test_a_size_that_does_not_fit_is_refused_with_what_it_needs_and_what_would_f
     with pytest.raises(ValueError) as error:
         choose_size([32], gpu, gpu.available, may_skip=False, options=OPTIONS)
     assert str(error.value) == (
-        "--per_device_train_batch_size 32 needs about 84.0 GiB, 79.1 GiB are free: use 16, " + OPTIONS
+        "--per_device_train_batch_size 32 needs about 84.0 GiB, 79.1 GiB are free: use 16, "
+        + OPTIONS
     )
 
 
 def test_the_largest_size_that_fits_with_headroom_is_chosen_and_larger_ones_are_never_run():
     gpu = FakeGpu(86.0)  # 32 would fit (84), but with 2 % to spare only
-    assert choose_size([64, 32, 16, 8], gpu, gpu.available, may_skip=True, options=OPTIONS).micro_batch_size == 16
+    assert (
+        choose_size(
+            [64, 32, 16, 8], gpu, gpu.available, may_skip=True, options=OPTIONS
+        ).micro_batch_size
+        == 16
+    )
     assert gpu.runs == [1, 2, 16]
 
 
 def test_memory_that_nothing_fits_into_is_refused():
     gpu = FakeGpu(20.5)
-    with pytest.raises(ValueError, match="not even one sample fits into 20.5 GiB of GPU memory: use --enable"):
+    with pytest.raises(
+        ValueError, match="not even one sample fits into 20.5 GiB of GPU memory: use --enable"
+    ):
         choose_size([8, 4], gpu, gpu.available, may_skip=True, options=OPTIONS)
     # the estimate fits, and what is kept beside the passes does not
     gpu = FakeGpu(100.0)
-    with pytest.raises(ValueError, match="8 needs about 36.0 GiB, 30.0 GiB are free: use 4, --enable"):
+    with pytest.raises(
+        ValueError, match="8 needs about 36.0 GiB, 30.0 GiB are free: use 4, --enable"
+    ):
         choose_size([8], gpu, 30.0 * GIB, may_skip=False, options=OPTIONS)
 
 
@@ -94,7 +111,9 @@ def byte_counts(rank: int, model_dir: str) -> None:
     learner = make_learner(model_dir, flags(freeze_vision_backbone=True), lora=True)
     trained = sum(p.numel() for t in (learner.policy, learner.critic) for p in t.parameters)
     assert optimizer_bytes(learner) == 8 * trained
-    assert cached_bytes(learner, 10) == 10 * (4 * 64 + 4 * 64 * 4)  # D = 64; 4 patches of 2 x 32 channels, float32
+    assert cached_bytes(learner, 10) == 10 * (
+        4 * 64 + 4 * 64 * 4
+    )  # D = 64; 4 patches of 2 x 32 channels, float32
     assert check_memory(learner, [[1, 2]], 10) is None, "a CPU has no GPU memory"
 
 

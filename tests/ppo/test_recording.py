@@ -35,7 +35,11 @@ def test_a_file_path_recreates_the_start(request_) -> None:
 
 
 def test_other_file_paths_are_refused() -> None:
-    for path in ("", "/data/libero_spatial/pick_up_the_bowl_demo.hdf5", "tabletop/seed0/episode000001/task1"):
+    for path in (
+        "",
+        "/data/libero_spatial/pick_up_the_bowl_demo.hdf5",
+        "tabletop/seed0/episode000001/task1",
+    ):
         with pytest.raises(ValueError, match="does not say how the episode started"):
             parse_episode_path(path)
 
@@ -48,19 +52,31 @@ def test_where_episodes_start() -> None:
     assert start(0, 0).init_state_id is None and start(0, 0).seed != start(1, 0).seed
     fixed = [start(i, 0, init_states="fixed").init_state_id for i in (0, 1, 2, 3, 99, 100)]
     assert fixed == [0, 0, 1, 1, 49, 0]
-    assert start(99, 2, init_states="fixed").init_state_id == 1, "another attempt takes the next state"
+    assert start(99, 2, init_states="fixed").init_state_id == 1, (
+        "another attempt takes the next state"
+    )
 
 
 def test_only_the_gpu_is_left_out_of_the_identity() -> None:
     assert settings(env_gpu_id=1).identity() == settings().identity()
-    for change in ({"seed": 6}, {"imperfection": 0.5}, {"task_ids": (3,)}, {"render_quality": "fast"}, {"haste": 0.5}):
+    for change in (
+        {"seed": 6},
+        {"imperfection": 0.5},
+        {"task_ids": (3,)},
+        {"render_quality": "fast"},
+        {"haste": 0.5},
+    ):
         assert settings(**change).identity() != settings().identity()
 
 
-def test_attempts_of_an_expert_in_a_hurry_are_drawn_once_they_are_known_to_succeed(monkeypatch) -> None:
+def test_attempts_of_an_expert_in_a_hurry_are_drawn_once_they_are_known_to_succeed(
+    monkeypatch,
+) -> None:
     played = []
 
-    def run_expert_episode(env, request, imperfection, rng, record_size=None, haste=0.0, wrist_camera=True):
+    def run_expert_episode(
+        env, request, imperfection, rng, record_size=None, haste=0.0, wrist_camera=True
+    ):
         luck = rng.random()
         played.append((request, record_size, haste, luck))
         actions = np.full((2, 7), luck, dtype=np.float32)
@@ -71,14 +87,22 @@ def test_attempts_of_an_expert_in_a_hurry_are_drawn_once_they_are_known_to_succe
         )  # fmt: skip
 
     monkeypatch.setattr(recording, "make_recording_env", lambda settings: None)
-    monkeypatch.setattr(recording, "expert_module", lambda name: SimpleNamespace(run_expert_episode=run_expert_episode))
-    recorder = Recorder(settings(task_suite_name="libero_spatial", task_ids=(4,), haste=0.9, wrist_camera=False))
+    monkeypatch.setattr(
+        recording,
+        "expert_module",
+        lambda name: SimpleNamespace(run_expert_episode=run_expert_episode),
+    )
+    recorder = Recorder(
+        settings(task_suite_name="libero_spatial", task_ids=(4,), haste=0.9, wrist_camera=False)
+    )
     episodes = [recorder.record(index) for index in range(6)]
     assert sum(e.counts["attempts"] for e in episodes) > 6, "some attempts fail"
     drawn = [play for play in played if play[1] is not None]
     assert len(drawn) == 6 and all(luck > 0.7 and haste == 0.9 for _, _, haste, luck in drawn)
     rehearsed = [play for play in played if play[1] is None]
-    assert [(r, luck) for r, _, _, luck in rehearsed if luck > 0.7] == [(r, luck) for r, _, _, luck in drawn]
+    assert [(r, luck) for r, _, _, luck in rehearsed if luck > 0.7] == [
+        (r, luck) for r, _, _, luck in drawn
+    ]
     assert len(rehearsed) == sum(e.counts["attempts"] for e in episodes)
 
 

@@ -42,9 +42,19 @@ def test_busy_fractions_are_shares_of_the_step():
 
 
 def test_the_line_has_the_eta_and_a_dash_for_what_is_undefined():
-    metrics = {"rollout/num_episodes": 0.0, "time/sync_s": 0.1, "time/collect_s": 2.0, "time/update_s": 1.0}
+    metrics = {
+        "rollout/num_episodes": 0.0,
+        "time/sync_s": 0.1,
+        "time/collect_s": 2.0,
+        "time/update_s": 1.0,
+    }
     line = progress_line(2, 10, metrics | {"time/env_steps_per_s": 99.7}, step_s=10.0)
-    assert "step 2/10" in line and "success - (0 ep)" in line and "ETA 1:20" in line and "100 env steps/s" in line
+    assert (
+        "step 2/10" in line
+        and "success - (0 ep)" in line
+        and "ETA 1:20" in line
+        and "100 env steps/s" in line
+    )
 
 
 def test_best_return_is_saved_on_a_strict_improvement_and_not_too_often():

@@ -20,8 +20,19 @@ ARGS = driver.Args(exp_id="run")
 RUNNING = {"request": [1, None, 5], "next_request": [0, None, 6], "actions": "AACAPwAAgD8AAIA/AACAPwAAgD8AAIA/AACAPw==",
            "image": "0" * 16}  # fmt: skip
 WORLD = {"num_episodes": [2], "running": [RUNNING], "num_replaced": 0, "num_not_repeated": 0}
-EPISODE = {"task_id": 0, "init_state_id": None, "seed": 1, "success": True, "length": 3, "episode_return": 1.0}
-ROLLOUT = {"episodes": [EPISODE], "worker_stats": [{"policy_version": 2.0}], "metrics": {"sync/mib": 1.5}}
+EPISODE = {
+    "task_id": 0,
+    "init_state_id": None,
+    "seed": 1,
+    "success": True,
+    "length": 3,
+    "episode_return": 1.0,
+}
+ROLLOUT = {
+    "episodes": [EPISODE],
+    "worker_stats": [{"policy_version": 2.0}],
+    "metrics": {"sync/mib": 1.5},
+}
 
 
 def make_state(step: int = 2, num_minibatches: int | None = None, **changes) -> resume.RunState:
@@ -37,7 +48,9 @@ def write_checkpoint(exp_dir: Path, state: resume.RunState) -> Path:
     folder = exp_dir / state.name / resume.STATE_DIR
     folder.mkdir(parents=True)
     state.write(folder)
-    (folder / "rank_0.json").write_text(json.dumps({"optimizer_steps": {"policy": 1, "critic": 1}, "update": None}))
+    (folder / "rank_0.json").write_text(
+        json.dumps({"optimizer_steps": {"policy": 1, "critic": 1}, "update": None})
+    )
     dcp.save({"policy.weight.x": torch.arange(100)}, checkpoint_id=folder, no_dist=True)
     return folder.parent
 
@@ -48,7 +61,11 @@ def test_a_state_is_read_as_it_was_written(tmp_path):
         read = resume.RunState.read(checkpoint)
         assert json.dumps(dataclasses.asdict(read)) == json.dumps(dataclasses.asdict(state))
         assert resume.checkpoint_problems(checkpoint) == []
-    assert [p.name for p in resume.checkpoints(tmp_path)] == ["step_2", "step_3_minibatch_0", "step_3_minibatch_12"]
+    assert [p.name for p in resume.checkpoints(tmp_path)] == [
+        "step_2",
+        "step_3_minibatch_0",
+        "step_3_minibatch_12",
+    ]
     assert resume.Collected.from_json(ROLLOUT).to_json()["metrics"] == ROLLOUT["metrics"]
 
 
@@ -110,7 +127,14 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path, damage):
 
 def test_flags_that_may_not_change_are_refused_all_at_once():
     saved = make_state()
-    changes = {"lora_rank": 8, "seed": 3, "task_ids": (1, 2), "learning_rate": 1.0, "exp_id": "other", "num_epochs": 9}
+    changes = {
+        "lora_rank": 8,
+        "seed": 3,
+        "task_ids": (1, 2),
+        "learning_rate": 1.0,
+        "exp_id": "other",
+        "num_epochs": 9,
+    }
     flags = dataclasses.asdict(dataclasses.replace(ARGS, **changes))
     problems = resume.flag_problems(saved, flags)
     assert len(problems) == 3
@@ -126,7 +150,9 @@ def test_flags_that_may_not_change_are_refused_all_at_once():
 
 
 def test_every_flag_named_here_exists():
-    named = {name for names in (resume.FIXED_FLAGS | resume.UPDATE_FLAGS).values() for name in names}
+    named = {
+        name for names in (resume.FIXED_FLAGS | resume.UPDATE_FLAGS).values() for name in names
+    }
     named |= {*resume.PATH_FLAGS, *resume.SILENT_FLAGS}
     assert named <= {field.name for field in dataclasses.fields(driver.Args)}
 
@@ -163,11 +189,19 @@ def test_what_came_after_the_checkpoint_is_put_aside(tmp_path):
     assert sorted(p.name for p in (tmp_path / "cut/1").iterdir()) == ["metrics.jsonl", "step_10"]
     resume.cut_after(tmp_path, 2, tmp_path / "step_2")
     assert file.read_text() == "".join(lines[:2])
-    assert sorted(p.name for p in (tmp_path / "cut/2").iterdir()) == ["metrics.jsonl", "step_2_minibatch_7", "step_3"]
+    assert sorted(p.name for p in (tmp_path / "cut/2").iterdir()) == [
+        "metrics.jsonl",
+        "step_2_minibatch_7",
+        "step_3",
+    ]
     resume.cut_after(tmp_path, 2, tmp_path / "step_2")
     assert not (tmp_path / "cut/3").exists(), "there was nothing to cut"
     resume.cut_after(tmp_path, 0, None)  # a run that had saved nothing begins again
-    assert file.read_text() == "" and not (tmp_path / "step_2").exists() and (tmp_path / "best_return").exists()
+    assert (
+        file.read_text() == ""
+        and not (tmp_path / "step_2").exists()
+        and (tmp_path / "best_return").exists()
+    )
 
 
 def test_old_checkpoints_go_when_newer_ones_are_whole(tmp_path):

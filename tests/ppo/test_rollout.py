@@ -78,7 +78,9 @@ def test_concat_puts_workers_side_by_side_and_moves_the_final_observations():
 
 
 def test_uneven_shards_are_refused():
-    with pytest.raises(ValueError, match="4 environments does not divide among 3 ranks: use a multiple of 3"):
+    with pytest.raises(
+        ValueError, match="4 environments does not divide among 3 ranks: use a multiple of 3"
+    ):
         make_rollout().shard(0, 3)
     with pytest.raises(ValueError, match="rank 2 is not among 2"):
         make_rollout().shard(2, 2)
@@ -87,7 +89,9 @@ def test_uneven_shards_are_refused():
 def test_next_values_are_of_the_real_next_observations():
     rollout = make_rollout()
     value_TB = rollout.reward_TB  # the value of image `code` is `code`
-    next_TB = rollout.next_values(value_TB, torch.tensor([30.0, 31, 32, 33]), torch.tensor([101.0, 123.0]))
+    next_TB = rollout.next_values(
+        value_TB, torch.tensor([30.0, 31, 32, 33]), torch.tensor([101.0, 123.0])
+    )
     assert next_TB.tolist() == [[10, 101, 12, 13], [20, 21, 22, 23], [30, 31, 32, 123]]
     assert value_TB[1, 1] == 11  # the input is left alone
 
@@ -133,5 +137,8 @@ def test_minibatches_are_a_fresh_partition_every_epoch_step_and_rank():
 
 
 def test_minibatches_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="minibatch size 48 does not divide the 320 samples of a rank: use 40 or 64"):
+    with pytest.raises(
+        ValueError,
+        match="minibatch size 48 does not divide the 320 samples of a rank: use 40 or 64",
+    ):
         next(minibatches(320, 48, seed=(0,)))

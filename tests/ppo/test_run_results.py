@@ -64,7 +64,9 @@ def test_parts_that_do_not_belong_together_are_refused():
 
 def test_difference_interval_equals_a_published_one():
     # Newcombe 1998, Statistics in Medicine 17:873-890, table II, example (a): 56/70 - 48/80, method 10.
-    before, after = ({"rate": k / n, "wilson_95": wilson_interval(k, n)} for k, n in ((48, 80), (56, 70)))
+    before, after = (
+        {"rate": k / n, "wilson_95": wilson_interval(k, n)} for k, n in ((48, 80), (56, 70))
+    )
     low, high = difference_interval(before, after)
     assert (round(low, 4), round(high, 4)) == (0.0524, 0.3339)
     assert difference_interval(after, before) == pytest.approx((-high, -low))
@@ -73,11 +75,19 @@ def test_difference_interval_equals_a_published_one():
 def test_a_gain_counts_the_states_that_turned_either_way():
     before, after = part({0: [True, False, False, False]}), part({0: [False, True, True, False]})
     gain = compare(before, after)
-    assert gain["gain_points"] == 25.0 and gain["gain_points_95"][0] < 25 < gain["gain_points_95"][1]
-    assert (gain["states_turned_to_success"], gain["states_turned_to_failure"], gain["mcnemar_p"]) == (2, 1, 1.0)
+    assert (
+        gain["gain_points"] == 25.0 and gain["gain_points_95"][0] < 25 < gain["gain_points_95"][1]
+    )
+    assert (
+        gain["states_turned_to_success"],
+        gain["states_turned_to_failure"],
+        gain["mcnemar_p"],
+    ) == (2, 1, 1.0)
     summary = summarize_policy(after, before)
     assert summary["successes"] == 2 and summary["gain_points"] == 25.0
-    assert summary["per_task"][0]["instruction"] == "do 0" and "gain_points" not in summarize_policy(before)
+    assert summary["per_task"][0][
+        "instruction"
+    ] == "do 0" and "gain_points" not in summarize_policy(before)
 
 
 def test_mcnemar_equals_hand_worked_cases():
@@ -89,7 +99,9 @@ def test_mcnemar_equals_hand_worked_cases():
 def step(number: int, seconds: float, rate: float | None = None, **more) -> dict:
     line = {"step": number, "time/step_s": seconds, "time/env_steps_total": 100.0 * number}
     line |= (
-        {"rollout/num_episodes": 0.0} if rate is None else {"rollout/num_episodes": 4.0, "rollout/success_rate": rate}
+        {"rollout/num_episodes": 0.0}
+        if rate is None
+        else {"rollout/num_episodes": 4.0, "rollout/success_rate": rate}
     )
     return line | more
 
@@ -111,7 +123,11 @@ def test_start_ups_of_all_pieces_are_told_from_training():
     assert piece_spans(PIECES, METRICS) == [(20.0, 45.0), (30.0, 40.0)]
     summary = summarize_ppo(METRICS, PIECES)
     assert (summary["wall_s"], summary["training_s"], summary["startup_s"]) == (92.0, 35.0, 57.0)
-    assert summary["num_pieces"] == 3 and summary["training_steps"] == 3 and summary["env_steps"] == 300
+    assert (
+        summary["num_pieces"] == 3
+        and summary["training_steps"] == 3
+        and summary["env_steps"] == 300
+    )
     assert summary["env_steps_per_s"] == round(300 / 35, 1)
     assert summary["sampled_success_last_10_steps"] == 0.5
     split = summary["time_split_s"]
@@ -121,7 +137,12 @@ def test_start_ups_of_all_pieces_are_told_from_training():
 
 
 def test_what_is_collected_beside_the_updates_is_not_counted_twice():
-    line = {"time/collect_s": 1.0, "time/generate_s": 5.0, "time/wait_env_s": 2.0, "time/update_s": 8.0}
+    line = {
+        "time/collect_s": 1.0,
+        "time/generate_s": 5.0,
+        "time/wait_env_s": 2.0,
+        "time/update_s": 8.0,
+    }
     phases = ppo_phases([line, line], 20.0, "rest")
     assert sum(phases.values()) == 20.0 and "engine generating" not in phases
     assert phases["waiting for rollouts, beside the updates"] == 2.0 and phases["updates"] == 16.0
@@ -142,7 +163,9 @@ def test_curve_has_steps_and_seconds_of_those_in_which_episodes_ended():
 
 def test_episodes_that_end_first_are_no_point_of_their_own():
     settled = curve_points(METRICS, settled_at=300)
-    assert [(p.env_steps, p.success_rate, p.num_episodes, p.seconds) for p in settled] == [(300, 0.5, 8, 24.5)]
+    assert [(p.env_steps, p.success_rate, p.num_episodes, p.seconds) for p in settled] == [
+        (300, 0.5, 8, 24.5)
+    ]
     assert curve_points(METRICS, settled_at=100) == curve_points(METRICS)
     assert curve_points(METRICS, settled_at=301) == ()
 

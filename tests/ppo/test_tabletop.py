@@ -74,7 +74,9 @@ def test_rushing_costs_success_step_by_step():
         rates.append(
             success_rate(
                 lambda task, index, rng=rng, imperfection=imperfection: (
-                    run_expert_episode(env, ResetRequest(task, None, index), imperfection, rng).success
+                    run_expert_episode(
+                        env, ResetRequest(task, None, index), imperfection, rng
+                    ).success
                 ),
                 300,
             )
@@ -92,7 +94,9 @@ def test_a_wrong_instruction_fails():
         names = {item.name for item in (*env.world.objects, *env.world.receptacles)}
         possible = [t for t in TASKS if t != env.task and {t.target, t.receptacle} <= names]
         if possible:
-            results.append(run_expert_episode(env, request, 0.0, rng, possible[index % len(possible)]).success)
+            results.append(
+                run_expert_episode(env, request, 0.0, rng, possible[index % len(possible)]).success
+            )
     assert len(results) > 150 and np.mean(results) < 0.15
 
 
@@ -101,7 +105,9 @@ def test_a_policy_that_does_not_look_fails():
     env = TabletopEnv(SIZE)
 
     def blind(task, index):
-        seen = run_expert_episode(env, ResetRequest(task, None, 10_000 + index), 0.0, np.random.default_rng(0))
+        seen = run_expert_episode(
+            env, ResetRequest(task, None, 10_000 + index), 0.0, np.random.default_rng(0)
+        )
         env.reset(ResetRequest(task, None, index))
         for step in seen.actions:
             result = env.step(step)
@@ -130,7 +136,9 @@ def test_fixed_states_never_change():
         for state in range(NUM_INIT_STATES):
             env.reset(ResetRequest(task, state, seed=state + 3))
             items = [*env.world.objects, *env.world.receptacles]
-            digest.update(repr([(i.name, np.round(i.position, 6).tolist()) for i in items]).encode())
+            digest.update(
+                repr([(i.name, np.round(i.position, 6).tolist()) for i in items]).encode()
+            )
             digest.update(repr(np.round(env.world.gripper, 6).tolist()).encode())
     assert digest.hexdigest()[:16] == "30dabd5b44fda6be"
 
@@ -149,7 +157,10 @@ def test_an_episode_is_reproducible_and_its_seed_decides_the_noise():
     assert (first == first_again).all() and (images == images_again).all()
     assert (first == other_first).all() and (images != other_images).any()
     assert (roll(ResetRequest(3, None, seed=1))[0] != first).any()
-    assert (TabletopEnv(32, seed=5).reset(ResetRequest(3, None, 1)) != env.reset(ResetRequest(3, None, 1))).any()
+    assert (
+        TabletopEnv(32, seed=5).reset(ResetRequest(3, None, 1))
+        != env.reset(ResetRequest(3, None, 1))
+    ).any()
 
 
 @pytest.mark.parametrize(
@@ -190,18 +201,28 @@ def test_success_only_after_release_on_the_right_receptacle():
         world.move(step, Still())
     assert np.allclose(world.objects[0].position, (0.7, 0.5)) and not world.solved(PICK)
     world.move(action(grip=OPEN), Still())
-    assert world.solved(PICK) and not world.solved(TASKS[1].__class__("pick", "red block", "orange mat"))
-    assert not world.solved(PICK.__class__("push", "red block", "blue plate")), "grasped, not pushed"
+    assert world.solved(PICK) and not world.solved(
+        TASKS[1].__class__("pick", "red block", "orange mat")
+    )
+    assert not world.solved(PICK.__class__("push", "red block", "blue plate")), (
+        "grasped, not pushed"
+    )
     world.objects[0].position = np.array([0.7 + TARGET_RADIUS + 0.01, 0.5])
     assert not world.solved(PICK)
 
 
 def test_pushing_is_not_picking():
     world = small_world((0.3, 0.5, 0.4), closed=True)
-    route = [action(dz=-1, grip=CLOSE)] * 2 + [action(dx=1, grip=CLOSE)] * 2 + [action(dz=1, grip=CLOSE)] * 2
+    route = (
+        [action(dz=-1, grip=CLOSE)] * 2
+        + [action(dx=1, grip=CLOSE)] * 2
+        + [action(dz=1, grip=CLOSE)] * 2
+    )
     for step in route:
         world.move(step, Still())
-    assert world.solved(PICK.__class__("push", "red block", "blue plate")) and not world.solved(PICK)
+    assert world.solved(PICK.__class__("push", "red block", "blue plate")) and not world.solved(
+        PICK
+    )
 
 
 @pytest.mark.parametrize("height, slips", [(FIRM_HEIGHT - 0.02, False), (FIRM_HEIGHT + 0.05, True)])
@@ -228,15 +249,26 @@ def test_time_limit_truncates_and_success_terminates():
     env = TabletopEnv(SIZE, max_steps=3)
     env.reset(ResetRequest(0, 0, 0))
     results = [env.step(action()) for _ in range(3)]
-    assert [r.truncated for r in results] == [False, False, True] and not any(r.terminated for r in results)
-    episode = run_expert_episode(TabletopEnv(SIZE), ResetRequest(0, 0, 0), 0.0, np.random.default_rng(0))
+    assert [r.truncated for r in results] == [False, False, True] and not any(
+        r.terminated for r in results
+    )
+    episode = run_expert_episode(
+        TabletopEnv(SIZE), ResetRequest(0, 0, 0), 0.0, np.random.default_rng(0)
+    )
     limit = len(episode.actions)
     env = TabletopEnv(SIZE, max_steps=limit)
     env.reset(ResetRequest(0, 0, 0))
     last = [env.step(step) for step in episode.actions][-1]
     assert last.terminated and not last.truncated, "solved in the very last step"
-    assert episode.success and episode.rewards.tolist() == [0.0] * (len(episode.actions) - 1) + [1.0]
-    assert len(episode.images) == len(episode.states) == len(episode.joint_states) == len(episode.actions)
+    assert episode.success and episode.rewards.tolist() == [0.0] * (len(episode.actions) - 1) + [
+        1.0
+    ]
+    assert (
+        len(episode.images)
+        == len(episode.states)
+        == len(episode.joint_states)
+        == len(episode.actions)
+    )
 
 
 def test_the_picture_shows_height_fingers_and_hold():
@@ -258,7 +290,11 @@ def test_the_picture_shows_height_fingers_and_hold():
 
 def test_bad_requests_are_refused():
     env = TabletopEnv(SIZE)
-    assert isinstance(env, Environment) and get_suite("tabletop") is SUITE and SUITE.max_steps == MAX_STEPS
+    assert (
+        isinstance(env, Environment)
+        and get_suite("tabletop") is SUITE
+        and SUITE.max_steps == MAX_STEPS
+    )
     for request in (ResetRequest(10, None, 0), ResetRequest(0, 50, 0)):
         with pytest.raises(ValueError, match="tabletop has"):
             env.reset(request)

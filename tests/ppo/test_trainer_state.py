@@ -17,8 +17,14 @@ from utils.training_state import BackgroundWriter
 
 def make(model_dir: str, **changes) -> PPOLearner:
     """AdamW, schedules, and LoRA dropout: everything that has a state. Two epochs of two minibatches on two ranks."""
-    values = {"num_epochs": 2, "local_mini_batch_size": T * B // 4, "per_device_train_batch_size": 3}
-    learner = make_learner(model_dir, flags(**(values | changes)), lora=True, dropout=0.3, adam=True)
+    values = {
+        "num_epochs": 2,
+        "local_mini_batch_size": T * B // 4,
+        "per_device_train_batch_size": 3,
+    }
+    learner = make_learner(
+        model_dir, flags(**(values | changes)), lora=True, dropout=0.3, adam=True
+    )
     for trained in (learner.policy, learner.critic):
         trained.scheduler = LambdaLR(trained.optimizer, lambda step: 1.0 / (1.0 + step))
     return learner
@@ -61,7 +67,9 @@ def stopped_updates(rank: int, model_dir: str, folder: str) -> None:
     before = weights(straight)
     metrics = [update(straight, rollout, step) for step, rollout in enumerate(rollouts, 1)]
     expected = state_of(straight)
-    assert max(float((expected[n] - before[n]).abs().max()) for n in before) > 1e-4, "nothing was trained"
+    assert max(float((expected[n] - before[n]).abs().max()) for n in before) > 1e-4, (
+        "nothing was trained"
+    )
     for stop in (1, 5):  # in the critic's epochs, between the two, in the policy's
         first, second = make(model_dir), make(model_dir, learning_rate=1.0)
         stop_after(first, stop, on_rank=stop % world_size)
@@ -100,7 +108,9 @@ def other_ranks(rank: int, model_dir: str, folder: str) -> None:
     learner = make(model_dir)
     trainer_state.load(learner, Path(folder) / "5", 2, seed=(0, 1))
     assert learner.progress.num_done == {"value": 8 // world_size, "policy": 0}
-    parts = [training_state.load_prefixed(Path(folder) / "5", f"rank_{part}.update.") for part in (0, 1)]
+    parts = [
+        training_state.load_prefixed(Path(folder) / "5", f"rank_{part}.update.") for part in (0, 1)
+    ]
     share = T * B // world_size
     for name, tensor in learner.progress.tensors().items():
         everything = torch.cat([part[name] for part in parts])
@@ -134,7 +144,9 @@ def kl_guard(rank: int, model_dir: str) -> None:
     """The ranks' own KLs lie on both sides of the limit, their mean above it: both stop, at the same minibatch."""
 
     def own_kls(limit: float | None) -> tuple[list[float], dict]:
-        learner = make_learner(model_dir, flags(num_epochs=4, max_approx_kl=limit, local_mini_batch_size=T * B // 2))
+        learner = make_learner(
+            model_dir, flags(num_epochs=4, max_approx_kl=limit, local_mini_batch_size=T * B // 2)
+        )
         kls, original = [], learner._mean_over_ranks
 
         def noted(value: torch.Tensor) -> float:
@@ -166,13 +178,19 @@ def non_finite_numbers(rank: int, model_dir: str) -> None:
     rollout = make_rollout(model_dir).shard(rank, 2)
 
     def failing(spoil) -> str:
-        learner = make_learner(model_dir, flags(max_grad_norm=0.0, local_mini_batch_size=T * B // 2))
+        learner = make_learner(
+            model_dir, flags(max_grad_norm=0.0, local_mini_batch_size=T * B // 2)
+        )
         spoil(learner)
         before = weights(learner)
         with pytest.raises(FloatingPointError) as error:
             learner.update(rollout, 7)
         after = weights(learner)
-        assert all(torch.equal(before[n].nan_to_num(), after[n].nan_to_num()) for n in before if "policy" in n)
+        assert all(
+            torch.equal(before[n].nan_to_num(), after[n].nan_to_num())
+            for n in before
+            if "policy" in n
+        )
         assert "at training step 7" in str(error.value)
         return str(error.value)
 
@@ -185,7 +203,11 @@ def non_finite_numbers(rank: int, model_dir: str) -> None:
 
         def infinite_on_rank_1(micro, normalizer):
             loss, shares, deviation = original(micro, normalizer)
-            return loss + (float("inf") if rank == 1 else 0.0), shares, deviation  # its gradient is finite
+            return (
+                loss + (float("inf") if rank == 1 else 0.0),
+                shares,
+                deviation,
+            )  # its gradient is finite
 
         learner._policy_loss = infinite_on_rank_1
 
@@ -194,7 +216,9 @@ def non_finite_numbers(rank: int, model_dir: str) -> None:
 
         def step(group, trained, *args):
             if group == "policy" and rank == 0:
-                next(p.grad for p in trained.parameters if p.grad is not None).to_local().fill_(float("nan"))
+                next(p.grad for p in trained.parameters if p.grad is not None).to_local().fill_(
+                    float("nan")
+                )
             original(group, trained, *args)
 
         learner._optimizer_step = step

@@ -26,7 +26,12 @@ class ToyEnv:
     """Its image tells task, step and seed; success at action[1] == 1; the reward is action[2]."""
 
     def __init__(self, image_size, max_steps=None, *, startup="", gate="", image_error=False):
-        self.image_size, self.max_steps, self.gate, self.image_error = image_size, max_steps or 5, gate, image_error
+        self.image_size, self.max_steps, self.gate, self.image_error = (
+            image_size,
+            max_steps or 5,
+            gate,
+            image_error,
+        )
         if startup == "raise":
             raise OSError("no display found")
         if startup == "hang" or (startup == "hang once" and _first_time(Path(gate))):
@@ -57,10 +62,16 @@ class ToyEnv:
         self.num_steps += 1
         success = bool(action[1] == 1)
         image = self.render(1 if self.image_error else self.image_size)
-        return StepResult(image, float(action[2]), success, self.num_steps >= self.max_steps, success)
+        return StepResult(
+            image, float(action[2]), success, self.num_steps >= self.max_steps, success
+        )
 
     def render(self, size):
-        return np.full((size, size, 3), (self.request.task_id, self.num_steps, self.request.seed % 256), np.uint8)
+        return np.full(
+            (size, size, 3),
+            (self.request.task_id, self.num_steps, self.request.seed % 256),
+            np.uint8,
+        )
 
     def close(self):
         pass
@@ -124,7 +135,9 @@ def test_equals_stepping_the_tabletop_serially():
     serial = [get_suite("tabletop").make_env(SIZE * 4, 4) for _ in range(num_envs)]
     starts = [ResetRequest(i, i if i % 2 else None, 10 * i) for i in range(num_envs)]
     num_ended = 0
-    with VectorEnv("tabletop", num_envs, num_processes=2, image_size=SIZE * 4, max_steps=4) as vector:
+    with VectorEnv(
+        "tabletop", num_envs, num_processes=2, image_size=SIZE * 4, max_steps=4
+    ) as vector:
         images = vector.reset(range(num_envs), starts)
         for env, request, image in zip(serial, starts, images, strict=True):
             np.testing.assert_array_equal(env.reset(request), image)
@@ -139,26 +152,54 @@ def test_equals_stepping_the_tabletop_serially():
                     result = serial[i].step(action[i])
                     ended = result.terminated or result.truncated
                     num_ended += ended
-                    np.testing.assert_array_equal(step.final_images[row], result.image if ended else 0)
+                    np.testing.assert_array_equal(
+                        step.final_images[row], result.image if ended else 0
+                    )
                     expected = serial[i].reset(nexts[i]) if ended else result.image
                     np.testing.assert_array_equal(step.images[row], expected)
-                    facts = (step.reward, step.terminated, step.truncated, step.success, step.reset_used, step.dropped)
-                    expected_facts = (result.reward, result.terminated, result.truncated, result.success, ended, False)
+                    facts = (
+                        step.reward,
+                        step.terminated,
+                        step.truncated,
+                        step.success,
+                        step.reset_used,
+                        step.dropped,
+                    )
+                    expected_facts = (
+                        result.reward,
+                        result.terminated,
+                        result.truncated,
+                        result.success,
+                        ended,
+                        False,
+                    )
                     assert tuple(f[row] for f in facts) == expected_facts
     assert num_ended >= 2 * num_envs
 
 
 def test_the_request_decides_the_episode_and_results_come_back_for_its_task():
     with toy(max_steps=2) as vector:
-        assert codes(vector.reset([0, 1, 2, 3], requests(5, 3, 1, 0, seed=9))) == [(t, 0, 9) for t in (5, 3, 1, 0)]
+        assert codes(vector.reset([0, 1, 2, 3], requests(5, 3, 1, 0, seed=9))) == [
+            (t, 0, 9) for t in (5, 3, 1, 0)
+        ]
         action = actions(4)
         action[1, 1], action[:, 2] = 1, [1, 2, 3, 4]  # environment 1 succeeds
         vector.send([0, 1, 2, 3], action, requests(0, 1, 2, 3, seed=8))
         step = vector.receive([0, 1, 2, 3])
         assert codes(step.images) == [(5, 1, 9), (1, 0, 8), (1, 1, 9), (0, 1, 9)]
         assert codes(step.final_images) == [(0, 0, 0), (3, 1, 9), (0, 0, 0), (0, 0, 0)]
-        assert step.task_ids.tolist() == [5, 3, 1, 0]  # of the episode stepped, not of the one begun
-        assert step.reset_used.tolist() == step.success.tolist() == step.terminated.tolist() == [0, 1, 0, 0]
+        assert step.task_ids.tolist() == [
+            5,
+            3,
+            1,
+            0,
+        ]  # of the episode stepped, not of the one begun
+        assert (
+            step.reset_used.tolist()
+            == step.success.tolist()
+            == step.terminated.tolist()
+            == [0, 1, 0, 0]
+        )
         vector.send([3, 1, 0], action[[3, 1, 0]] * [1, 0, 1, 0, 0, 0, 0], requests(4, 4, 4, seed=7))
         step = vector.receive([3, 1, 0])
         assert step.task_ids.tolist() == [0, 1, 5]
@@ -176,7 +217,9 @@ def test_without_a_next_request_an_environment_waits_for_reset():
         step = vector.receive([0, 1])
         assert step.truncated.all() and step.reset_used.tolist() == [False, True]
         assert codes(step.images) == [(1, 1, 0), (3, 0, 0)]
-        with pytest.raises(ValueError, match=r"environments \[0\] have no running episode: reset them first"):
+        with pytest.raises(
+            ValueError, match=r"environments \[0\] have no running episode: reset them first"
+        ):
             vector.send([0], actions(1), [None])
         assert codes(vector.reset([0], requests(4))) == [(4, 0, 0)]
         vector.send([0], actions(1), [None])
@@ -189,7 +232,10 @@ def test_groups_do_not_wait_for_each_other(tmp_path):
         vector.reset(range(4), requests(0, 1, 2, 3))
         vector.send([0, 1], actions(2), [None] * 2)
         vector.send([2, 3], actions(2, at0=WAIT_FOR_GATE, at1=WAIT_FOR_GATE), [None] * 2)
-        assert codes(vector.receive([0, 1]).images) == [(0, 1, 0), (1, 1, 0)]  # though 2 and 3 still step
+        assert codes(vector.receive([0, 1]).images) == [
+            (0, 1, 0),
+            (1, 1, 0),
+        ]  # though 2 and 3 still step
         vector.send([0, 1], actions(2), [None] * 2)  # queues behind them
         gate.touch()
         assert codes(vector.receive([0, 1]).images) == [(0, 2, 0), (1, 2, 0)]
@@ -218,7 +264,9 @@ def test_a_process_that_fails_is_replaced_and_only_its_episodes_are_void(log, fa
         vector.reset(range(4), requests(0, 1, 2, 3))
         vector.send(range(4), actions(4), requests(4, 4, 4, 4))
         vector.receive(range(4))
-        vector.send(range(4), actions(4, at2=failure), [*requests(4), None, *requests(5, 4)])  # takes 0 along
+        vector.send(
+            range(4), actions(4, at2=failure), [*requests(4), None, *requests(5, 4)]
+        )  # takes 0 along
         step = vector.receive(range(4))
         assert step.dropped.tolist() == [True, False, True, False]
         assert not step.done.any() and not step.success.any()
@@ -265,7 +313,10 @@ def test_a_death_while_the_next_episode_is_prepared_names_that_episode(log, tmp_
         step = vector.receive([0])
         assert step.dropped.all() and codes(step.images) == [(3, 0, 0)]
         (message,) = log
-        assert "died while preparing the next episode of environment 0, ResetRequest(task_id=2," in message
+        assert (
+            "died while preparing the next episode of environment 0, ResetRequest(task_id=2,"
+            in message
+        )
         assert "exited with status 9" in message
 
 
@@ -293,10 +344,18 @@ def test_a_result_that_was_ready_before_the_death_is_kept():
         vector.send([1], actions(1, at0=EXIT), requests(3))
         assert vector.receive([1]).dropped.all()
         step = vector.receive([0])
-        assert step.truncated.all() and not step.dropped.any() and codes(step.final_images) == [(0, 1, 0)]
+        assert (
+            step.truncated.all()
+            and not step.dropped.any()
+            and codes(step.final_images) == [(0, 1, 0)]
+        )
         vector.send([0], actions(1), requests(4))  # but the episode of task 2 died with the process
         step = vector.receive([0])
-        assert step.dropped.all() and step.task_ids.tolist() == [2] and codes(step.images) == [(4, 0, 0)]
+        assert (
+            step.dropped.all()
+            and step.task_ids.tolist() == [2]
+            and codes(step.images) == [(4, 0, 0)]
+        )
 
 
 def test_the_others_go_on_while_a_replacement_starts(tmp_path):
@@ -335,16 +394,23 @@ def test_what_fails_again_and_again_gives_up_with_the_traceback():
     vector = toy(2, 2)
     vector.reset([0, 1], requests(0, 1))
     vector.send([0, 1], actions(2, at1=EXIT), [ResetRequest(2, None, 255)] * 2)
-    with pytest.raises(RuntimeError, match=r"(?s)resetting environment 1, .*seed=255.*is broken.*failure 3 in a row"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"(?s)resetting environment 1, .*seed=255.*is broken.*failure 3 in a row",
+    ):
         vector.receive([0, 1])
     with pytest.raises(ValueError, match="closed"):
         vector.reset([0], requests(0))
 
 
 def test_environments_that_cannot_be_made_say_why():
-    with pytest.raises(RuntimeError, match=r"(?s)while starting.*in __init__.*OSError: no display found"):
+    with pytest.raises(
+        RuntimeError, match=r"(?s)while starting.*in __init__.*OSError: no display found"
+    ):
         toy(1, 1, env_kwargs={"startup": "raise"})
-    with pytest.raises(RuntimeError, match=r"(?s)made no progress for 1 s while starting.*failure 3 in a row"):
+    with pytest.raises(
+        RuntimeError, match=r"(?s)made no progress for 1 s while starting.*failure 3 in a row"
+    ):
         toy(1, 1, startup_timeout_s=1.0, env_kwargs={"startup": "hang"})
 
 
@@ -471,6 +537,9 @@ def test_suites_are_found_by_name_or_by_module():
 def test_processes_take_turns_on_several_gpus():
     from ppo.envs.vector import _kwargs_of
 
-    drawn_on = [_kwargs_of({"env_gpu_id": (4, 7), "images": True}, turn)["env_gpu_id"] for turn in range(1, 4)]
+    drawn_on = [
+        _kwargs_of({"env_gpu_id": (4, 7), "images": True}, turn)["env_gpu_id"]
+        for turn in range(1, 4)
+    ]
     assert drawn_on == [7, 4, 7]
     assert _kwargs_of({"env_gpu_id": 2}, 1) == {"env_gpu_id": 2} and _kwargs_of({}, 1) == {}

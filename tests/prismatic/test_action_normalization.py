@@ -28,12 +28,16 @@ STATS = {
 def test_normalize_by_hand() -> None:
     action = np.array([0.5, 0.125, 5.0, 0.0, 0.7, -0.5, 0.25])
     # Linear; linear; clipped; constant twice, whatever the value; the lower quantile; kept, as the mask says.
-    np.testing.assert_allclose(normalize_action(action, STATS), [0.5, -0.5, 1.0, 0.0, 0.0, -1.0, 0.25], atol=1e-6)
+    np.testing.assert_allclose(
+        normalize_action(action, STATS), [0.5, -0.5, 1.0, 0.0, 0.0, -1.0, 0.25], atol=1e-6
+    )
 
 
 def test_unnormalize_by_hand_and_batched() -> None:
     action = np.array([[0.5, -0.5, 1.0, 0.3, 0.0, -1.0, 0.25]])
-    np.testing.assert_allclose(unnormalize_action(action, STATS), [[0.5, 0.125, 4.0, 0.0, 0.0, -0.5, 0.25]], atol=1e-6)
+    np.testing.assert_allclose(
+        unnormalize_action(action, STATS), [[0.5, 0.125, 4.0, 0.0, 0.0, -0.5, 0.25]], atol=1e-6
+    )
 
 
 def test_statistics_without_a_mask_scale_everything() -> None:
@@ -67,13 +71,18 @@ def test_dataset_statistics_override_norm_stats(tmp_path: Path) -> None:
 
 
 def test_the_key_is_the_suite_then_its_no_noops_name() -> None:
-    assert resolve_unnorm_key({"libero_goal": {}, "libero_goal_no_noops": {}}, "libero_goal") == "libero_goal"
+    assert (
+        resolve_unnorm_key({"libero_goal": {}, "libero_goal_no_noops": {}}, "libero_goal")
+        == "libero_goal"
+    )
     assert resolve_unnorm_key({"libero_goal_no_noops": {}}, "libero_goal") == "libero_goal_no_noops"
     assert resolve_unnorm_key({"libero_goal": {}, "mine": {}}, "libero_goal", "mine") == "mine"
 
 
 def test_a_missing_key_is_refused_with_the_keys_there_are() -> None:
-    with pytest.raises(ValueError, match=r"'tabletop' or 'tabletop_no_noops'.*\['bridge_orig', 'fractal'\]"):
+    with pytest.raises(
+        ValueError, match=r"'tabletop' or 'tabletop_no_noops'.*\['bridge_orig', 'fractal'\]"
+    ):
         resolve_unnorm_key({"fractal": {}, "bridge_orig": {}}, "tabletop")
     with pytest.raises(ValueError, match="under 'mine'; it has none"):
         resolve_unnorm_key({}, "tabletop", "mine")

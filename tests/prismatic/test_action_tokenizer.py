@@ -18,7 +18,9 @@ def test_encode_gives_openvlas_ids() -> None:
 def test_decode_gives_bin_centres_and_two_ids_share_the_last() -> None:
     tokenizer = ActionTokenizer(32000)
     decoded = tokenizer.decode(np.array([31999, 31998, 31872, 31745, 31744]))
-    np.testing.assert_allclose(decoded, [-254 / 255, -252 / 255, 0.0, 254 / 255, 254 / 255], atol=1e-12)
+    np.testing.assert_allclose(
+        decoded, [-254 / 255, -252 / 255, 0.0, 254 / 255, 254 / 255], atol=1e-12
+    )
 
 
 def test_round_trip_is_within_half_a_bin() -> None:
@@ -31,7 +33,9 @@ def test_ids_of_a_config_leave_out_the_padding_rows() -> None:
     config = OpenVLAConfig(text_config={"model_type": "llama", "vocab_size": 32064})
     tokenizer = ActionTokenizer.from_config(config)
     assert (
-        (tokenizer.vocab_size, tokenizer.action_token_ids[0]) == (32000, config.first_action_token_id) == (32000, 31744)
+        (tokenizer.vocab_size, tokenizer.action_token_ids[0])
+        == (32000, config.first_action_token_id)
+        == (32000, 31744)
     )
 
 

@@ -30,7 +30,13 @@ from prismatic.vla.datasets.transforms import (
     libero_actions,
     register_transform,
 )
-from prismatic.vla.datasets.writer import Demonstration, drop_noops, encode_image, noop_steps, write_dataset
+from prismatic.vla.datasets.writer import (
+    Demonstration,
+    drop_noops,
+    encode_image,
+    noop_steps,
+    write_dataset,
+)
 
 SIZE = 16
 TOKENIZER = ActionTokenizer(400)
@@ -66,7 +72,13 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder = mixtures.dataset_dir(root, name)
         folder.mkdir(parents=True)
         write_dataset(
-            folder, name, demos_of(name), image_size=SIZE, image_format="png", description="test", episodes_per_shard=2
+            folder,
+            name,
+            demos_of(name),
+            image_size=SIZE,
+            image_format="png",
+            description="test",
+            episodes_per_shard=2,
         )
     return root
 
@@ -76,10 +88,14 @@ def prompt_ids(instruction: str) -> list[int]:
     return [1, *(3 + len(word) for word in instruction.split()), 4]
 
 
-def make_dataset(root: Path, name: str, cache_gib: float = 1.0, image_aug: bool = False, **reading) -> RLDSDataset:
+def make_dataset(
+    root: Path, name: str, cache_gib: float = 1.0, image_aug: bool = False, **reading
+) -> RLDSDataset:
     reading = {"image_size": (SIZE, SIZE), "chunk_size": 3, "shuffle_buffer_size": 7, **reading}
     specs = load_specs(root, name)
-    return RLDSDataset(specs, Reading(**reading), prompt_ids, TOKENIZER, image_aug=image_aug, cache_gib=cache_gib)
+    return RLDSDataset(
+        specs, Reading(**reading), prompt_ids, TOKENIZER, image_aug=image_aug, cache_gib=cache_gib
+    )
 
 
 def fingerprint(sample: dict) -> bytes:
@@ -129,7 +145,11 @@ def test_tfds_reads_the_directory_with_liberos_features(data_root: Path) -> None
         "joint_state": ((7,), "float32"),
     }
     assert [s["is_first"] for s in steps] == [True, False, False, False]
-    assert [s["is_last"] for s in steps] == [s["is_terminal"] for s in steps] == [False, False, False, True]
+    assert (
+        [s["is_last"] for s in steps]
+        == [s["is_terminal"] for s in steps]
+        == [False, False, False, True]
+    )
     assert [s["reward"] for s in steps] == [0, 0, 0, 1]
     assert np.array_equal([s["observation"]["joint_state"] for s in steps], demo.joint_states_T7)
 
@@ -139,7 +159,9 @@ def test_jpeg_keeps_small_coloured_things() -> None:
 
     image = np.full((64, 64, 3), 200, np.uint8)
     image[30:34, 30:34] = (255, 0, 0)
-    decoded = cv2.imdecode(np.frombuffer(encode_image(image, "jpeg"), np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+    decoded = cv2.imdecode(np.frombuffer(encode_image(image, "jpeg"), np.uint8), cv2.IMREAD_COLOR)[
+        ..., ::-1
+    ]
     # With subsampled chroma the corner pixel is off by more than 60 levels.
     assert np.abs(decoded.astype(int) - image)[30:34, 30:34].max() < 30
 
@@ -165,7 +187,9 @@ def test_missing_features_are_named(data_root: Path, tmp_path: Path) -> None:
     folder = tmp_path / "1.0.0"
     shutil.copytree(mixtures.dataset_dir(data_root, "tabletop_no_noops"), folder)
     tree = json.loads((folder / "features.json").read_text())
-    steps = tree["featuresDict"]["features"]["steps"]["sequence"]["feature"]["featuresDict"]["features"]
+    steps = tree["featuresDict"]["features"]["steps"]["sequence"]["feature"]["featuresDict"][
+        "features"
+    ]
     del steps["language_instruction"], steps["observation"]["featuresDict"]["features"]["image"]
     steps["action"]["tensor"]["shape"]["dimensions"] = ["6"]
     (folder / "features.json").write_text(json.dumps(tree))
@@ -211,7 +235,9 @@ def test_only_known_datasets_have_a_transform() -> None:
 
 def test_statistics_equal_numpys(data_root: Path) -> None:
     name = "libero_small_no_noops"
-    actions = np.concatenate([libero_actions(d.actions_T7) for d in demos_of(name)]).astype(np.float64)
+    actions = np.concatenate([libero_actions(d.actions_T7) for d in demos_of(name)]).astype(
+        np.float64
+    )
     states = np.concatenate([d.states_T8 for d in demos_of(name)]).astype(np.float64)
     statistics = dataset_statistics(mixtures.dataset_dir(data_root, name), LIBERO)
     assert (statistics["num_transitions"], statistics["num_trajectories"]) == (20, 5)
@@ -222,7 +248,9 @@ def test_statistics_equal_numpys(data_root: Path) -> None:
             "q01": np.percentile(values, 1, axis=0), "q99": np.percentile(values, 99, axis=0),
         }  # fmt: skip
         for statistic, value in wanted.items():
-            np.testing.assert_allclose(statistics[key][statistic], value, rtol=1e-6, atol=1e-7, err_msg=statistic)
+            np.testing.assert_allclose(
+                statistics[key][statistic], value, rtol=1e-6, atol=1e-7, err_msg=statistic
+            )
 
 
 def test_statistics_are_cached_by_content(data_root: Path, tmp_path: Path, monkeypatch) -> None:
@@ -245,7 +273,9 @@ def test_statistics_are_cached_by_content(data_root: Path, tmp_path: Path, monke
 def test_statistics_of_one_dataset_by_name(data_root: Path) -> None:
     wanted = dataset_statistics(mixtures.dataset_dir(data_root, "tabletop_no_noops"), LIBERO)
     assert load_dataset_statistics(data_root, "tabletop") == wanted
-    with pytest.raises(ValueError, match="is a mixture: name one of libero_small_no_noops, tabletop_no_noops"):
+    with pytest.raises(
+        ValueError, match="is a mixture: name one of libero_small_no_noops, tabletop_no_noops"
+    ):
         load_dataset_statistics(data_root, "libero_small_no_noops,tabletop")
     with pytest.raises(ValueError, match="is not a directory"):
         load_dataset_statistics(data_root, "libero_goal_no_noops")
@@ -267,9 +297,13 @@ def test_actions_are_normalised_as_openvla_does(data_root: Path) -> None:
     low, high = (np.array(spec.statistics["action"][q])[:3] for q in ("q01", "q99"))
     wanted = np.clip(2 * (stored[:, :3] - low) / (high - low + 1e-8) - 1, -1, 1)
     np.testing.assert_allclose(policy[:, :3], wanted, atol=1e-6)
-    assert policy.min() == -1 and policy.max() == 1, "the extremes lie outside q01..q99 and are clipped"
+    assert policy.min() == -1 and policy.max() == 1, (
+        "the extremes lie outside q01..q99 and are clipped"
+    )
     assert np.all(policy[:, 3] == 0), "constant dimensions become 0"
-    assert np.array_equal(policy[:, 6], (stored[:, 6] < 0).astype(np.float32)), "the gripper is not normalised"
+    assert np.array_equal(policy[:, 6], (stored[:, 6] < 0).astype(np.float32)), (
+        "the gripper is not normalised"
+    )
     inside = np.abs(policy[:, 0]) < 1
     back = unnormalize_action(policy, spec.statistics["action"])
     np.testing.assert_allclose(back[inside, 0], stored[inside, 0], atol=1e-6)
@@ -294,7 +328,12 @@ def test_named_and_weighted_mixtures() -> None:
     assert set(four.values()) == {1.0} and len(four) == 4 and "libero_90_no_noops" not in four
     assert mixtures.resolve_mixture("tabletop") == (("tabletop_no_noops", 1.0),)
     assert mixtures.resolve_mixture("a:2, b") == (("a", 2.0), ("b", 1.0))
-    for bad, message in (("a,a", "twice"), ("a:-1", "positive"), ("a:x", "positive"), ("a,,b", "empty")):
+    for bad, message in (
+        ("a,a", "twice"),
+        ("a:-1", "positive"),
+        ("a:x", "positive"),
+        ("a,,b", "empty"),
+    ):
         with pytest.raises(ValueError, match=message):
             mixtures.resolve_mixture(bad)
 
@@ -310,7 +349,9 @@ def test_mixture_weights_are_honoured() -> None:
     share = np.mean(indices >= 20)
     assert abs(share - 3 * 10 / (20 + 3 * 10)) < 0.01  # sd 0.003
     counts = Counter(indices[indices < 20].tolist())
-    assert max(counts.values()) - min(counts.values()) <= 1, "within a dataset everything comes equally often"
+    assert max(counts.values()) - min(counts.values()) <= 1, (
+        "within a dataset everything comes equally often"
+    )
 
 
 @pytest.mark.parametrize("cache_gib", [1.0, 0.0])
@@ -332,7 +373,12 @@ def test_one_pass_gives_every_transition_as_stored(data_root: Path, cache_gib: f
     assert len(samples) == len(dataset) == 30
     assert [fingerprint(s) for s in samples] == [f for name in names for f in fingerprints(name)]
     specs = {spec.name: spec for spec in dataset.specs}
-    demos = [(name, demo, t) for name in names for demo in demos_of(name) for t in range(len(demo.actions_T7))]
+    demos = [
+        (name, demo, t)
+        for name in names
+        for demo in demos_of(name)
+        for t in range(len(demo.actions_T7))
+    ]
     for sample, (name, demo, t) in zip(samples, demos, strict=True):
         action = specs[name].policy_actions(demo.actions_T7[t])
         assert sample["dataset_name"] == name and np.array_equal(sample["action"], action)
@@ -345,7 +391,12 @@ def test_one_pass_gives_every_transition_as_stored(data_root: Path, cache_gib: f
 def test_ranks_are_disjoint_and_complete(data_root: Path, cache_gib: float) -> None:
     name = "libero_small_no_noops"
     shares = [
-        list(map(fingerprint, make_dataset(data_root, name, cache_gib, train=False, rank=rank, world_size=3)))
+        list(
+            map(
+                fingerprint,
+                make_dataset(data_root, name, cache_gib, train=False, rank=rank, world_size=3),
+            )
+        )
         for rank in range(3)
     ]
     together = [f for share in shares for f in share]
@@ -356,7 +407,10 @@ def test_ranks_are_disjoint_and_complete(data_root: Path, cache_gib: float) -> N
 def test_training_epochs_are_fresh_permutations_shared_by_the_ranks(data_root: Path) -> None:
     everything = sorted(fingerprints("libero_small_no_noops"))
     # Three ranks do not divide the 20 transitions: an epoch ends in the middle of a round.
-    ranks = [iter(make_dataset(data_root, "libero_small_no_noops", rank=r, world_size=3, seed=3)) for r in range(3)]
+    ranks = [
+        iter(make_dataset(data_root, "libero_small_no_noops", rank=r, world_size=3, seed=3))
+        for r in range(3)
+    ]
     order = [fingerprint(next(rank)) for _ in range(20) for rank in ranks]
     epochs = [order[:20], order[20:40], order[40:]]
     assert all(sorted(epoch) == everything for epoch in epochs)
@@ -390,8 +444,14 @@ def test_labels_are_the_actions_and_eos_only() -> None:
 
     batch = ActionCollator(pad_token_id=0, eos_token_id=2)([sample(2, 300), sample(4, 350)])
     actions = list(range(300, 307)), list(range(350, 357))
-    assert batch["input_ids"].tolist() == [[10, 11, *actions[0], 2, 0, 0], [10, 11, 12, 13, *actions[1], 2]]
-    assert batch["labels"].tolist() == [[-100] * 2 + [*actions[0], 2, -100, -100], [-100] * 4 + [*actions[1], 2]]
+    assert batch["input_ids"].tolist() == [
+        [10, 11, *actions[0], 2, 0, 0],
+        [10, 11, 12, 13, *actions[1], 2],
+    ]
+    assert batch["labels"].tolist() == [
+        [-100] * 2 + [*actions[0], 2, -100, -100],
+        [-100] * 4 + [*actions[1], 2],
+    ]
     assert batch["attention_mask"].tolist() == [[1] * 10 + [0] * 2, [1] * 12]
     assert batch["images"].dtype == torch.uint8 and batch["images"].shape == (2, 2, 2, 3)
 

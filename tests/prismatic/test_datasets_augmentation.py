@@ -23,11 +23,15 @@ def images() -> np.ndarray:
 ORDER = "crop brightness contrast saturation hue"
 
 
-def one_by_one(image: np.ndarray, params: AugmentationParams, i: int, order: str = ORDER) -> np.ndarray:
+def one_by_one(
+    image: np.ndarray, params: AugmentationParams, i: int, order: str = ORDER
+) -> np.ndarray:
     """What OpenVLA's pipeline does to one image, operation by operation, each clipped."""
     tf = load_tensorflow()
     operations = {
-        "crop": lambda x: tf.image.crop_and_resize(x[None], params.box_B4[i : i + 1], [0], x.shape[:2])[0],
+        "crop": lambda x: tf.image.crop_and_resize(
+            x[None], params.box_B4[i : i + 1], [0], x.shape[:2]
+        )[0],
         "brightness": lambda x: tf.image.adjust_brightness(x, params.brightness_B[i]),
         "contrast": lambda x: tf.image.adjust_contrast(x, params.contrast_B[i]),
         "saturation": lambda x: tf.image.adjust_saturation(x, params.saturation_B[i]),
@@ -59,7 +63,10 @@ def test_equals_tensorflows_operations_in_openvlas_order(images: np.ndarray) -> 
 def test_another_order_gives_another_image(images: np.ndarray, order: str) -> None:
     params = draw_params(len(images), np.random.default_rng(1))
     augmented = augment(images, params)
-    differences = [np.abs(augmented[i] - one_by_one(image, params, i, order)).max() for i, image in enumerate(images)]
+    differences = [
+        np.abs(augmented[i] - one_by_one(image, params, i, order)).max()
+        for i, image in enumerate(images)
+    ]
     assert max(differences) > 1  # the right order is within rounding (0.51)
 
 
@@ -76,13 +83,19 @@ def test_ranges_are_openvlas() -> None:
         (params.hue_B, -0.05, 0.05),
         (params.box_B4[:, 0], 0, 1 - np.sqrt(0.9)),
     ):
-        np.testing.assert_allclose([values.min(), values.max()], [low, high], atol=0.002 * (high - low) + 1e-6)
-    correlation = np.corrcoef([params.box_B4[:, 0], params.box_B4[:, 1], params.brightness_B, params.hue_B])
+        np.testing.assert_allclose(
+            [values.min(), values.max()], [low, high], atol=0.002 * (high - low) + 1e-6
+        )
+    correlation = np.corrcoef(
+        [params.box_B4[:, 0], params.box_B4[:, 1], params.brightness_B, params.hue_B]
+    )
     assert np.abs(correlation - np.eye(4)).max() < 0.06  # independent
 
 
 def test_the_seed_decides(images: np.ndarray) -> None:
-    first, again, other = (augment(images, draw_params(4, np.random.default_rng(s))) for s in (5, 5, 6))
+    first, again, other = (
+        augment(images, draw_params(4, np.random.default_rng(s))) for s in (5, 5, 6)
+    )
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
 

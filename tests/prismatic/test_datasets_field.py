@@ -115,7 +115,10 @@ def build_with_tfds(root: Path, name: str) -> None:
                 }
                 for t in range(len(demo.images))
             ]
-            yield f"{demo.file_path}_{i}", {"steps": steps, "episode_metadata": {"file_path": demo.file_path}}
+            yield (
+                f"{demo.file_path}_{i}",
+                {"steps": steps, "episode_metadata": {"file_path": demo.file_path}},
+            )
 
     class FieldBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         name = inside
@@ -153,7 +156,10 @@ def in_given_order(name: str, episodes) -> list[tuple]:
 @pytest.mark.parametrize("name", SUITES)
 def test_the_published_directories_are_read_as_they_are(data_root: Path, name: str) -> None:
     folder = mixtures.dataset_dir(data_root, name)
-    assert sorted(p.name for p in folder.glob("*.tfrecord*"))[0] == f"{SUITES[name]}-train.tfrecord-00000-of-00002"
+    assert (
+        sorted(p.name for p in folder.glob("*.tfrecord*"))[0]
+        == f"{SUITES[name]}-train.tfrecord-00000-of-00002"
+    )
     assert check_dataset_dir(folder) == [] and mixtures.check_mixture(data_root, name) == []
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     episodes = list(iterate_episodes(folder, images=True))
@@ -173,16 +179,24 @@ def test_the_published_directories_are_read_as_they_are(data_root: Path, name: s
 def test_the_mixture_of_four_suites(data_root: Path) -> None:
     assert mixtures.check_mixture(data_root, "libero_4_task_suites_no_noops") == []
     specs = load_specs(data_root, "libero_4_task_suites_no_noops")
-    assert [spec.name for spec in specs] == list(SUITES) and {spec.weight for spec in specs} == {1.0}
-    dataset = RLDSDataset(specs, Reading((28, 28), train=False), lambda text: [1, len(text)], ActionTokenizer(400))
+    assert [spec.name for spec in specs] == list(SUITES) and {spec.weight for spec in specs} == {
+        1.0
+    }
+    dataset = RLDSDataset(
+        specs, Reading((28, 28), train=False), lambda text: [1, len(text)], ActionTokenizer(400)
+    )
     statistics = dataset.statistics
     assert list(statistics) == list(SUITES)
-    for name, suite in zip(SUITES, ("libero_spatial", "libero_object", "libero_goal", "libero_10"), strict=True):
+    for name, suite in zip(
+        SUITES, ("libero_spatial", "libero_object", "libero_goal", "libero_10"), strict=True
+    ):
         assert resolve_unnorm_key(statistics, suite) == name
         counts = (statistics[name]["num_transitions"], statistics[name]["num_trajectories"])
         assert counts == (sum(LENGTHS[name]), len(LENGTHS[name]))
         actions = np.concatenate([demo.actions_T7 for demo in demos_of(name)])
-        np.testing.assert_allclose(statistics[name]["action"]["q99"][:6], np.quantile(actions, 0.99, 0)[:6], rtol=1e-6)
+        np.testing.assert_allclose(
+            statistics[name]["action"]["q99"][:6], np.quantile(actions, 0.99, 0)[:6], rtol=1e-6
+        )
         # LIBERO's gripper, -1 open .. +1 close, becomes 1 open .. 0 closed, and is not normalised.
         assert np.isclose(statistics[name]["action"]["mean"][6], (actions[:, 6] < 0).mean())
         assert statistics[name]["action"]["mask"] == [True] * 6 + [False]
@@ -198,19 +212,26 @@ def test_our_own_directories_have_the_same_features(data_root: Path, tmp_path: P
     name = "libero_spatial_no_noops"
     ours = mixtures.dataset_dir(tmp_path, name)
     ours.mkdir(parents=True)
-    write_dataset(ours, name, demos_of(name), image_size=256, image_format="jpeg", description="test")
+    write_dataset(
+        ours, name, demos_of(name), image_size=256, image_format="jpeg", description="test"
+    )
     assert read_features(ours) == read_features(mixtures.dataset_dir(data_root, name))
     ours_tree, field_tree = (
         without_docs(json.loads((folder / "features.json").read_text()))
         for folder in (ours, mixtures.dataset_dir(data_root, name))
     )
     assert ours_tree == field_tree
-    theirs = {e.instruction: e for e in iterate_episodes(mixtures.dataset_dir(data_root, name), images=True)}
+    theirs = {
+        e.instruction: e
+        for e in iterate_episodes(mixtures.dataset_dir(data_root, name), images=True)
+    }
     decode = frame_decoder(ours, (256, 256))
     for episode in iterate_episodes(ours, images=True):
         original = theirs[episode.instruction]
         assert np.array_equal(episode.actions_T7, original.actions_T7)
-        for ours_code, their_code in zip(episode.encoded_images_T, original.encoded_images_T, strict=True):
+        for ours_code, their_code in zip(
+            episode.encoded_images_T, original.encoded_images_T, strict=True
+        ):
             assert np.array_equal(decode(ours_code).numpy(), decode(their_code).numpy())
 
 
@@ -218,7 +239,9 @@ def test_wrist_images_are_written(tmp_path: Path) -> None:
     import tensorflow_datasets as tfds
 
     name = "libero_spatial_no_noops"
-    write_dataset(tmp_path, name, demos_of(name), image_size=256, image_format="png", description="test")
+    write_dataset(
+        tmp_path, name, demos_of(name), image_size=256, image_format="png", description="test"
+    )
     episodes = tfds.builder_from_directory(str(tmp_path)).as_dataset(split="train")
     for episode, demo in zip(episodes, demos_of(name), strict=True):
         for t, step in enumerate(episode["steps"].as_numpy_iterator()):
@@ -229,5 +252,9 @@ def test_wrist_images_are_written(tmp_path: Path) -> None:
 def without_docs(node):
     """A features.json tree without descriptions."""
     if isinstance(node, dict):
-        return {key: without_docs(value) for key, value in node.items() if key not in ("doc", "description")}
+        return {
+            key: without_docs(value)
+            for key, value in node.items()
+            if key not in ("doc", "description")
+        }
     return [without_docs(value) for value in node] if isinstance(node, list) else node

@@ -25,19 +25,31 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 def prefixed(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): value
+        for name, value in weights.items()
+        if name.startswith(prefix)
+    }
 
 
-def independent_vision(model: OpenVLAForActionPrediction, weights: dict[str, Tensor], pixels: Tensor) -> Tensor:
+def independent_vision(
+    model: OpenVLAForActionPrediction, weights: dict[str, Tensor], pixels: Tensor
+) -> Tensor:
     """Hook the second-to-last block of timm's own ViTs, so that nothing of our forward is used."""
     features = []
     for index, name in enumerate(["featurizer", "fused_featurizer"]):
         kwargs = model.config.timm_model_kwargs[index]
-        vit = timm.create_model(model.config.timm_model_ids[index], num_classes=0, img_size=28, **kwargs).eval()
+        vit = timm.create_model(
+            model.config.timm_model_ids[index], num_classes=0, img_size=28, **kwargs
+        ).eval()
         state = prefixed(weights, f"vision_backbone.{name}.")
-        vit.load_state_dict({key.replace("scale_factor", "gamma"): value for key, value in state.items()})
+        vit.load_state_dict(
+            {key.replace("scale_factor", "gamma"): value for key, value in state.items()}
+        )
         captured: list[Tensor] = []
-        vit.blocks[-2].register_forward_hook(lambda _m, _i, output, store=captured: store.append(output))
+        vit.blocks[-2].register_forward_hook(
+            lambda _m, _i, output, store=captured: store.append(output)
+        )
         vit(pixels[:, 3 * index : 3 * index + 3])
         features.append(captured[0][:, vit.num_prefix_tokens :])
     return torch.cat(features, -1)
@@ -68,7 +80,8 @@ def independent_forward(
         x = F.gelu(x) if layer != "fc3" else x
     text_embeddings = llama.model.embed_tokens(torch.tensor([prompt + actions]))
     output = llama(
-        inputs_embeds=torch.cat([text_embeddings[:, :1], x, text_embeddings[:, 1:]], 1), output_hidden_states=True
+        inputs_embeds=torch.cat([text_embeddings[:, :1], x, text_embeddings[:, 1:]], 1),
+        output_hidden_states=True,
     )
     end = x.shape[1] + len(prompt) - 1
     first = text.vocab_size - 64 - 256
@@ -119,7 +132,9 @@ def test_forward_actions_equals_an_independent_forward(model, batch) -> None:
     output = model.forward_actions(batch.ids, batch.mask, batch.actions, pixel_values=batch.pixels)
     assert output.logits_BAV.dtype == torch.float32
     for row in range(3):
-        logits, hidden = independent_forward(model, batch.prompts[row], batch.actions[row].tolist(), batch.pixels[row])
+        logits, hidden = independent_forward(
+            model, batch.prompts[row], batch.actions[row].tolist(), batch.pixels[row]
+        )
         torch.testing.assert_close(output.logits_BAV[row], logits, **TOLERANCE)
         torch.testing.assert_close(output.prompt_hidden_BD[row], hidden, **TOLERANCE)
     assert logits.std() > 1, "logits so flat that a wrong one would pass"
@@ -137,16 +152,22 @@ def test_cached_vision_features_and_no_actions_change_nothing(model, batch) -> N
 
 
 def test_padded_rows_equal_the_same_rows_alone(model, batch) -> None:
-    together = model.forward_actions(batch.ids, batch.mask, batch.actions, pixel_values=batch.pixels)
+    together = model.forward_actions(
+        batch.ids, batch.mask, batch.actions, pixel_values=batch.pixels
+    )
     # What stands in the padding must not matter either.
     garbage = torch.where(batch.mask.bool(), batch.ids, 17)
     dirty = model.forward_actions(garbage, batch.mask, batch.actions, pixel_values=batch.pixels)
     torch.testing.assert_close(dirty.logits_BAV, together.logits_BAV)
     for row, prompt in enumerate(batch.prompts):
         ids, one = torch.tensor([prompt]), slice(row, row + 1)
-        alone = model.forward_actions(ids, torch.ones_like(ids), batch.actions[one], pixel_values=batch.pixels[one])
+        alone = model.forward_actions(
+            ids, torch.ones_like(ids), batch.actions[one], pixel_values=batch.pixels[one]
+        )
         torch.testing.assert_close(together.logits_BAV[one], alone.logits_BAV, **TOLERANCE)
-        torch.testing.assert_close(together.prompt_hidden_BD[one], alone.prompt_hidden_BD, **TOLERANCE)
+        torch.testing.assert_close(
+            together.prompt_hidden_BD[one], alone.prompt_hidden_BD, **TOLERANCE
+        )
 
 
 def test_state_sees_the_image_and_the_instruction_and_not_the_actions(model, batch) -> None:
@@ -159,10 +180,17 @@ def test_state_sees_the_image_and_the_instruction_and_not_the_actions(model, bat
     for channels in (slice(0, 3), slice(3, 6)):  # either ViT alone
         pixels = batch.pixels.clone()
         pixels[:, channels] = pixels[:, channels].flip(-1)
-        assert ((state(batch.ids, batch.mask, batch.actions, pixels) - reference).abs().amax(-1) > 1e-2).all()
+        assert (
+            (state(batch.ids, batch.mask, batch.actions, pixels) - reference).abs().amax(-1) > 1e-2
+        ).all()
     order = [1, 2, 0]
-    assert ((state(batch.ids[order], batch.mask[order], batch.actions, batch.pixels) - reference).abs() > 1e-2).any()
-    torch.testing.assert_close(state(batch.ids, batch.mask, batch.actions.flip(1), batch.pixels), reference)
+    assert (
+        (state(batch.ids[order], batch.mask[order], batch.actions, batch.pixels) - reference).abs()
+        > 1e-2
+    ).any()
+    torch.testing.assert_close(
+        state(batch.ids, batch.mask, batch.actions.flip(1), batch.pixels), reference
+    )
 
 
 @torch.no_grad()
@@ -177,8 +205,12 @@ def naive_greedy(model: OpenVLAForActionPrediction, prompt: list[int], pixels: T
 
 
 def test_greedy_tokens_equal_a_naive_loop_with_and_without_padding(model, batch) -> None:
-    expected = [naive_greedy(model, prompt, batch.pixels[row]) for row, prompt in enumerate(batch.prompts)]
-    assert len({token for row in expected for token in row}) > 10, "greedy tokens must differ to tell anything"
+    expected = [
+        naive_greedy(model, prompt, batch.pixels[row]) for row, prompt in enumerate(batch.prompts)
+    ]
+    assert len({token for row in expected for token in row}) > 10, (
+        "greedy tokens must differ to tell anything"
+    )
     together = model.generate_actions(batch.ids, batch.mask, pixel_values=batch.pixels)
     assert together.tolist() == expected
     ids = torch.tensor([batch.prompts[0]] * 2)
@@ -203,28 +235,41 @@ def test_predict_action_gives_unnormalised_greedy_actions(model, batch, processo
     prompts = [f"In: What action should the robot take to {text}?\nOut:" for text in INSTRUCTIONS]
     inputs = processor(prompts, images)
     assert processor.empty_piece_token_id not in inputs["input_ids"]
-    np.testing.assert_allclose(model.predict_action(**inputs, unnorm_key="tabletop"), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        model.predict_action(**inputs, unnorm_key="tabletop"), expected, atol=1e-5
+    )
     # Rows that already end with the empty piece, in one batch with rows that do not, are left alone.
-    mixed, _ = processor.collate_prompts([batch.prompts[0], batch.prompts[1][:-1], batch.prompts[2]])
+    mixed, _ = processor.collate_prompts(
+        [batch.prompts[0], batch.prompts[1][:-1], batch.prompts[2]]
+    )
     mixed_mask = (mixed != processor.pad_token_id).long()
-    again = model.predict_action(input_ids=mixed, attention_mask=mixed_mask, pixel_values=batch.pixels)
+    again = model.predict_action(
+        input_ids=mixed, attention_mask=mixed_mask, pixel_values=batch.pixels
+    )
     np.testing.assert_allclose(again, expected, atol=1e-5)
 
 
 def test_predict_action_refuses_an_unknown_key_and_missing_inputs(model, batch, processor) -> None:
     with pytest.raises(ValueError, match=r"'bridge' is not in.*\['tabletop'\]"):
-        model.predict_action(list(batch.images.numpy()), INSTRUCTIONS, "bridge", processor=processor)
+        model.predict_action(
+            list(batch.images.numpy()), INSTRUCTIONS, "bridge", processor=processor
+        )
     with pytest.raises(ValueError, match="lacks.*pixel_values"):
         model.predict_action(input_ids=batch.ids, unnorm_key="tabletop")
 
 
 def supervised_batch(batch: SimpleNamespace) -> tuple[Tensor, Tensor, Tensor]:
     """Prompt, seven actions and EOS, right-padded, labels on the last eight."""
-    rows = [prompt + actions.tolist() + [2] for prompt, actions in zip(batch.prompts, batch.actions, strict=True)]
+    rows = [
+        prompt + actions.tolist() + [2]
+        for prompt, actions in zip(batch.prompts, batch.actions, strict=True)
+    ]
     length = max(map(len, rows))
     ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
-    labels = torch.tensor([[-100] * (len(row) - 8) + row[-8:] + [-100] * (length - len(row)) for row in rows])
+    labels = torch.tensor(
+        [[-100] * (len(row) - 8) + row[-8:] + [-100] * (length - len(row)) for row in rows]
+    )
     return ids, mask, labels
 
 
@@ -240,8 +285,12 @@ def test_supervised_loss_equals_the_independent_log_probs(model, batch) -> None:
     for row, prompt in enumerate(batch.prompts):
         start = model.vision_backbone.num_patches + len(prompt) - 1
         logits = output.logits[row, start : start + 8]
-        losses.append(F.cross_entropy(logits, labels[row, len(prompt) : len(prompt) + 8], reduction="sum"))
-        restricted, _ = independent_forward(model, prompt, batch.actions[row].tolist(), batch.pixels[row])
+        losses.append(
+            F.cross_entropy(logits, labels[row, len(prompt) : len(prompt) + 8], reduction="sum")
+        )
+        restricted, _ = independent_forward(
+            model, prompt, batch.actions[row].tolist(), batch.pixels[row]
+        )
         first = model.config.first_action_token_id
         torch.testing.assert_close(logits[:7, first : first + 256], restricted, **TOLERANCE)
     torch.testing.assert_close(output.loss, sum(losses) / 24)
@@ -263,11 +312,16 @@ def gradients(model: OpenVLAForActionPrediction, batch: SimpleNamespace) -> dict
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_gradient_checkpointing_gives_equal_gradients_and_recomputes_both_parts(tiny_model_dir, batch) -> None:
+def test_gradient_checkpointing_gives_equal_gradients_and_recomputes_both_parts(
+    tiny_model_dir, batch
+) -> None:
     model = shaken_model(tiny_model_dir)
     expected = gradients(model, batch)
     calls: list[str] = []
-    for name in ("vision_backbone.featurizer.blocks.0.attn", "language_model.model.layers.0.self_attn"):
+    for name in (
+        "vision_backbone.featurizer.blocks.0.attn",
+        "language_model.model.layers.0.self_attn",
+    ):
         model.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.append(name))
     model.gradient_checkpointing_enable()
     checkpointed = gradients(model, batch)
@@ -286,9 +340,9 @@ def test_unused_weights_get_no_gradient_and_all_others_do(tiny_model_dir, batch)
     with_gradient = gradients(model, batch).keys()
     unused = {name for name, _ in model.named_parameters()} - with_gradient
     last = "blocks.2."
-    assert unused and all(last in name or ".attn_pool." in name or "featurizer.norm." in name for name in unused), (
-        unused
-    )
+    assert unused and all(
+        last in name or ".attn_pool." in name or "featurizer.norm." in name for name in unused
+    ), unused
 
 
 def test_lora_on_the_head_is_part_of_the_sliced_logits(tiny_model_dir, batch) -> None:
@@ -296,9 +350,13 @@ def test_lora_on_the_head_is_part_of_the_sliced_logits(tiny_model_dir, batch) ->
 
     model = shaken_model(tiny_model_dir)
     modules = ["lm_head", "q_proj", "qkv", "fc1"]
-    wrapped = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, target_modules=modules, init_lora_weights=False))
+    wrapped = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=6, target_modules=modules, init_lora_weights=False)
+    )
     inner = wrapped.base_model.model
-    assert type(inner.language_model.lm_head).__name__ == "Linear" and hasattr(inner.language_model.lm_head, "lora_A")
+    assert type(inner.language_model.lm_head).__name__ == "Linear" and hasattr(
+        inner.language_model.lm_head, "lora_A"
+    )
     inputs = (batch.ids, batch.mask, batch.actions)
     adapted = inner.forward_actions(*inputs, pixel_values=batch.pixels).logits_BAV
     with wrapped.disable_adapter():
@@ -315,13 +373,17 @@ def test_lora_on_the_head_is_part_of_the_sliced_logits(tiny_model_dir, batch) ->
     half = copy.deepcopy(inner)
     half.language_model.lm_head.base_layer.bfloat16()
     torch.testing.assert_close(half._action_logits(hidden.bfloat16()), whole, rtol=0.05, atol=0.2)
-    merged = wrapped.merge_and_unload().forward_actions(*inputs, pixel_values=batch.pixels).logits_BAV
+    merged = (
+        wrapped.merge_and_unload().forward_actions(*inputs, pixel_values=batch.pixels).logits_BAV
+    )
     torch.testing.assert_close(adapted, merged, rtol=1e-3, atol=1e-3)
     assert (adapted - plain).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("variant", ["use_dora", "lora_bias"])
-def test_other_adapters_on_the_head_go_through_their_own_forward(tiny_model_dir, batch, variant: str) -> None:
+def test_other_adapters_on_the_head_go_through_their_own_forward(
+    tiny_model_dir, batch, variant: str
+) -> None:
     from peft import LoraConfig, get_peft_model
 
     options = {variant: True, "init_lora_weights": variant == "lora_bias"}
@@ -338,9 +400,13 @@ def test_other_adapters_on_the_head_go_through_their_own_forward(tiny_model_dir,
 
 
 def test_bfloat16_runs_and_stays_near_float32(tiny_model_dir, batch) -> None:
-    full = load_model(tiny_model_dir).forward_actions(batch.ids, batch.mask, batch.actions, pixel_values=batch.pixels)
+    full = load_model(tiny_model_dir).forward_actions(
+        batch.ids, batch.mask, batch.actions, pixel_values=batch.pixels
+    )
     half_model = load_model(tiny_model_dir, dtype=torch.bfloat16)
     assert half_model.dtype == torch.bfloat16
-    half = half_model.forward_actions(batch.ids, batch.mask, batch.actions, pixel_values=batch.pixels)
+    half = half_model.forward_actions(
+        batch.ids, batch.mask, batch.actions, pixel_values=batch.pixels
+    )
     assert half.logits_BAV.dtype == torch.float32
     assert (half.logits_BAV - full.logits_BAV).abs().max() < 0.1

@@ -9,14 +9,26 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedTokenizerFast,
+)
 
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
-from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction, load_model, register_openvla
+from prismatic.extern.hf.modeling_prismatic import (
+    OpenVLAForActionPrediction,
+    load_model,
+    register_openvla,
+)
 from prismatic.extern.hf.processing_prismatic import PrismaticProcessor, load_processor
 from prismatic.extern.hf.tiny_prismatic import TinyVLAConfig, build_tiny_vla, sincos_position_2d
 
-BFLOAT16_IMAGENET = {"mean": [0.484375, 0.455078125, 0.40625], "std": [0.228515625, 0.2236328125, 0.224609375]}
+BFLOAT16_IMAGENET = {
+    "mean": [0.484375, 0.455078125, 0.40625],
+    "std": [0.228515625, 0.2236328125, 0.224609375],
+}
 HALVES = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
 OPENVLA_7B_CONFIG = {
     "architectures": ["OpenVLAForActionPrediction"],
@@ -31,14 +43,23 @@ OPENVLA_7B_CONFIG = {
     "n_action_bins": 256,
     "norm_stats": {
         "bridge_orig": {
-            "action": {"q01": [-0.02872725307941437], "q99": [0.028309678435325586], "mask": [True]},
+            "action": {
+                "q01": [-0.02872725307941437],
+                "q99": [0.028309678435325586],
+                "mask": [True],
+            },
             "num_transitions": 2135463,
         }
     },
     "output_projector_states": False,
     "pad_to_multiple_of": 64,
     "pad_token_id": 32000,
-    "text_config": {"model_type": "llama", "pad_token_id": 32000, "torch_dtype": "bfloat16", "vocab_size": 32064},
+    "text_config": {
+        "model_type": "llama",
+        "pad_token_id": 32000,
+        "torch_dtype": "bfloat16",
+        "vocab_size": 32064,
+    },
     "timm_model_ids": ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"],
     "timm_override_act_layers": [None, None],
     "torch_dtype": "bfloat16",
@@ -59,7 +80,10 @@ OPENVLA_7B_PREPROCESSOR = {
     "tvf_do_letterbox": False,
     "tvf_letterbox_fill": None,
     "tvf_normalize_params": [{"inplace": False, **BFLOAT16_IMAGENET}, {"inplace": False, **HALVES}],
-    "tvf_resize_params": [{"antialias": True, "interpolation": 3, "max_size": None, "size": [224, 224]}] * 2,
+    "tvf_resize_params": [
+        {"antialias": True, "interpolation": 3, "max_size": None, "size": [224, 224]}
+    ]
+    * 2,
     "use_fused_vision_backbone": True,
 }
 
@@ -72,11 +96,19 @@ def openvla_names(dinov2_depth: int, siglip_depth: int, llm_depth: int) -> set[s
     """Write out openvla-7b's parameter names at these depths, from OPENVLA.md's facts."""
     block = pairs("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
     dinov2 = ["cls_token", "reg_token", "pos_embed", *pairs("patch_embed.proj", "norm")]
-    dinov2 += [f"blocks.{i}.{n}" for i in range(dinov2_depth) for n in [*block, "ls1.scale_factor", "ls2.scale_factor"]]
+    dinov2 += [
+        f"blocks.{i}.{n}"
+        for i in range(dinov2_depth)
+        for n in [*block, "ls1.scale_factor", "ls2.scale_factor"]
+    ]
     siglip = ["pos_embed", *pairs("patch_embed.proj", "norm"), "attn_pool.latent"]
-    siglip += pairs(*(f"attn_pool.{name}" for name in ("q", "kv", "proj", "norm", "mlp.fc1", "mlp.fc2")))
+    siglip += pairs(
+        *(f"attn_pool.{name}" for name in ("q", "kv", "proj", "norm", "mlp.fc1", "mlp.fc2"))
+    )
     siglip += [f"blocks.{i}.{n}" for i in range(siglip_depth) for n in block]
-    layer = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    layer = [f"self_attn.{name}_proj" for name in "qkvo"] + [
+        f"mlp.{name}_proj" for name in ("gate", "up", "down")
+    ]
     layer += ["input_layernorm", "post_attention_layernorm"]
     llama = ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"]
     llama += [f"model.layers.{i}.{n}.weight" for i in range(llm_depth) for n in layer]
@@ -99,13 +131,23 @@ def openvla_7b_dir(tmp_path: Path, tiny_model_dir: Path) -> Path:
     folder = tmp_path / "openvla"
     folder.mkdir()
     tiny = json.loads((tiny_model_dir / "config.json").read_text())
-    small = {name: tiny["text_config"][name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+    small = {
+        name: tiny["text_config"][name]
+        for name in ("hidden_size", "intermediate_size", "num_hidden_layers")
+    }
     text_config = {**OPENVLA_7B_CONFIG["text_config"], **small, "num_attention_heads": 2}
-    fields = {**OPENVLA_7B_CONFIG, "text_config": text_config, "timm_model_kwargs": tiny["timm_model_kwargs"]}
+    fields = {
+        **OPENVLA_7B_CONFIG,
+        "text_config": text_config,
+        "timm_model_kwargs": tiny["timm_model_kwargs"],
+    }
     (folder / "config.json").write_text(json.dumps(fields))
     (folder / "preprocessor_config.json").write_text(json.dumps(OPENVLA_7B_PREPROCESSOR))
     model = OpenVLAForActionPrediction(OpenVLAConfig.from_pretrained(folder)).bfloat16()
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "model.safetensors")
+    save_file(
+        {name: value.contiguous() for name, value in model.state_dict().items()},
+        folder / "model.safetensors",
+    )
     return folder
 
 
@@ -121,15 +163,25 @@ def test_the_7b_configuration_has_its_published_names_and_size() -> None:
     assert set(weights) == openvla_names(24, 27, 32) and len(weights) == 982
     assert sum(2 * tensor.numel() for tensor in weights.values()) == 15_082_474_368
     shapes = {name: tuple(weights[name].shape) for name in weights}
-    assert [shapes[f"projector.fc{i}.weight"] for i in (1, 2, 3)] == [(8704, 2176), (4096, 8704), (4096, 4096)]
+    assert [shapes[f"projector.fc{i}.weight"] for i in (1, 2, 3)] == [
+        (8704, 2176),
+        (4096, 8704),
+        (4096, 4096),
+    ]
     assert shapes["vision_backbone.featurizer.pos_embed"] == (1, 256, 1024)
     assert shapes["vision_backbone.featurizer.reg_token"] == (1, 4, 1024)
     assert shapes["vision_backbone.fused_featurizer.blocks.26.mlp.fc1.weight"] == (4304, 1152)
     assert shapes["language_model.lm_head.weight"] == (32064, 4096)
     assert model.vision_backbone.num_patches == 256
-    assert model.config.first_action_token_id == 31744 and "timm_model_kwargs" not in model.config.to_dict()
+    assert (
+        model.config.first_action_token_id == 31744
+        and "timm_model_kwargs" not in model.config.to_dict()
+    )
     # SigLIP as OpenVLA ran it: the exact GELU, where later SigLIPs of timm have the tanh form.
-    assert all(isinstance(block.mlp.act, torch.nn.GELU) for block in model.vision_backbone.fused_featurizer.blocks)
+    assert all(
+        isinstance(block.mlp.act, torch.nn.GELU)
+        for block in model.vision_backbone.fused_featurizer.blocks
+    )
     assert model.vision_backbone.fused_featurizer.blocks[0].mlp.act.approximate == "none"
 
 
@@ -139,7 +191,10 @@ def test_an_openvla_folder_loads_and_saves_unchanged(openvla_7b_dir: Path, tmp_p
     model.save_pretrained(saved)
     before, after = (load_file(folder / "model.safetensors") for folder in (openvla_7b_dir, saved))
     assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) and after[name].dtype == torch.bfloat16 for name in before)
+    assert all(
+        torch.equal(before[name], after[name]) and after[name].dtype == torch.bfloat16
+        for name in before
+    )
     config = json.loads((saved / "config.json").read_text())
     original = json.loads((openvla_7b_dir / "config.json").read_text())
     renamed = {"torch_dtype": "dtype"}  # transformers 5's name; it reads both
@@ -158,17 +213,33 @@ def test_openvla_7bs_preprocessor_config_is_saved_as_it_was(
     from prismatic.extern.hf.processing_prismatic import PrismaticImageProcessor
 
     image_processor = PrismaticImageProcessor.from_pretrained(openvla_7b_dir)
-    PrismaticProcessor(image_processor, load_processor(tiny_model_dir).tokenizer).save_pretrained(tmp_path / "saved")
-    assert json.loads((tmp_path / "saved" / "preprocessor_config.json").read_text()) == OPENVLA_7B_PREPROCESSOR
+    PrismaticProcessor(image_processor, load_processor(tiny_model_dir).tokenizer).save_pretrained(
+        tmp_path / "saved"
+    )
+    assert (
+        json.loads((tmp_path / "saved" / "preprocessor_config.json").read_text())
+        == OPENVLA_7B_PREPROCESSOR
+    )
     assert not (tmp_path / "saved" / "processor_config.json").exists()
 
 
 def test_derived_fields_equal_openvla_7bs() -> None:
     from prismatic.extern.hf.processing_prismatic import PrismaticImageProcessor
 
-    given = ("image_resize_strategy", "input_sizes", "interpolations", "means", "stds", "use_fused_vision_backbone")
-    derived = PrismaticImageProcessor(**{name: OPENVLA_7B_PREPROCESSOR[name] for name in given}).to_dict()
-    exact = [{"inplace": False, **HALVES, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}]
+    given = (
+        "image_resize_strategy",
+        "input_sizes",
+        "interpolations",
+        "means",
+        "stds",
+        "use_fused_vision_backbone",
+    )
+    derived = PrismaticImageProcessor(
+        **{name: OPENVLA_7B_PREPROCESSOR[name] for name in given}
+    ).to_dict()
+    exact = [
+        {"inplace": False, **HALVES, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    ]
     assert derived.pop("tvf_normalize_params") == [*exact, {"inplace": False, **HALVES}]
     expected = {
         name: value
@@ -182,7 +253,10 @@ def test_the_auto_classes_load_a_folder_without_remote_code(tiny_model_dir: Path
     register_openvla()
     register_openvla()  # a second time is harmless
     assert type(AutoConfig.from_pretrained(tiny_model_dir)) is OpenVLAConfig
-    assert type(AutoModelForImageTextToText.from_pretrained(tiny_model_dir)) is OpenVLAForActionPrediction
+    assert (
+        type(AutoModelForImageTextToText.from_pretrained(tiny_model_dir))
+        is OpenVLAForActionPrediction
+    )
     assert type(AutoProcessor.from_pretrained(tiny_model_dir)) is PrismaticProcessor
 
 
@@ -192,7 +266,9 @@ def test_loading_gives_the_saved_weights_and_the_folders_statistics(tiny_model_d
         assert torch.equal(model.state_dict()[name], tensor), name
     assert not model.training and list(model.norm_stats) == ["tabletop"]
     rotary = model.language_model.model.rotary_emb.inv_freq
-    torch.testing.assert_close(rotary, 10000.0 ** (-torch.arange(0, 32, 2) / 32))  # not in the file: must be rebuilt
+    torch.testing.assert_close(
+        rotary, 10000.0 ** (-torch.arange(0, 32, 2) / 32)
+    )  # not in the file: must be rebuilt
 
 
 @pytest.mark.parametrize("fault", ["missing", "unknown"])
@@ -203,23 +279,39 @@ def test_a_folder_with_other_parameters_is_refused(openvla_7b_dir: Path, fault: 
         weights["vision_backbone.featurizer.blocks.1.ls2.scale_factor"] = scale
         weights["projector.fc4.weight"] = torch.zeros(1)
     save_file(weights, openvla_7b_dir / "model.safetensors")
-    with pytest.raises(ValueError, match="blocks.1.ls2.scale_factor" if fault == "missing" else "projector.fc4.weight"):
+    with pytest.raises(
+        ValueError,
+        match="blocks.1.ls2.scale_factor" if fault == "missing" else "projector.fc4.weight",
+    ):
         load_model(openvla_7b_dir)
 
 
 def test_the_seed_decides_the_weights_and_leaves_the_callers_generator_alone() -> None:
-    sizes = {"image_size": 14, "vision_dim": 16, "vision_heads": 2, "vision_depth": 2, "llm_dim": 32, "llm_depth": 1}
+    sizes = {
+        "image_size": 14,
+        "vision_dim": 16,
+        "vision_heads": 2,
+        "vision_depth": 2,
+        "llm_dim": 32,
+        "llm_depth": 1,
+    }
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    first, again, other = (build_tiny_vla(TinyVLAConfig(seed=seed, **sizes))[0].state_dict() for seed in (0, 0, 1))
+    first, again, other = (
+        build_tiny_vla(TinyVLAConfig(seed=seed, **sizes))[0].state_dict() for seed in (0, 0, 1)
+    )
     assert torch.equal(torch.rand(1), expected)
     assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first["language_model.lm_head.weight"], other["language_model.lm_head.weight"])
+    assert not torch.equal(
+        first["language_model.lm_head.weight"], other["language_model.lm_head.weight"]
+    )
 
 
 def test_a_fresh_model_keeps_timms_and_torchs_initialisation_and_sees_positions() -> None:
-    model, _ = build_tiny_vla(TinyVLAConfig(image_size=28, vision_dim=16, vision_heads=2, vision_depth=2, llm_depth=1))
+    model, _ = build_tiny_vla(
+        TinyVLAConfig(image_size=28, vision_dim=16, vision_heads=2, vision_depth=2, llm_depth=1)
+    )
     for featurizer in model.vision_backbone.featurizers:
         assert torch.equal(featurizer.pos_embed, sincos_position_2d(2, 16))
         assert featurizer.blocks[0].attn.qkv.weight.std().item() == pytest.approx(0.02, rel=0.2)
@@ -229,15 +321,37 @@ def test_a_fresh_model_keeps_timms_and_torchs_initialisation_and_sees_positions(
 
 def test_make_tiny_vla_writes_a_complete_folder_and_never_over_another(tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "vla-scripts" / "make_tiny_vla.py"
-    sizes = {"image_size": 28, "vision_dim": 16, "vision_heads": 2, "vision_depth": 2, "llm_dim": 32, "llm_depth": 1}
+    sizes = {
+        "image_size": 28,
+        "vision_dim": 16,
+        "vision_heads": 2,
+        "vision_depth": 2,
+        "llm_dim": 32,
+        "llm_depth": 1,
+    }
     flags = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
-    command = [sys.executable, str(script), "--output_dir", str(tmp_path / "tiny"), "--seed", "3", *flags]
+    command = [
+        sys.executable,
+        str(script),
+        "--output_dir",
+        str(tmp_path / "tiny"),
+        "--seed",
+        "3",
+        *flags,
+    ]
     subprocess.run(command, check=True, capture_output=True)
     files = {path.name for path in (tmp_path / "tiny").iterdir()}
     weights = {"model.safetensors", "config.json", "dataset_statistics.json"}
-    assert files >= weights | {"preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert files >= weights | {
+        "preprocessor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     model, processor = load_model(tmp_path / "tiny"), load_processor(tmp_path / "tiny")
-    assert model.vision_backbone.num_patches == 4 and processor.image_processor.image_size == (28, 28)
+    assert model.vision_backbone.num_patches == 4 and processor.image_processor.image_size == (
+        28,
+        28,
+    )
     assert model.config.empty_piece_token_id == processor.empty_piece_token_id
     assert model.config.pad_token_id == processor.pad_token_id == model.config.action_vocab_size
     second = subprocess.run(command, capture_output=True, text=True)
@@ -267,18 +381,24 @@ def test_a_single_vit_has_prismatics_two_layer_projector() -> None:
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
     }
-    config = OpenVLAConfig("siglip-vit-so400m", timm_model_kwargs=[vit], image_sizes=[28], text_config=llama)
+    config = OpenVLAConfig(
+        "siglip-vit-so400m", timm_model_kwargs=[vit], image_sizes=[28], text_config=llama
+    )
     model = OpenVLAForActionPrediction(config)
     assert {name for name in model.state_dict() if name.startswith("projector")} == {
         f"projector.{name}" for name in pairs("fc1", "fc2")
     }
     ids = torch.tensor([[1, 5, 6]])
     actions = torch.full((1, 7), config.first_action_token_id)
-    output = model.forward_actions(ids, torch.ones_like(ids), actions, pixel_values=torch.randn(1, 3, 28, 28))
+    output = model.forward_actions(
+        ids, torch.ones_like(ids), actions, pixel_values=torch.randn(1, 3, 28, 28)
+    )
     assert output.logits_BAV.shape == (1, 7, 256) and output.logits_BAV.isfinite().all()
 
 
-def test_a_llama_style_tokenizer_gives_openvlas_prompt(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_a_llama_style_tokenizer_gives_openvlas_prompt(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
     """openvla-7b's tokenizer is a BPE with byte fallback that puts "▁" before the text, saved by transformers 4."""
     from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
@@ -286,10 +406,18 @@ def test_a_llama_style_tokenizer_gives_openvlas_prompt(tmp_path: Path, tiny_mode
     for piece in ["▁", *"In:WhatOu?drop", "▁I", "▁In", "▁d", "▁dr", "▁dro", "▁drop"]:
         vocab.setdefault(piece, len(vocab))
     merges = [("▁", "I"), ("▁I", "n"), ("▁", "d"), ("▁d", "r"), ("▁dr", "o"), ("▁dro", "p")]
-    backend = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    backend = Tokenizer(
+        models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<PAD>"}
     PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(tmp_path)
     legacy = {

@@ -29,8 +29,18 @@ def narrow_7b() -> OpenVLAConfig:
     """openvla-7b's configuration with narrow, shallow networks on its images and vocabulary."""
     fields = openvla_7b_config().to_dict()
     vit = {"embed_dim": 32, "depth": 3, "num_heads": 2, "mlp_ratio": 4.0}
-    small = {"hidden_size": 256, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    fields["text_config"] = {**fields["text_config"], **small, "num_key_value_heads": 2, "head_dim": 128}
+    small = {
+        "hidden_size": 256,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    fields["text_config"] = {
+        **fields["text_config"],
+        **small,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+    }
     return OpenVLAConfig.from_dict({**fields, "timm_model_kwargs": [vit, vit]})
 
 
@@ -55,7 +65,10 @@ def test_the_configuration_is_openvla_7bs() -> None:
 
 def test_the_tokenizer_has_llamas_ids_and_spells_the_prompt_as_words() -> None:
     tokenizer = build_llama_sized_tokenizer()
-    ids = {text: tokenizer.convert_tokens_to_ids(text) for text in ("<s>", "▁", "<action_0>", "<action_255>", "<PAD>")}
+    ids = {
+        text: tokenizer.convert_tokens_to_ids(text)
+        for text in ("<s>", "▁", "<action_0>", "<action_255>", "<PAD>")
+    }
     assert ids == {"<s>": 1, "▁": 29871, "<action_0>": 31744, "<action_255>": 31999, "<PAD>": 32000}
     prompt = f"In: What action should the robot take to {INSTRUCTION}?\nOut:"
     spelled = tokenizer(prompt, add_special_tokens=False).input_ids
@@ -79,9 +92,13 @@ def test_the_folder_is_complete_and_in_shards(folder: Path) -> None:
 def test_the_weights_give_a_spread_policy_that_sees_the_image(folder: Path) -> None:
     model, processor = load_model(folder), load_processor(folder)
     ids, mask = processor.collate_prompts([processor.prompt_ids(INSTRUCTION)] * 2)
-    images = torch.randint(0, 256, (2, 224, 224, 3), generator=torch.Generator().manual_seed(0)).byte()
+    images = torch.randint(
+        0, 256, (2, 224, 224, 3), generator=torch.Generator().manual_seed(0)
+    ).byte()
     images[1, 60:180, 40:200] = 255
-    actions = torch.randint(31744, 32000, (1, 7), generator=torch.Generator().manual_seed(0)).repeat(2, 1)
+    actions = torch.randint(
+        31744, 32000, (1, 7), generator=torch.Generator().manual_seed(0)
+    ).repeat(2, 1)
     with torch.no_grad():
         pixels = processor.image_processor.normalize(images)
         features = model.encode_vision(pixels)
@@ -90,7 +107,9 @@ def test_the_weights_give_a_spread_policy_that_sees_the_image(folder: Path) -> N
     # 16 = sqrt(256): the narrow model's normalised hidden state; 64 at the 7B's width.
     assert logits.std().item() == pytest.approx(16 * random_prismatic.HEAD_STD, rel=0.3)
     logprobs = logits.log_softmax(-1)
-    assert (logprobs[0] - logprobs[1]).abs().mean() > 0.005  # two narrow layers; bfloat16 changes it by a tenth of that
+    assert (
+        logprobs[0] - logprobs[1]
+    ).abs().mean() > 0.005  # two narrow layers; bfloat16 changes it by a tenth of that
 
 
 def test_seeds_and_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +123,14 @@ def test_seeds_and_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_small_is_the_libero_policy_and_refuses_other_sizes(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "--output_dir", str(tmp_path / "small"), "--size", "small"]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--output_dir",
+        str(tmp_path / "small"),
+        "--size",
+        "small",
+    ]
     refused = subprocess.run([*command, "--llm_dim", "64"], capture_output=True, text=True)
     assert refused.returncode != 0 and "remove --llm_dim" in refused.stderr
     subprocess.run(command, check=True, capture_output=True)

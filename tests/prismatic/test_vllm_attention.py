@@ -9,16 +9,22 @@ import torch
 import torch.nn.functional as F
 
 
-def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: list[int], scale: float) -> torch.Tensor:
+def reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: list[int], scale: float
+) -> torch.Tensor:
     """Causal attention of each sequence by itself; (N, heads, size)."""
     parts = []
     for first, end in zip(starts, starts[1:], strict=False):
         one = [tensor[first:end].transpose(0, 1) for tensor in (q, k, v)]
-        parts.append(F.scaled_dot_product_attention(*one, is_causal=True, scale=scale).transpose(0, 1))
+        parts.append(
+            F.scaled_dot_product_attention(*one, is_causal=True, scale=scale).transpose(0, 1)
+        )
     return torch.cat(parts)
 
 
-def fake_kernel(q: Any, k: Any, v: Any, out: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, **options: Any) -> None:
+def fake_kernel(
+    q: Any, k: Any, v: Any, out: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, **options: Any
+) -> None:
     """Stand for FlashAttention, which is not built for CPUs."""
     assert cu_seqlens_k is cu_seqlens_q and options["causal"] and "block_table" not in options
     out.copy_(reference(q, k, v, cu_seqlens_q.tolist(), options["softmax_scale"]))
@@ -52,12 +58,17 @@ def run_in_child() -> tuple[list[bool], float, str]:
     implementation.scale, implementation.vllm_flash_attn_version = 0.3, 3
     starts = [0, 5, 9, 16]
     step = SimpleNamespace(
-        prompts_only=True, num_actual_tokens=16, query_start_loc=torch.tensor(starts), max_query_len=7
+        prompts_only=True,
+        num_actual_tokens=16,
+        query_start_loc=torch.tensor(starts),
+        max_query_len=7,
     )
     q, k, v = torch.randn(3, 20, 2, 8)  # four padded tokens
     output = torch.zeros(20, 2, 8)
     implementation.forward(None, q, k, v, None, step, output)
-    error = (output[:16] - reference(q, k, v, starts, 0.3)).abs().max().item() + output[16:].abs().max().item()
+    error = (output[:16] - reference(q, k, v, starts, 0.3)).abs().max().item() + output[
+        16:
+    ].abs().max().item()
     other = implementation.forward(None, q, k, v, None, SimpleNamespace(prompts_only=False), output)
     return marks, error, other
 

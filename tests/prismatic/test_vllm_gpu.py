@@ -18,9 +18,15 @@ from utils.vllm_utils import ActionEngine, EngineConfig, Generation, engine_env
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: there is none here"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs an NVIDIA GPU: there is none here"
+    ),
 ]
-INSTRUCTIONS = ("pick up the red block", "open", "push the blue plate to the left of the zyx table") * 4
+INSTRUCTIONS = (
+    "pick up the red block",
+    "open",
+    "push the blue plate to the left of the zyx table",
+) * 4
 # bfloat16 on both sides with different kernels; a policy of this size has logits of about one.
 TOLERANCE = 0.05
 
@@ -37,7 +43,9 @@ class GpuEngineActor(ActionEngine):
 def engine(tiny_model_dir: Path) -> Iterator[Any]:
     start_ray(None, num_gpus=1, num_cpu_slots=4)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    actor_class = ray.remote(num_gpus=1, runtime_env={"env_vars": engine_env("cuda")})(GpuEngineActor)
+    actor_class = ray.remote(num_gpus=1, runtime_env={"env_vars": engine_env("cuda")})(
+        GpuEngineActor
+    )
     config = EngineConfig(
         str(tiny_model_dir),
         dtype="bfloat16",
@@ -60,11 +68,15 @@ def processor(tiny_model_dir: Path) -> PrismaticProcessor:
 @pytest.fixture(scope="module")
 def inputs(processor: PrismaticProcessor) -> tuple[list[list[int]], np.ndarray]:
     size = processor.image_processor.image_size[0]
-    images = np.random.default_rng(0).integers(0, 256, (len(INSTRUCTIONS), size, size, 3), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(
+        0, 256, (len(INSTRUCTIONS), size, size, 3), dtype=np.uint8
+    )
     return [processor.prompt_ids(text) for text in INSTRUCTIONS], images
 
 
-def logprob_gap(model: Any, processor: PrismaticProcessor, inputs: Any, generation: Generation, T: float) -> float:
+def logprob_gap(
+    model: Any, processor: PrismaticProcessor, inputs: Any, generation: Generation, T: float
+) -> float:
     """Largest difference between the engine's log-probs and the float32 model's, over all tokens."""
     prompts, images = inputs
     ids, mask = processor.collate_prompts(prompts)
@@ -100,7 +112,9 @@ def test_every_batch_size_is_right(engine, processor, inputs, tiny_model_dir, si
 
 
 def test_seeds_repeat(engine, inputs) -> None:
-    first, again, other = (generate(engine, inputs, temperature=1.5, seed=seed) for seed in (5, 5, 6))
+    first, again, other = (
+        generate(engine, inputs, temperature=1.5, seed=seed) for seed in (5, 5, 6)
+    )
     np.testing.assert_array_equal(first.token_ids, again.token_ids)
     assert (first.token_ids != other.token_ids).mean() > 0.5
 
@@ -108,8 +122,12 @@ def test_seeds_repeat(engine, inputs) -> None:
 def test_samples_follow_the_reported_probabilities(engine, inputs) -> None:
     prompts, images = inputs
     num = 400
-    generation = generate(engine, ([prompts[0]] * num, images[:1].repeat(num, axis=0)), temperature=0.1)
-    tokens, rows, counts = np.unique(generation.token_ids[:, 0], return_inverse=True, return_counts=True)
+    generation = generate(
+        engine, ([prompts[0]] * num, images[:1].repeat(num, axis=0)), temperature=0.1
+    )
+    tokens, rows, counts = np.unique(
+        generation.token_ids[:, 0], return_inverse=True, return_counts=True
+    )
     probabilities = np.bincount(rows, np.exp(generation.logprobs[:, 0])) / counts
     assert len(tokens) > 1 and probabilities.sum() < 1.05
     deviation = np.sqrt(probabilities * (1 - probabilities) / num)
@@ -117,13 +135,17 @@ def test_samples_follow_the_reported_probabilities(engine, inputs) -> None:
 
 
 @pytest.mark.parametrize("round_trip", [1, 2])
-def test_sleep_gives_memory_back_and_new_weights_wake_up(engine, processor, inputs, tiny_model_dir, round_trip) -> None:
+def test_sleep_gives_memory_back_and_new_weights_wake_up(
+    engine, processor, inputs, tiny_model_dir, round_trip
+) -> None:
     """Level 2 drops all weights and buffers; those that are no weights (rotary, pixel statistics) must come back."""
     model = load_model(tiny_model_dir)
     generator = torch.Generator().manual_seed(round_trip)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.2 * parameter.abs().mean() * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(
+                0.2 * parameter.abs().mean() * torch.randn(parameter.shape, generator=generator)
+            )
     old = generate(engine, inputs, temperature=1.0)
     awake = ray.get(engine.used_bytes.remote())
     ray.get(engine.sleep.remote(2))
@@ -135,4 +157,6 @@ def test_sleep_gives_memory_back_and_new_weights_wake_up(engine, processor, inpu
     ray.get(engine.wake_up.remote(["kv_cache"]))
     new = generate(engine, inputs, temperature=1.0)
     assert logprob_gap(model, processor, inputs, new, 1.0) < TOLERANCE
-    assert logprob_gap(model, processor, inputs, old, 1.0) > 5 * TOLERANCE  # the old weights are far
+    assert (
+        logprob_gap(model, processor, inputs, old, 1.0) > 5 * TOLERANCE
+    )  # the old weights are far

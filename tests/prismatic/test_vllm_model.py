@@ -44,7 +44,10 @@ class EngineActor(ActionEngine):
             for ids, image in zip(prompt_ids, images, strict=True)
         ]
         params = self._sampling_params(1, 1.0, True, None)[0]
-        return [list(output.outputs[0].token_ids) for output in self._llm.generate(prompts, params, use_tqdm=False)]
+        return [
+            list(output.outputs[0].token_ids)
+            for output in self._llm.generate(prompts, params, use_tqdm=False)
+        ]
 
     def logits_of_ranks(self, hidden: Tensor, head: Tensor, starts: list[int]) -> list[Tensor]:
         """What each tensor-parallel rank adds to the logits when the head's rows are split at `starts`."""
@@ -56,11 +59,15 @@ class EngineActor(ActionEngine):
         for start, end in zip(starts, [*starts[1:], len(head)], strict=True):
             shard = SimpleNamespace(org_vocab_start_index=start, org_vocab_end_index=end)
             lm_head = SimpleNamespace(shard_indices=shard, weight=head[start:end])
-            rank: Any = SimpleNamespace(config=self._model_config, language_model=SimpleNamespace(lm_head=lm_head))
+            rank: Any = SimpleNamespace(
+                config=self._model_config, language_model=SimpleNamespace(lm_head=lm_head)
+            )
             parts.append(openvla.OpenVLAForActionPrediction.compute_logits(rank, hidden))
         return parts
 
-    def update_from_broken_stream(self, weights: list[tuple[str, Tensor]], num_sent: int, version: int) -> None:
+    def update_from_broken_stream(
+        self, weights: list[tuple[str, Tensor]], num_sent: int, version: int
+    ) -> None:
         manifest = [(name, tuple(tensor.shape)) for name, tensor in weights]
         self.update_weights(iter([weights[:num_sent]]), version, manifest)
 
@@ -81,7 +88,9 @@ def model_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="module")
 def engine(model_dir: Path) -> Iterator[Any]:
     start_ray(None, num_gpus=0, num_cpu_slots=4)
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers cannot import this module
+    ray.cloudpickle.register_pickle_by_value(
+        sys.modules[__name__]
+    )  # Ray's workers cannot import this module
     actor_class = ray.remote(num_cpus=1, runtime_env={"env_vars": engine_env("cpu")})(EngineActor)
     actor = actor_class.remote(EngineConfig(str(model_dir), max_num_seqs=8))
     yield actor
@@ -104,7 +113,9 @@ def prompts(processor: PrismaticProcessor) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def images(model_dir: Path) -> np.ndarray:
     size = load_model(model_dir).config.image_sizes[0]
-    return np.random.default_rng(0).integers(0, 256, (len(INSTRUCTIONS), size, size, 3), dtype=np.uint8)
+    return np.random.default_rng(0).integers(
+        0, 256, (len(INSTRUCTIONS), size, size, 3), dtype=np.uint8
+    )
 
 
 def perturbed_model(model_dir: Path, seed: int = 0) -> torch.nn.Module:
@@ -113,7 +124,9 @@ def perturbed_model(model_dir: Path, seed: int = 0) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.2 * parameter.abs().mean() * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(
+                0.2 * parameter.abs().mean() * torch.randn(parameter.shape, generator=generator)
+            )
     return model
 
 
@@ -149,7 +162,9 @@ def send(engine: Any, weights: list[tuple[str, Tensor]], version: int) -> Any:
 
 
 @pytest.mark.parametrize(("temperature", "greedy"), [(1.0, True), (1.0, False), (1.5, False)])
-def test_engine_equals_trainer(engine, processor, prompts, images, model_dir, temperature, greedy) -> None:
+def test_engine_equals_trainer(
+    engine, processor, prompts, images, model_dir, temperature, greedy
+) -> None:
     model = load_model(model_dir)
     send(engine, state_of(model), 1)
     generation = generate(engine, prompts, images, temperature=temperature, greedy=greedy, seed=3)
@@ -160,8 +175,12 @@ def test_engine_equals_trainer(engine, processor, prompts, images, model_dir, te
     else:
         assert (generation.token_ids != best).any()
     other = trainer_scores(model, processor, prompts, images, generation, 2 * temperature)[0]
-    assert np.abs(generation.logprobs - other).max() > 100 * TOLERANCE  # the temperature matters at this tolerance
-    swapped = trainer_scores(model, processor, prompts, images[::-1].copy(), generation, temperature)[0]
+    assert (
+        np.abs(generation.logprobs - other).max() > 100 * TOLERANCE
+    )  # the temperature matters at this tolerance
+    swapped = trainer_scores(
+        model, processor, prompts, images[::-1].copy(), generation, temperature
+    )[0]
     assert np.abs(generation.logprobs - swapped).max() > 10 * TOLERANCE  # and so does the image
 
 
@@ -181,24 +200,34 @@ def test_seed_makes_each_request_reproducible(engine, prompts, images) -> None:
     np.testing.assert_array_equal(first.logprobs, again.logprobs)
     np.testing.assert_array_equal(first.token_ids[:3], alone.token_ids)
     assert (first.token_ids != other.token_ids).mean() > 0.5
-    twins = generate(engine, [prompts[0]] * 4, images[:1].repeat(4, axis=0), temperature=1.5, seed=5)
+    twins = generate(
+        engine, [prompts[0]] * 4, images[:1].repeat(4, axis=0), temperature=1.5, seed=5
+    )
     assert (twins.token_ids[0] != twins.token_ids[1]).any()  # the same input does not draw the same
 
 
 def test_samples_follow_the_reported_probabilities(engine, prompts, images) -> None:
     """At a low temperature every first token is frequent enough to compare with exp(log-prob)."""
     num = 400
-    generation = generate(engine, [prompts[0]] * num, images[:1].repeat(num, axis=0), temperature=0.05, seed=1)
-    tokens, rows, counts = np.unique(generation.token_ids[:, 0], return_index=True, return_counts=True)
+    generation = generate(
+        engine, [prompts[0]] * num, images[:1].repeat(num, axis=0), temperature=0.05, seed=1
+    )
+    tokens, rows, counts = np.unique(
+        generation.token_ids[:, 0], return_index=True, return_counts=True
+    )
     probabilities = np.exp(generation.logprobs[rows, 0])
     deviation = np.sqrt(probabilities * (1 - probabilities) / num)
     assert len(tokens) > 1
     assert (np.abs(counts / num - probabilities) < 5 * deviation + 1e-6).all()
 
 
-def test_only_action_tokens_and_more_requests_than_slots(engine, prompts, images, model_dir) -> None:
+def test_only_action_tokens_and_more_requests_than_slots(
+    engine, prompts, images, model_dir
+) -> None:
     config = load_model(model_dir).config
-    generation = generate(engine, prompts * 3, np.concatenate([images] * 3), temperature=2.0, seed=2)
+    generation = generate(
+        engine, prompts * 3, np.concatenate([images] * 3), temperature=2.0, seed=2
+    )
     assert generation.token_ids.shape == (24, 7) and generation.logprobs.dtype == np.float32
     indices = generation.token_ids - config.first_action_token_id
     assert indices.min() >= 0 and indices.max() < 256 and len(np.unique(indices)) > 64
@@ -207,7 +236,10 @@ def test_only_action_tokens_and_more_requests_than_slots(engine, prompts, images
 def test_each_rank_adds_the_action_rows_it_has(engine, model_dir) -> None:
     config = load_model(model_dir).config
     first, end = config.first_action_token_id, config.action_vocab_size
-    hidden, head = torch.randn(3, 8).bfloat16(), torch.randn(config.text_config.vocab_size, 8).bfloat16()
+    hidden, head = (
+        torch.randn(3, 8).bfloat16(),
+        torch.randn(config.text_config.vocab_size, 8).bfloat16(),
+    )
     expected = hidden.float() @ head[first:end].float().T  # not rounded to bfloat16
     for starts in ([0], [0, first + 100], [0, first, end], [0, 50, end - 1], [0, end]):
         parts = ray.get(engine.logits_of_ranks.remote(hidden, head, starts))
@@ -242,7 +274,9 @@ def test_update_brings_every_parameter(engine, processor, prompts, images, model
 
 def test_update_brings_lora_merged(engine, processor, prompts, images, model_dir) -> None:
     layers = ["q_proj", "v_proj", "down_proj", "fc2", "qkv", "lm_head"]
-    lora = get_peft_model(load_model(model_dir), LoraConfig(r=4, lora_alpha=8, target_modules=layers))
+    lora = get_peft_model(
+        load_model(model_dir), LoraConfig(r=4, lora_alpha=8, target_modules=layers)
+    )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in lora.named_parameters():
@@ -258,12 +292,16 @@ def test_update_brings_lora_merged(engine, processor, prompts, images, model_dir
     assert np.abs(before.logprobs - skipped).max() > 100 * TOLERANCE
 
 
-def test_incomplete_update_is_refused_before_anything_changes(engine, prompts, images, model_dir) -> None:
+def test_incomplete_update_is_refused_before_anything_changes(
+    engine, prompts, images, model_dir
+) -> None:
     base = state_of(load_model(model_dir))
     send(engine, base, 4)
     expected = generate(engine, prompts, images, temperature=1.0, greedy=True)
     missing = "language_model.model.layers.1.self_attn.v_proj.weight"
-    without = [(name, tensor) for name, tensor in state_of(perturbed_model(model_dir)) if name != missing]
+    without = [
+        (name, tensor) for name, tensor in state_of(perturbed_model(model_dir)) if name != missing
+    ]
     with pytest.raises(WeightUpdateError, match=f"1 missing: {missing}"):
         send(engine, without, 5)
     with pytest.raises(WeightUpdateError, match="1 unexpected: head.weight"):
@@ -279,11 +317,15 @@ def test_incomplete_update_is_refused_before_anything_changes(engine, prompts, i
     )
 
 
-def test_update_that_breaks_off_is_named_and_recovers(engine, processor, prompts, images, model_dir) -> None:
+def test_update_that_breaks_off_is_named_and_recovers(
+    engine, processor, prompts, images, model_dir
+) -> None:
     model = perturbed_model(model_dir, seed=1)
     weights = state_of(model)
     # Between the parts of a fused layer, the worst place: vLLM has counted q but neither k nor v.
-    num_sent = 1 + [name for name, _ in weights].index("language_model.model.layers.0.self_attn.q_proj.weight")
+    num_sent = 1 + [name for name, _ in weights].index(
+        "language_model.model.layers.0.self_attn.q_proj.weight"
+    )
     with pytest.raises(WeightUpdateError, match="k_proj"):
         ray.get(engine.update_from_broken_stream.remote(weights, num_sent, 7))
     with pytest.raises(RuntimeError, match="version 7"):

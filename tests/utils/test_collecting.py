@@ -19,9 +19,14 @@ def test_large_archives_come_in_parts_that_cat_puts_together(tmp_path, monkeypat
     (run / "summary.json").write_text("{}")
     files = [run / "ppo/base/weights", outside / "config.json"]
     for _ in range(2):  # again: the parts of before are replaced
-        written = collect(target, [run / "summary.json", run / "absent"], {"models.tar": (run, files)})
+        written = collect(
+            target, [run / "summary.json", run / "absent"], {"models.tar": (run, files)}
+        )
     assert sorted(p.name for p in target.iterdir()) == sorted(p.name for p in written)
-    assert max(p.stat().st_size for p in target.iterdir()) <= 4096 and (target / "models.tar.part03").exists()
+    assert (
+        max(p.stat().st_size for p in target.iterdir()) <= 4096
+        and (target / "models.tar.part03").exists()
+    )
     subprocess.run("cat models.tar.part* | tar x -C ../back", shell=True, cwd=target, check=False)
     (tmp_path / "back").mkdir()
     subprocess.run("cat models.tar.part* | tar x -C ../back", shell=True, cwd=target, check=True)
@@ -35,7 +40,9 @@ def test_small_archives_are_whole_and_too_many_files_are_told(tmp_path, caplog, 
     (tmp_path / "run/a").write_text("x")
     warnings = []
     monkeypatch.setattr(collecting.logger, "warning", lambda *args: warnings.append(args))
-    (one,) = collect(tmp_path / "out", [], {"records.tar.gz": (tmp_path / "run", [tmp_path / "run/a"])})
+    (one,) = collect(
+        tmp_path / "out", [], {"records.tar.gz": (tmp_path / "run", [tmp_path / "run/a"])}
+    )
     with tarfile.open(one) as archive:
         assert archive.getnames() == ["a"]
     assert not warnings

@@ -34,7 +34,9 @@ def merged_equals_peft(rank: int, model_dir: str) -> None:
     for name, tensor in expected.items():
         torch.testing.assert_close(merged[name], tensor, rtol=0, atol=1e-6)
     unmerged = before["language_model.model.layers.0.mlp.up_proj.base_layer.weight"]
-    assert not torch.allclose(merged["language_model.model.layers.0.mlp.up_proj.weight"], unmerged, atol=1e-3)
+    assert not torch.allclose(
+        merged["language_model.model.layers.0.mlp.up_proj.weight"], unmerged, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -54,12 +56,16 @@ def gradients_equal_unsharded(rank: int, model_dir: str) -> None:
     def loss_of(model, rows: slice):
         first = model.config.first_action_token_id
         mask = torch.ones_like(ids[rows])
-        out = model.forward_actions(ids[rows], mask, actions[rows] + first, pixel_values=pixels[rows])
+        out = model.forward_actions(
+            ids[rows], mask, actions[rows] + first, pixel_values=pixels[rows]
+        )
         return out.logits_BAV.log_softmax(-1).gather(-1, actions[rows][..., None]).mean()
 
     plain = load_model(model_dir)
     loss_of(plain, slice(0, 4)).backward()
-    expected_norm = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters() if p.grad is not None])
+    expected_norm = torch.nn.utils.get_total_norm(
+        [p.grad for p in plain.parameters() if p.grad is not None]
+    )
     sharded = fsdp_utils.shard_model(load_model(model_dir), min_unit_params=1)
     size = 4 // dist.get_world_size()
     loss_of(sharded, slice(rank * size, (rank + 1) * size)).backward()
@@ -67,7 +73,9 @@ def gradients_equal_unsharded(rank: int, model_dir: str) -> None:
     assert norm == pytest.approx(float(expected_norm), rel=1e-5)
     for (name, p), q in zip(plain.named_parameters(), sharded.parameters(), strict=True):
         if p.grad is not None:
-            torch.testing.assert_close(fsdp_utils.full_tensor(q.grad), p.grad, rtol=1e-4, atol=1e-7, msg=name)
+            torch.testing.assert_close(
+                fsdp_utils.full_tensor(q.grad), p.grad, rtol=1e-4, atol=1e-7, msg=name
+            )
     fsdp_utils.clip_gradients(sharded.parameters(), norm / 2)
     assert fsdp_utils.clip_gradients(sharded.parameters(), 0.0) == pytest.approx(norm / 2, rel=1e-3)
 
@@ -84,7 +92,10 @@ def test_buckets_hold_every_tensor_once_and_respect_the_size():
 
 
 def sums(rank: int) -> None:
-    assert fsdp_utils.all_reduce_sums({"b": rank + 1.0, "a": 2.0}, torch.device("cpu")) == {"a": 4.0, "b": 3.0}
+    assert fsdp_utils.all_reduce_sums({"b": rank + 1.0, "a": 2.0}, torch.device("cpu")) == {
+        "a": 4.0,
+        "b": 3.0,
+    }
 
 
 def test_sums_run_over_all_ranks_by_name():
@@ -98,7 +109,9 @@ def layer_passes(memory_budget: float | None, *, lora: bool) -> tuple[int, dict[
 
     torch._dynamo.reset()
     torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=64, intermediate_size=160, num_attention_heads=2, attn_implementation="sdpa")
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=160, num_attention_heads=2, attn_implementation="sdpa"
+    )
     model = torch.nn.ModuleList([LlamaDecoderLayer(config, 0)])
     if lora:
         peft_utils.add_lora(model, rank=4)

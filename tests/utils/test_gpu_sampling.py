@@ -21,7 +21,9 @@ def nvidia_smi(tmp_path, monkeypatch):
     return tmp_path / "asked"
 
 
-def test_samples_are_taken_while_the_block_runs_and_added_to_those_of_earlier_pieces(nvidia_smi, tmp_path):
+def test_samples_are_taken_while_the_block_runs_and_added_to_those_of_earlier_pieces(
+    nvidia_smi, tmp_path
+):
     file = tmp_path / "logs/gpu.csv"
     counts = []
     for _ in range(2):
@@ -34,7 +36,9 @@ def test_samples_are_taken_while_the_block_runs_and_added_to_those_of_earlier_pi
     assert "--id=3,5" in nvidia_smi.read_text() and "-l 1" in nvidia_smi.read_text()
     sample = read_samples(file)[0]
     assert (sample.gpu, sample.utilization, sample.memory_mib) == (3, 35.0, 2048.0)
-    assert time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(sample.time_s)) == "2026-11-25 12:00:00"
+    assert (
+        time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(sample.time_s)) == "2026-11-25 12:00:00"
+    )
 
 
 def test_nothing_is_sampled_without_a_gpu_or_nvidia_smi(nvidia_smi, tmp_path, monkeypatch):
@@ -47,9 +51,14 @@ def test_nothing_is_sampled_without_a_gpu_or_nvidia_smi(nvidia_smi, tmp_path, mo
 
 
 def test_only_samples_within_the_spans_count():
-    samples = [GpuSample(0, t, 10.0 * t, 1024.0 * t) for t in range(1, 6)] + [GpuSample(1, 5.0, 7.0, 512.0)]
+    samples = [GpuSample(0, t, 10.0 * t, 1024.0 * t) for t in range(1, 6)] + [
+        GpuSample(1, 5.0, 7.0, 512.0)
+    ]
     assert summarize_samples(samples, [(1.5, 2.5), (4.0, 9.0)]) == {
         "0": {"mean_utilization_percent": 36.7, "peak_memory_gib": 5.0, "num_samples": 3},
         "1": {"mean_utilization_percent": 7.0, "peak_memory_gib": 0.5, "num_samples": 1},
     }  # fmt: skip
-    assert summarize_samples(samples, [(7.0, 9.0)]) is None and summarize_samples([], [(0.0, 9.0)]) is None
+    assert (
+        summarize_samples(samples, [(7.0, 9.0)]) is None
+        and summarize_samples([], [(0.0, 9.0)]) is None
+    )

@@ -11,7 +11,9 @@ from torch import nn
 from utils.lora_linear import FusedLoraLinear, fuse_lora, lora_linear
 
 
-def lora_pair(dtype: torch.dtype, bias: bool = True, dropout: float = 0.0) -> tuple[nn.Module, nn.Module]:
+def lora_pair(
+    dtype: torch.dtype, bias: bool = True, dropout: float = 0.0
+) -> tuple[nn.Module, nn.Module]:
     """One linear layer with a LoRA that does something, as peft computes it and fused."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 20, bias=bias))
@@ -53,7 +55,9 @@ def test_the_operator_is_what_autograd_and_the_compiler_take_it_for():
     )
     down, up = (torch.randn(*s).double().requires_grad_() for s in ((2, 6), (8, 2)))
     torch.library.opcheck(lora_linear, (x, weight, bias, down, up, 1.5))
-    assert torch.autograd.gradcheck(lambda *t: lora_linear(t[0], weight, bias, *t[1:], 1.5)[0], (x, down, up))
+    assert torch.autograd.gradcheck(
+        lambda *t: lora_linear(t[0], weight, bias, *t[1:], 1.5)[0], (x, down, up)
+    )
 
 
 def test_switched_off_merged_and_dropped_adapters_are_pefts_business():

@@ -14,7 +14,13 @@ def python(code: str) -> tuple[str, ...]:
 
 
 def test_flags_spell_lists_and_leave_out_what_is_not_given():
-    values = {"task_ids": (3, 6), "video_episodes": ["0:1"], "env_gpu_id": None, "gpu": 0, "crop": False}
+    values = {
+        "task_ids": (3, 6),
+        "video_episodes": ["0:1"],
+        "env_gpu_id": None,
+        "gpu": 0,
+        "crop": False,
+    }
     expected = ["--task_ids", "3", "6", "--video_episodes", "0:1", "--gpu", "0", "--no_crop"]
     assert flags(values) == expected
 
@@ -63,7 +69,9 @@ def test_an_interruption_lets_the_command_save_however_much_it_says(tmp_path):
 def test_a_command_that_ends_before_the_limit_is_judged_by_its_code(tmp_path):
     assert run_command(python("print(1)"), tmp_path / "log", lambda line: None, stop_after_s=60.0)
     with pytest.raises(StageError, match="code 3"):
-        run_command(python("raise SystemExit(3)"), tmp_path / "log", lambda line: None, stop_after_s=60.0)
+        run_command(
+            python("raise SystemExit(3)"), tmp_path / "log", lambda line: None, stop_after_s=60.0
+        )
 
 
 def test_a_stage_gets_its_own_variables_and_pieces_add_to_one_log(tmp_path, monkeypatch):

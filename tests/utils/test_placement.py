@@ -67,12 +67,18 @@ def test_bundles_hold_what_the_actors_take():
     )  # fmt: skip
     assert pairs.node_ids == ("id-a", "id-b") and pairs.num_nodes == 2
     cpu = place(Demand((1,), 1, num_env_processes=2, device="cpu"), nodes(0))
-    assert cpu.bundles == ({"CPU": 1.0}, {"CPU": 3.0}) and cpu.trainer_gpus == cpu.engine_gpus == 0.0
+    assert (
+        cpu.bundles == ({"CPU": 1.0}, {"CPU": 3.0}) and cpu.trainer_gpus == cpu.engine_gpus == 0.0
+    )
 
 
 def test_lines_say_who_sits_where():
     placement = place(Demand((8, 8), 4), nodes(8, 10, 8, 2))
-    assert placement.lines == ("node a: trainers 0-7", "node c: trainers 8-15", "node b: engines 0-3")
+    assert placement.lines == (
+        "node a: trainers 0-7",
+        "node c: trainers 8-15",
+        "node b: engines 0-3",
+    )
 
 
 def brute_force_fits(demand: Demand, gpus: tuple[int, ...]) -> bool:
@@ -81,7 +87,10 @@ def brute_force_fits(demand: Demand, gpus: tuple[int, ...]) -> bool:
         left = list(gpus)
         for node, ranks in zip(chosen, demand.trainers_per_node, strict=True):
             left[node] -= ranks
-        if min(left) >= 0 and sum(n // demand.tensor_parallel_size for n in left) >= demand.num_engines:
+        if (
+            min(left) >= 0
+            and sum(n // demand.tensor_parallel_size for n in left) >= demand.num_engines
+        ):
             return True
     return False
 
@@ -104,8 +113,15 @@ def check_within_limits(demand: Demand, cluster: list[Node]) -> None:
     placement = place(demand, cluster)
     ranks = [placement.node_ids[i] for i in placement.trainer_bundles]
     for node in cluster:
-        bundles = [b for b, i in zip(placement.bundles, placement.node_ids, strict=True) if i == node.node_id]
-        assert sum(b.get("GPU", 0) for b in bundles) <= node.gpus and sum(b["CPU"] for b in bundles) <= node.cpus
+        bundles = [
+            b
+            for b, i in zip(placement.bundles, placement.node_ids, strict=True)
+            if i == node.node_id
+        ]
+        assert (
+            sum(b.get("GPU", 0) for b in bundles) <= node.gpus
+            and sum(b["CPU"] for b in bundles) <= node.cpus
+        )
     groups = [(len(list(group))) for _, group in itertools.groupby(ranks)]
     assert tuple(groups) == demand.trainers_per_node and len(set(ranks)) == len(groups)
 
@@ -180,9 +196,14 @@ def test_environment_processes_need_cpu_slots_beside_their_engine():
 
 
 def test_colocated_layouts_that_no_cluster_can_hold():
-    assert request_problems(Demand((2,), 1)) == request_problems(Demand((2,), 2, colocate=True)) == []
+    assert (
+        request_problems(Demand((2,), 1)) == request_problems(Demand((2,), 2, colocate=True)) == []
+    )
     (tensor_parallel,) = request_problems(Demand((2,), 2, tensor_parallel_size=2, colocate=True))
-    assert "--colocate with --vllm_tensor_parallel_size 2" in tensor_parallel and "share one GPU" in tensor_parallel
+    assert (
+        "--colocate with --vllm_tensor_parallel_size 2" in tensor_parallel
+        and "share one GPU" in tensor_parallel
+    )
     (unequal,) = request_problems(Demand((2, 2), 1, colocate=True))
     assert "4 trainers and 1 engine do not match: use --vllm_num_engines 4" in unequal
     assert placement_problems(Demand((2, 2), 1, colocate=True), nodes(8, 8)) == [unequal]

@@ -3,13 +3,25 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from utils.plots import MINUTES, CurvePlot, CurvePoint, Rate, Series, bars, shifted, smooth, standalone
+from utils.plots import (
+    MINUTES,
+    CurvePlot,
+    CurvePoint,
+    Rate,
+    Series,
+    bars,
+    shifted,
+    smooth,
+    standalone,
+)
 
 POINTS = (CurvePoint(100, 0.2, 5, seconds=60.0), CurvePoint(200, 0.6, 5, seconds=180.0))
 
 
 def series(label: str = "a <b>", points=POINTS) -> Series:
-    return Series(label, "var(--c0)", points, ((300.0, Rate("greedy", 4, 5, 0.4, 0.96), "var(--c0)"),))
+    return Series(
+        label, "var(--c0)", points, ((300.0, Rate("greedy", 4, 5, 0.4, 0.96), "var(--c0)"),)
+    )
 
 
 def test_a_figure_is_a_well_formed_file_with_its_own_colours():
@@ -26,13 +38,17 @@ def test_a_figure_is_a_well_formed_file_with_its_own_colours():
 
 def test_bars_are_as_high_as_the_rates_and_their_whiskers_as_the_intervals():
     drawing = bars([Rate("a", 1, 4, 0.0, 0.5)], ["red"], 140, 152)
-    assert re.search(r'<rect x="[\d.]+" y="87.0" width="[\d.]+" height="25.0"', drawing)  # 100 pixels are 100 %
+    assert re.search(
+        r'<rect x="[\d.]+" y="87.0" width="[\d.]+" height="25.0"', drawing
+    )  # 100 pixels are 100 %
     assert 'V62.0" stroke="var(--ink)"' in drawing and "1 of 4" in drawing
 
 
 def test_the_x_axis_can_be_time_and_holds_every_curve():
     other = series("b", (CurvePoint(50, 0.5, 1, seconds=600.0),))
-    plot = CurvePlot([Series("a", "red", POINTS), Series("b", "blue", other.points)], 800, 320, axis=MINUTES)
+    plot = CurvePlot(
+        [Series("a", "red", POINTS), Series("b", "blue", other.points)], 800, 320, axis=MINUTES
+    )
     assert plot.max_x == 10 and plot.x(10) == plot.right
     assert plot.svg().count("<polyline") == 2 and "start-ups left out</text>" in plot.svg()
     assert "<circle" not in plot.svg()  # dots would hide each other

@@ -34,9 +34,18 @@ for process in [this, *this.children(recursive=True)]:
 def listening(**variables: str) -> tuple[dict[str, set[str]], list[str]]:
     """Process name -> addresses it listens at, and the interfaces of gloo and NCCL."""
     names = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-    env = {k: v for k, v in os.environ.items() if k not in names} | {"PYTHONPATH": str(ROOT)} | variables
+    env = (
+        {k: v for k, v in os.environ.items() if k not in names}
+        | {"PYTHONPATH": str(ROOT)}
+        | variables
+    )
     done = subprocess.run(
-        [sys.executable, "-c", LISTENING], capture_output=True, text=True, timeout=200, env=env, cwd=ROOT
+        [sys.executable, "-c", LISTENING],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=env,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line.split() for line in done.stdout.splitlines()]
@@ -55,7 +64,9 @@ def is_loopback(address: str) -> bool:
 def test_a_runs_own_ray_listens_on_loopback_only():
     found, interfaces = listening()
     assert {"gcs_server", "raylet"} <= found.keys(), found
-    outside = {name: addresses for name, addresses in found.items() if not all(map(is_loopback, addresses))}
+    outside = {
+        name: addresses for name, addresses in found.items() if not all(map(is_loopback, addresses))
+    }
     assert not outside
     assert interfaces == ["lo", "lo"]
 

@@ -72,7 +72,15 @@ def test_page_is_well_formed_self_contained_and_shows_the_figures():
         if name in ("src", "href"):
             assert value.startswith("data:")
     assert not re.search(r"https?://|url\(|@import|<script|\$\w", page)
-    for figure in ("45.0 %", "95.0 %", "+50.0 points", "94.0 %", "45 of 100 episodes", "95 of 100", "1:00"):
+    for figure in (
+        "45.0 %",
+        "95.0 %",
+        "+50.0 points",
+        "94.0 %",
+        "45 of 100 episodes",
+        "95 of 100",
+        "1:00",
+    ):
         assert figure in checker.text, figure
 
 
@@ -86,7 +94,10 @@ def test_each_task_shows_its_own_marks():
     page = render_report(make_data())
     rows = page.split('<div class="task">')[1:]
     assert len(rows) == 3  # two tasks and the scale
-    assert 'class="mark b" style="left:40.0%"' in rows[0] and 'class="mark a" style="left:90.0%"' in rows[0]
+    assert (
+        'class="mark b" style="left:40.0%"' in rows[0]
+        and 'class="mark a" style="left:90.0%"' in rows[0]
+    )
     assert 'class="whisker a" style="left:80.0%;width:20.0%"' in rows[0]
     assert 'class="mark b" style="left:50.0%"' in rows[1]
 
@@ -119,7 +130,9 @@ def test_curve_maps_rates_and_steps_to_pixels():
     assert line == f"{plot.x(1000):.1f},{plot.y(0.5):.1f} {plot.x(2000):.1f},{plot.y(0.9):.1f}"
 
 
-@pytest.mark.parametrize(("maximum", "step"), [(7, 2), (40000, 10000), (65536, 20000), (100, 20), (3, 1)])
+@pytest.mark.parametrize(
+    ("maximum", "step"), [(7, 2), (40000, 10000), (65536, 20000), (100, 20), (3, 1)]
+)
 def test_axis_step(maximum, step):
     assert axis_step(maximum, 5) == step
     assert maximum / step <= 5

@@ -50,7 +50,10 @@ def test_a_finished_stage_has_a_marker_and_is_not_repeated(ledger, tmp_path):
     assert (tmp_path / "ran").read_text() == "x"
     marker = ledger.marker("one")
     assert marker["command"] == list(made.command) and marker["settings"] == {"lr": "0.1"}
-    assert marker["seconds"] == pytest.approx(ledger.seconds("one"), abs=0.01) and marker["num_pieces"] == 1
+    assert (
+        marker["seconds"] == pytest.approx(ledger.seconds("one"), abs=0.01)
+        and marker["num_pieces"] == 1
+    )
 
 
 def test_a_failed_stage_has_no_marker_and_begins_anew(ledger, tmp_path):
@@ -71,14 +74,18 @@ def test_a_stage_that_was_stopped_goes_on_and_its_pieces_add_up(ledger, tmp_path
     with pytest.raises(OutOfTimeError, match="goes on next time"):
         run(made, ledger, limit_s=3.5, reserve_s=0.5)
     assert ledger.is_kept(made) and not ledger.is_done(made)
-    assert ledger.problems(dataclasses.replace(made, settings={"lr": "0.2"}))  # begun: its settings are fixed
+    assert ledger.problems(
+        dataclasses.replace(made, settings={"lr": "0.2"})
+    )  # begun: its settings are fixed
     first = ledger.pieces("one")[0]
     assert first["outcome"] == "stopped" and first["first_step"] == 1
     assert 2.0 <= first["first_step_s"] <= first["seconds"]
     run(made, ledger, limit_s=60.0)
     pieces = ledger.pieces("one")
     assert [p["outcome"] for p in pieces] == ["stopped", "done"]
-    assert ledger.marker("one")["seconds"] == pytest.approx(sum(p["seconds"] for p in pieces), abs=0.01)
+    assert ledger.marker("one")["seconds"] == pytest.approx(
+        sum(p["seconds"] for p in pieces), abs=0.01
+    )
     assert ledger.marker("one")["num_pieces"] == 2
 
 
@@ -86,7 +93,9 @@ def test_a_stage_that_cannot_go_on_is_only_begun_if_it_will_end(ledger):
     with pytest.raises(OutOfTimeError, match="the first is not begun: .* it needs 30"):
         run(stage(needs_s=30.0), ledger, limit_s=20.0)
     assert ledger.pieces("one") == []
-    run(stage(needs_s=10.0), ledger, limit_s=20.0, reserve_s=15.0)  # the reserve is of those that are stopped
+    run(
+        stage(needs_s=10.0), ledger, limit_s=20.0, reserve_s=15.0
+    )  # the reserve is of those that are stopped
 
 
 def test_a_result_that_is_missing_is_an_error(ledger):
@@ -119,7 +128,9 @@ def test_two_invocations_do_not_run_the_same_stage(ledger):
         f"with Ledger(Path({str(ledger.folder)!r})).lock('one'): print('held', flush=True); time.sleep(60)"
     )
     root = Path(__file__).parents[2]
-    other = subprocess.Popen([sys.executable, "-c", holding], stdout=subprocess.PIPE, text=True, cwd=root)
+    other = subprocess.Popen(
+        [sys.executable, "-c", holding], stdout=subprocess.PIPE, text=True, cwd=root
+    )
     try:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(StageBusyError, match="stage one is being run by another"):
@@ -133,7 +144,9 @@ def test_two_invocations_do_not_run_the_same_stage(ledger):
 
 
 def test_a_piece_that_was_cut_off_before_its_marker_is_not_repeated(ledger, tmp_path):
-    made = stage("raise SystemExit(9)", stop_signal=signal.SIGTERM, is_complete=(tmp_path / "result").exists)
+    made = stage(
+        "raise SystemExit(9)", stop_signal=signal.SIGTERM, is_complete=(tmp_path / "result").exists
+    )
     with pytest.raises(KeyboardInterrupt), ledger.piece(made):
         (tmp_path / "result").write_text("")
         raise KeyboardInterrupt

@@ -69,8 +69,12 @@ def load(rank: int, folder: str) -> None:
     assert training_state.load_prefixed(folder, "rank_1.")["own"].tolist() == [1, 1]
     smaller = nn.Sequential(nn.Linear(5, 7))
     fsdp_utils.shard_model(smaller)
-    with pytest.raises(ValueError, match=r"is of another policy: 8 tensors differ, such as policy.exp_avg.1.bias"):
-        training_state.load_trained(folder, "policy", smaller, torch.optim.AdamW(smaller.parameters()))
+    with pytest.raises(
+        ValueError, match=r"is of another policy: 8 tensors differ, such as policy.exp_avg.1.bias"
+    ):
+        training_state.load_trained(
+            folder, "policy", smaller, torch.optim.AdamW(smaller.parameters())
+        )
 
 
 def fail(rank: int, folder: str) -> None:

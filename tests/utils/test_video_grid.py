@@ -2,7 +2,16 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 
-from utils.video_grid import CAPTION, CELL, GAP, MARGIN, Column, distinct_words, read_video, save_grid
+from utils.video_grid import (
+    CAPTION,
+    CELL,
+    GAP,
+    MARGIN,
+    Column,
+    distinct_words,
+    read_video,
+    save_grid,
+)
 from utils.video_utils import save_video
 
 
@@ -43,17 +52,31 @@ def test_a_grid_needs_an_episode_in_each_place(tmp_path):
     with pytest.raises(ValueError, match="each of supervised, after"):
         save_grid(tmp_path / "grid.mp4", [], ("supervised", "after"))
     with pytest.raises(ValueError, match="needs columns"):
-        save_grid(tmp_path / "grid.mp4", [Column("a", (clip(1, 2),), (True,))], ("supervised", "after"))
+        save_grid(
+            tmp_path / "grid.mp4", [Column("a", (clip(1, 2),), (True,))], ("supervised", "after")
+        )
 
 
 def test_frames_come_back_without_the_last_one_held(tmp_path):
     save_video(tmp_path / "a.mp4", [*clip(20, 2), *clip(220, 1)], fps=10)
     frames = read_video(tmp_path / "a.mp4", 3)
-    assert [round(float(f.mean()) / 20) for f in frames] == [1, 1, 11] and frames[0].shape == (280, 280, 3)
+    assert [round(float(f.mean()) / 20) for f in frames] == [1, 1, 11] and frames[0].shape == (
+        280,
+        280,
+        3,
+    )
 
 
 def test_captions_are_the_words_that_differ():
-    tasks = ["pick up the bowl on the stove and place it", "pick up the bowl next to the plate and place it"]
+    tasks = [
+        "pick up the bowl on the stove and place it",
+        "pick up the bowl next to the plate and place it",
+    ]
     assert distinct_words(tasks) == ["on the stove", "next to the plate"]
-    assert distinct_words(["same", "same"]) == ["same", "same"] and distinct_words(["one task"]) == ["one task"]
-    assert distinct_words(["take the cup", "take the red cup"]) == ["take the cup", "take the red cup"]
+    assert distinct_words(["same", "same"]) == ["same", "same"] and distinct_words(
+        ["one task"]
+    ) == ["one task"]
+    assert distinct_words(["take the cup", "take the red cup"]) == [
+        "take the cup",
+        "take the red cup",
+    ]

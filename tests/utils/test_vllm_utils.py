@@ -5,11 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from utils.vllm_utils import EngineConfig, compilation_config, engine_env, validate_engine_options, vllm_version
+from utils.vllm_utils import (
+    EngineConfig,
+    compilation_config,
+    engine_env,
+    validate_engine_options,
+    vllm_version,
+)
 
 
 def test_unknown_engine_option_is_named_with_the_version() -> None:
-    problems = validate_engine_options({"enable_chunked_prefill": True, "enable_chunked_refill": True})
+    problems = validate_engine_options(
+        {"enable_chunked_prefill": True, "enable_chunked_refill": True}
+    )
     assert len(problems) == 1
     assert "enable_chunked_refill" in problems[0] and vllm_version() in problems[0]
     assert "enable_chunked_prefill" in problems[0]  # the near name is offered
@@ -24,7 +32,11 @@ def test_own_engine_options_cannot_be_given() -> None:
 def test_engine_config_names_all_problems(tmp_path: Path, tiny_model_dir: Path) -> None:
     assert EngineConfig(str(tiny_model_dir)).problems() == []
     config = EngineConfig(
-        str(tmp_path / "nothing"), dtype="float16", max_num_seqs=0, weight_transfer_backend="mail", extra={"x": 1}
+        str(tmp_path / "nothing"),
+        dtype="float16",
+        max_num_seqs=0,
+        weight_transfer_backend="mail",
+        extra={"x": 1},
     )
     text = "\n".join(config.problems())
     for word in ("nothing", "float16", "max_num_seqs is 0", "mail", "'x'"):

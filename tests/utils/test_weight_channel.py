@@ -13,7 +13,12 @@ import torch
 from torch import nn
 
 from prismatic.extern.vllm.weight_buckets import BucketLayout
-from prismatic.extern.vllm.weight_channel import ChannelAddress, ChannelError, ReceivingEnd, SendingEnd
+from prismatic.extern.vllm.weight_channel import (
+    ChannelAddress,
+    ChannelError,
+    ReceivingEnd,
+    SendingEnd,
+)
 from tests.distributed import PRELOAD, in_ranks
 from utils import fsdp_utils
 from utils.weight_export import WeightExporter
@@ -31,7 +36,12 @@ def make_model(seed: int) -> nn.Module:
     """Tensors that do not fill buckets evenly, one larger than a bucket."""
     torch.manual_seed(seed)
     return nn.ParameterDict(
-        {"a": torch.randn(7, 3), "b": torch.randn(NUM_ELEMENTS), "c": torch.randn(5), "d": torch.randn(130, 2)}
+        {
+            "a": torch.randn(7, 3),
+            "b": torch.randn(NUM_ELEMENTS),
+            "c": torch.randn(5),
+            "d": torch.randn(130, 2),
+        }
     )
 
 
@@ -94,19 +104,26 @@ def receive_versions(
     for version in versions:
         store = Store()
         received = end.receive(version, store.load)
-        results.append((received, {name: tensor.float().cpu().numpy() for name, tensor in store.items()}))
+        results.append(
+            (received, {name: tensor.float().cpu().numpy() for name, tensor in store.items()})
+        )
     end.close()
     return results
 
 
-def check_versions(backend: str, receiver_devices: list[torch.device], device: torch.device) -> None:
+def check_versions(
+    backend: str, receiver_devices: list[torch.device], device: torch.device
+) -> None:
     """Send three versions from `device`, the second verified, and compare what every receiver got."""
     exporter = make_exporter(1, device)
     num_receivers = len(receiver_devices)
     sender = WeightSender(exporter, backend, rank=0, num_receivers=num_receivers, timeout_s=30.0)
     info = sender.open()
     assert exporter.num_buckets > 3  # buffers are used again
-    peers = [Peer(receive_versions, info, i, [1, 2, 3], target) for i, target in enumerate(receiver_devices)]
+    peers = [
+        Peer(receive_versions, info, i, [1, 2, 3], target)
+        for i, target in enumerate(receiver_devices)
+    ]
     sender.connect()
     for version in (1, 2, 3):
         # The exporter holds the model's own parameters: what an optimizer did is sent.
@@ -118,10 +135,14 @@ def check_versions(backend: str, receiver_devices: list[torch.device], device: t
     for peer in peers:
         for version, (received, weights) in enumerate(peer.result(), start=1):
             assert (received.num_params, received.version) == (4, version)
-            assert received.num_bytes == report.num_bytes and received.num_verified == (4 if version == 2 else 0)
+            assert received.num_bytes == report.num_bytes and received.num_verified == (
+                4 if version == 2 else 0
+            )
             expected = expected_weights(version)
             assert list(weights) == list(expected)
-            assert all((weights[name] == tensor.float().numpy()).all() for name, tensor in expected.items())
+            assert all(
+                (weights[name] == tensor.float().numpy()).all() for name, tensor in expected.items()
+            )
     sender.close()
 
 
@@ -134,7 +155,9 @@ def test_every_receiver_gets_every_version_bit_for_bit(backend: str, num_receive
 @pytest.mark.parametrize(("backend", "num_gpus"), [("ipc", 1), ("nccl", 2)])
 def test_every_version_between_gpus_bit_for_bit(backend: str, num_gpus: int) -> None:
     if torch.cuda.device_count() < num_gpus:
-        pytest.skip(f"{backend} needs {num_gpus} GPUs, this machine has {torch.cuda.device_count()}")
+        pytest.skip(
+            f"{backend} needs {num_gpus} GPUs, this machine has {torch.cuda.device_count()}"
+        )
     check_versions(backend, [torch.device("cuda", num_gpus - 1)], torch.device("cuda", 0))
 
 
@@ -150,7 +173,9 @@ def receive_until_error(
 
 
 @pytest.mark.parametrize("backend", ["gloo", "ipc"])
-def test_corrupted_bucket_is_found_and_named_on_both_sides(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_corrupted_bucket_is_found_and_named_on_both_sides(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sender = WeightSender(make_exporter(), backend, rank=0, timeout_s=TIMEOUT_S)
     peer = Peer(receive_until_error, sender.open(), 1)
     sender.connect()
@@ -163,18 +188,26 @@ def test_corrupted_bucket_is_found_and_named_on_both_sides(backend: str, monkeyp
         give(index)
 
     monkeypatch.setattr(transport, "give", corrupting_give)
-    with pytest.raises(ChannelError, match="refused by receiver 1: checksums differ for 1 tensors: b"):
+    with pytest.raises(
+        ChannelError, match="refused by receiver 1: checksums differ for 1 tensors: b"
+    ):
         sender.send(1, verify=True)
     text, num_loaded, _ = peer.result()
     assert "receiver 1 of 1: checksums differ for 1 tensors: b" in text and num_loaded == 4
 
 
 def test_refusal_and_other_version_reach_the_sender_before_a_tensor() -> None:
-    for version, refusal, expected in [(1, "1 missing: e", "1 missing: e"), (7, None, "version 1 is sent, 7 was")]:
+    for version, refusal, expected in [
+        (1, "1 missing: e", "1 missing: e"),
+        (7, None, "version 1 is sent, 7 was"),
+    ]:
         sender = WeightSender(make_exporter(), "gloo", rank=0, timeout_s=TIMEOUT_S)
         peer = Peer(receive_until_error, sender.open(), version, refusal)
         sender.connect()
-        with pytest.raises(ChannelError, match=f"starting the update to version 1: refused by receiver 1: {expected}"):
+        with pytest.raises(
+            ChannelError,
+            match=f"starting the update to version 1: refused by receiver 1: {expected}",
+        ):
             sender.send(1)
         text, num_loaded, _ = peer.result()
         assert expected in text and num_loaded == 0
@@ -215,7 +248,9 @@ def test_failure_while_loading_is_told_and_the_channel_goes_on(backend: str) -> 
     sender = WeightSender(make_exporter(), backend, rank=0, timeout_s=TIMEOUT_S)
     peer = Peer(fail_in_the_middle, sender.open())
     sender.connect()
-    with pytest.raises(ChannelError, match=r"receiver 1: loading failed after 1 of 4 tensors.*no room"):
+    with pytest.raises(
+        ChannelError, match=r"receiver 1: loading failed after 1 of 4 tensors.*no room"
+    ):
         sender.send(1)
     assert sender.send(2).version == 2
     assert peer.result() == 4
@@ -255,7 +290,9 @@ def die_after_joining(info: dict[str, Any], index: int = 0) -> None:
 
 
 def test_receiver_that_dies_or_never_comes_is_named() -> None:
-    sender = WeightSender(make_exporter(), "gloo", rank=0, num_receivers=2, timeout_s=SHORT_TIMEOUT_S)
+    sender = WeightSender(
+        make_exporter(), "gloo", rank=0, num_receivers=2, timeout_s=SHORT_TIMEOUT_S
+    )
     info = sender.open()
     peer = Peer(receive_until_join_fails, info)
     with pytest.raises(ChannelError, match="the sender of 2: receiver 2 did not join within 8 s"):
@@ -326,7 +363,9 @@ def be_refused(info: dict[str, Any], version: int, told: Path) -> Any:
 def two_trainers(rank: int, backend: str, folder: Path) -> None:
     """Send once, then again to a receiver that expects another version."""
     sharded = fsdp_utils.shard_model(make_model(5))
-    sender = WeightSender(WeightExporter(sharded, torch.bfloat16, 512), backend, rank=rank, timeout_s=TIMEOUT_S)
+    sender = WeightSender(
+        WeightExporter(sharded, torch.bfloat16, 512), backend, rank=rank, timeout_s=TIMEOUT_S
+    )
     for round_ in ("first", "second"):
         info = sender.open()
         if info:
@@ -341,24 +380,34 @@ def two_trainers(rank: int, backend: str, folder: Path) -> None:
         with pytest.raises(ChannelError, match=reason):
             sender.send(5)
     deadline = time.monotonic() + TIMEOUT_S
-    while not (folder / "told").exists() and time.monotonic() < deadline:  # with the sender its answer would be gone
+    while (
+        not (folder / "told").exists() and time.monotonic() < deadline
+    ):  # with the sender its answer would be gone
         time.sleep(0.05)
     sender.close()
 
 
 @pytest.mark.parametrize(("backend", "num_senders"), [("gloo", 1), ("ipc", 2)])
-def test_two_trainer_ranks_send_their_shards(backend: str, num_senders: int, tmp_path: Path) -> None:
+def test_two_trainer_ranks_send_their_shards(
+    backend: str, num_senders: int, tmp_path: Path
+) -> None:
     """To one receiver from rank 0 (gloo), or each rank to its own (ipc)."""
     senders = range(num_senders)
-    receiving = [Peer(when_open, tmp_path / f"first{rank}", receive_versions, 0, [4]) for rank in senders]
+    receiving = [
+        Peer(when_open, tmp_path / f"first{rank}", receive_versions, 0, [4]) for rank in senders
+    ]
     # Rank 1's receiver would take version 5; it waits for a sender that does not begin.
     refused = Peer(when_open, tmp_path / "second0", be_refused, 9, tmp_path / "told")
-    waiting = [Peer(when_open, tmp_path / f"second{rank}", receive_until_error, 5) for rank in senders[1:]]
+    waiting = [
+        Peer(when_open, tmp_path / f"second{rank}", receive_until_error, 5) for rank in senders[1:]
+    ]
     in_ranks(2, two_trainers, backend, tmp_path)
     for peer in receiving:
         ((received, weights),) = peer.result()
         assert received.num_verified == 4
-        assert all((weights[name] == t.float().numpy()).all() for name, t in expected_weights(5).items())
+        assert all(
+            (weights[name] == t.float().numpy()).all() for name, t in expected_weights(5).items()
+        )
     assert "version 5 is sent, 9 was" in refused.result()[0]
     assert all("the sender" in peer.result()[0] for peer in waiting)
 
@@ -367,7 +416,10 @@ def test_two_trainer_ranks_send_their_shards(backend: str, num_senders: int, tmp
 def test_receiver_that_dies_is_noticed_by_all_without_waiting(dying: int) -> None:
     sender = WeightSender(make_exporter(), "gloo", rank=0, num_receivers=2, timeout_s=TIMEOUT_S)
     info = sender.open()
-    dead, survivor = Peer(die_after_joining, info, dying), Peer(receive_until_error, info, 1, None, 1 - dying)
+    dead, survivor = (
+        Peer(die_after_joining, info, dying),
+        Peer(receive_until_error, info, 1, None, 1 - dying),
+    )
     sender.connect()
     dead.process.join()
     start = time.monotonic()

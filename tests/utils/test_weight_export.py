@@ -39,7 +39,9 @@ def local_part(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.detach().to_local() if isinstance(parameter, DTensor) else parameter.detach()
 
 
-def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], merged: set[str]) -> None:
+def assert_same(
+    actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], merged: set[str]
+) -> None:
     assert list(actual) == list(expected)
     for name, tensor in expected.items():
         assert actual[name].dtype == tensor.dtype
@@ -73,7 +75,9 @@ def exports_equal_reference(rank: int, model_dir: str, use_lora: bool, dtype: to
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize(("use_lora", "dtype"), [(False, torch.bfloat16), (True, torch.float32)])
-def test_exported_buckets_equal_the_tensors_gathered_one_by_one(tiny_model_dir, world_size, use_lora, dtype):
+def test_exported_buckets_equal_the_tensors_gathered_one_by_one(
+    tiny_model_dir, world_size, use_lora, dtype
+):
     in_ranks(world_size, exports_equal_reference, str(tiny_model_dir), use_lora, dtype)
 
 
@@ -95,7 +99,9 @@ def uneven_shards(rank: int) -> None:
         assert_same(dict(exporter.layout.views(0, buffer)), whole, {"linear.weight"})
     # Both checks notice an adapter that is left out or switched off.
     wrapper.base_model.model.linear.scaling["default"] *= 2
-    assert not torch.allclose(exported(exporter)["linear.weight"], whole["linear.weight"], atol=1e-3)
+    assert not torch.allclose(
+        exported(exporter)["linear.weight"], whole["linear.weight"], atol=1e-3
+    )
 
 
 def test_uneven_and_empty_shards():
@@ -107,14 +113,19 @@ def master_weights_are_exported(rank: int, model_dir: str) -> None:
     from prismatic.extern.hf.modeling_prismatic import load_model
 
     sharded = fsdp_utils.shard_model(
-        load_model(model_dir), param_dtype=torch.bfloat16, reshard_after_forward=False, min_unit_params=1
+        load_model(model_dir),
+        param_dtype=torch.bfloat16,
+        reshard_after_forward=False,
+        min_unit_params=1,
     )
     expected = reference(sharded, torch.float32)
     exporter = WeightExporter(sharded, torch.float32)
     mask = torch.ones(2, 4, dtype=torch.long)
     with torch.no_grad():
         ids = torch.full((2, 4), 5)
-        sharded.forward_actions(ids, mask, torch.full((2, 7), 30), pixel_values=torch.zeros(2, 6, 28, 28).bfloat16())
+        sharded.forward_actions(
+            ids, mask, torch.full((2, 7), 30), pixel_values=torch.zeros(2, 6, 28, 28).bfloat16()
+        )
     assert any(p.dtype == torch.bfloat16 for p in sharded.parameters())
     assert_same(exported(exporter), expected, set())
 
@@ -134,7 +145,9 @@ def ignored_parameters(rank: int, ignores_base: bool) -> None:
     whole = reference(model, torch.float32)
     ignored = {p for n, p in model.named_parameters() if ("lora" in n) != ignores_base}
     fully_shard(model, mesh=fsdp_utils.data_mesh(torch.device("cpu")), ignored_params=ignored)
-    assert_same(exported(WeightExporter(model, torch.float32, TINY_BUCKET)), whole, {"linear.weight"})
+    assert_same(
+        exported(WeightExporter(model, torch.float32, TINY_BUCKET)), whole, {"linear.weight"}
+    )
 
 
 @pytest.mark.parametrize("ignores_base", [True, False])
@@ -147,7 +160,11 @@ def column_shards(rank: int) -> None:
     from torch.distributed.fsdp import fully_shard
 
     model = nn.Linear(4, 4)
-    fully_shard(model, mesh=fsdp_utils.data_mesh(torch.device("cpu")), shard_placement_fn=lambda p: Shard(p.ndim - 1))
+    fully_shard(
+        model,
+        mesh=fsdp_utils.data_mesh(torch.device("cpu")),
+        shard_placement_fn=lambda p: Shard(p.ndim - 1),
+    )
     with pytest.raises(ValueError, match="only .Shard.dim=0.,. is exported"):
         WeightExporter(model, torch.float32)
     assert dist.get_world_size() == 2
@@ -173,7 +190,11 @@ def test_layout_fills_buckets_in_order_and_aligns():
     assert BucketLayout.from_dict(layout.to_dict()) == layout
     flat = torch.zeros(layout.buffer_bytes, dtype=torch.uint8)
     layout.views(0, flat)[1][1].fill_(1.0)
-    assert flat.view(torch.float32)[ALIGNMENT // 4 :][:10].sum() == 10.0 == flat.view(torch.float32).sum()
+    assert (
+        flat.view(torch.float32)[ALIGNMENT // 4 :][:10].sum()
+        == 10.0
+        == flat.view(torch.float32).sum()
+    )
 
 
 def test_checksums_see_values_and_places(monkeypatch):

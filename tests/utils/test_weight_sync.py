@@ -26,9 +26,14 @@ BUCKET_BYTES = 100_000
 
 def start_engine(model_dir: Path, tensor_parallel_size: int) -> Any:
     config = EngineConfig(
-        str(model_dir), max_num_seqs=4, tensor_parallel_size=tensor_parallel_size, weight_transfer_backend="gloo"
+        str(model_dir),
+        max_num_seqs=4,
+        tensor_parallel_size=tensor_parallel_size,
+        weight_transfer_backend="gloo",
     )
-    return ray.remote(num_cpus=1, runtime_env={"env_vars": engine_env("cpu")})(ActionEngine).remote(config)
+    return ray.remote(num_cpus=1, runtime_env={"env_vars": engine_env("cpu")})(ActionEngine).remote(
+        config
+    )
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +50,10 @@ class Observations:
 
     def __init__(self, model_dir: Path) -> None:
         self.processor = load_processor(model_dir)
-        self.prompts = [self.processor.prompt_ids(text) for text in ("pick up the red block", "open the drawer now")]
+        self.prompts = [
+            self.processor.prompt_ids(text)
+            for text in ("pick up the red block", "open the drawer now")
+        ]
         self.images = np.random.default_rng(0).integers(0, 256, (2, 28, 28, 3), dtype=np.uint8)
 
     def act(self, engine: Any) -> Generation:
@@ -54,12 +62,18 @@ class Observations:
     def difference(self, model: Any, generation: Generation) -> float:
         """Largest difference between the engine's log-probs and those of `model`."""
         ids, mask = self.processor.collate_prompts(self.prompts)
-        pixels = self.processor.image_processor.normalize(torch.from_numpy(self.images), torch.float32)
+        pixels = self.processor.image_processor.normalize(
+            torch.from_numpy(self.images), torch.float32
+        )
         tokens = torch.from_numpy(generation.token_ids.copy())
         with torch.no_grad():
             logits_BAV = model.forward_actions(ids, mask, tokens, pixel_values=pixels).logits_BAV
         indices = (tokens - model.config.first_action_token_id)[..., None]
-        return float(np.abs(logits_BAV.log_softmax(-1).gather(-1, indices)[..., 0].numpy() - generation.logprobs).max())
+        return float(
+            np.abs(
+                logits_BAV.log_softmax(-1).gather(-1, indices)[..., 0].numpy() - generation.logprobs
+            ).max()
+        )
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +94,9 @@ def lora_model(model_dir: Path, seed: int) -> nn.Module:
 def connect(model: nn.Module, engine: Any, num_receivers: int = 1) -> WeightSender:
     exporter = WeightExporter(model, torch.float32, BUCKET_BYTES)
     sender = WeightSender(exporter, "gloo", rank=0, num_receivers=num_receivers, timeout_s=30.0)
-    joined = engine.init_weight_transfer.remote("gloo", engine_info([sender.open()], "gloo", 0, num_receivers))
+    joined = engine.init_weight_transfer.remote(
+        "gloo", engine_info([sender.open()], "gloo", 0, num_receivers)
+    )
     sender.connect()
     ray.get(joined)
     return sender
@@ -101,17 +117,25 @@ def test_engine_equals_the_trainer_after_every_sync(engine, observations, tiny_m
         report = ray.get(received)
         after = observations.difference(model, observations.act(engine))
         assert after < TOLERANCE and before > 100 * TOLERANCE
-        assert (report.num_params, report.num_bytes, report.version) == (sent.num_params, sent.num_bytes, version)
+        assert (report.num_params, report.num_bytes, report.version) == (
+            sent.num_params,
+            sent.num_bytes,
+            version,
+        )
         assert report.num_verified == (report.num_params if version == 2 else 0)
     sender.close()
 
 
-def test_trainer_of_another_model_is_refused_and_the_engine_recovers(engine, observations, tiny_model_dir) -> None:
+def test_trainer_of_another_model_is_refused_and_the_engine_recovers(
+    engine, observations, tiny_model_dir
+) -> None:
     model = lora_model(tiny_model_dir, 1)
     model.extra = nn.Linear(2, 2)
     sender = connect(model, engine)
     received = engine.receive_weights.remote(7)
-    with pytest.raises(ChannelError, match="refused by receiver 1: 2 unexpected: extra.weight, extra.bias"):
+    with pytest.raises(
+        ChannelError, match="refused by receiver 1: 2 unexpected: extra.weight, extra.bias"
+    ):
         sender.send(7)
     with pytest.raises(WeightUpdateError, match="nothing was overwritten.*2 unexpected: extra"):
         ray.get(received)
@@ -126,7 +150,9 @@ def test_trainer_of_another_model_is_refused_and_the_engine_recovers(engine, obs
     assert observations.difference(model, observations.act(engine)) < TOLERANCE
 
 
-def test_trainer_that_stops_in_the_middle_and_the_engine_recovers(engine, observations, tiny_model_dir) -> None:
+def test_trainer_that_stops_in_the_middle_and_the_engine_recovers(
+    engine, observations, tiny_model_dir
+) -> None:
     model = lora_model(tiny_model_dir, 2)
     sender = connect(model, engine)
     fill = sender.exporter.fill
@@ -152,18 +178,26 @@ def test_trainer_that_stops_in_the_middle_and_the_engine_recovers(engine, observ
 
 
 @pytest.mark.slow
-def test_every_tensor_parallel_worker_receives_and_refuses(engine, observations, tiny_model_dir) -> None:
+def test_every_tensor_parallel_worker_receives_and_refuses(
+    engine, observations, tiny_model_dir
+) -> None:
     pair, model = start_engine(tiny_model_dir, 2), lora_model(tiny_model_dir, 3)
-    assert observations.difference(model, observations.act(pair)) > 100 * TOLERANCE  # and it has started
+    assert (
+        observations.difference(model, observations.act(pair)) > 100 * TOLERANCE
+    )  # and it has started
     sender = connect(model, pair, num_receivers=2)
     received = pair.receive_weights.remote(1)
     report = sender.send(1, verify=True)
     assert ray.get(received).num_verified == report.num_params
     assert observations.difference(model, observations.act(pair)) < TOLERANCE
     received = pair.receive_weights.remote(3)
-    with pytest.raises(ChannelError, match="receiver 1: version 2 is sent, 3 was.*receiver 2: version 2 is sent"):
+    with pytest.raises(
+        ChannelError, match="receiver 1: version 2 is sent, 3 was.*receiver 2: version 2 is sent"
+    ):
         sender.send(2)
-    with pytest.raises(WeightUpdateError, match="version 3 failed.*version 2 is sent, 3 was expected"):
+    with pytest.raises(
+        WeightUpdateError, match="version 3 failed.*version 2 is sent, 3 was expected"
+    ):
         ray.get(received)
     received = pair.receive_weights.remote(4)  # both workers still answer what they are asked
     sender.send(4)

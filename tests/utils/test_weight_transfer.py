@@ -7,7 +7,12 @@ import torch
 
 from prismatic.extern.vllm.weight_buckets import BucketLayout
 from prismatic.extern.vllm.weight_channel import ChannelError
-from utils.weight_transfer import WeightReceiver, WeightUpdateError, bucket_manifest, manifest_problems
+from utils.weight_transfer import (
+    WeightReceiver,
+    WeightUpdateError,
+    bucket_manifest,
+    manifest_problems,
+)
 
 SHAPES = {"a.weight": (2, 3), "b.weight": (4,)}
 WEIGHTS = [("a.weight", torch.ones(2, 3)), ("b.weight", torch.ones(4))]
@@ -18,7 +23,9 @@ def test_manifest_must_be_exact() -> None:
     assert manifest_problems(SHAPES, [("a.weight", (2, 3))]) == ["1 missing: b.weight"]
     assert manifest_problems(SHAPES, [("a.weight", (2, 3))], complete=False) == []
     assert manifest_problems(SHAPES, [*SHAPES.items(), ("c", (1,))]) == ["1 unexpected: c"]
-    assert manifest_problems(SHAPES, [*SHAPES.items(), ("b.weight", (4,))]) == ["1 sent more than once: b.weight"]
+    assert manifest_problems(SHAPES, [*SHAPES.items(), ("b.weight", (4,))]) == [
+        "1 sent more than once: b.weight"
+    ]
     assert manifest_problems(SHAPES, {"a.weight": (3, 2), "b.weight": (4,)}.items()) == [
         "1 wrong shape: a.weight is (3, 2), not (2, 3)"
     ]
@@ -54,7 +61,10 @@ REPORT = {"num_params": 2, "num_bytes": 20, "version": 3, "num_verified": 2}
 def channel_receiver(llm: RecordingLLM, shapes: dict[str, tuple[int, ...]]) -> WeightReceiver:
     """A receiver that expects SHAPES, joined to a channel that brings `shapes`."""
     receiver = WeightReceiver(llm, {**SHAPES, "rotary_emb.inv_freq": (2,)}, "gloo")
-    receiver.init("gloo", {"layout": BucketLayout.plan(shapes.items(), torch.bfloat16, 100).to_dict(), "joins": []})
+    receiver.init(
+        "gloo",
+        {"layout": BucketLayout.plan(shapes.items(), torch.bfloat16, 100).to_dict(), "joins": []},
+    )
     assert llm.calls == ["init_weight_transfer_engine"]
     return receiver
 
@@ -71,7 +81,9 @@ def test_tensors_of_other_names_are_refused_before_the_first_call() -> None:
 def test_tensors_are_counted_and_caches_cleared() -> None:
     llm = RecordingLLM()
     receiver = WeightReceiver(llm, SHAPES, "object_store")
-    report = receiver.update([WEIGHTS[:1], [("b.weight", torch.ones(4).bfloat16())]], list(SHAPES.items()), 3)
+    report = receiver.update(
+        [WEIGHTS[:1], [("b.weight", torch.ones(4).bfloat16())]], list(SHAPES.items()), 3
+    )
     assert (report.num_params, report.num_bytes, report.version) == (2, 4 * 6 + 2 * 4, 3)
     session = ["start_weight_update", "update_weights", "update_weights", "finish_weight_update"]
     assert llm.calls == session + CACHES
@@ -92,7 +104,9 @@ def test_channel_is_refused_with_the_reason_for_the_trainer() -> None:
     llm = RecordingLLM()
     receiver = channel_receiver(llm, {"a.weight": (3, 2), "c": (1,)})
     llm.problems = ["refused by receiver 1"]
-    with pytest.raises(WeightUpdateError, match="nothing was overwritten.*missing: b.weight; .*a.weight is .3, 2."):
+    with pytest.raises(
+        WeightUpdateError, match="nothing was overwritten.*missing: b.weight; .*a.weight is .3, 2."
+    ):
         receiver.receive(3)
     assert llm.infos[0]["version"] == 3 and "missing: b.weight" in llm.infos[0]["refusal"]
     assert receiver.version == 0 and "version 3 failed" in str(receiver.problem)
@@ -102,7 +116,12 @@ def test_workers_must_report_the_same_complete_version() -> None:
     llm = RecordingLLM([REPORT, REPORT])
     receiver = channel_receiver(llm, SHAPES)
     report = receiver.receive(3)
-    assert (report.num_params, report.num_bytes, report.version, report.num_verified) == (2, 20, 3, 2)
+    assert (report.num_params, report.num_bytes, report.version, report.num_verified) == (
+        2,
+        20,
+        3,
+        2,
+    )
     assert llm.infos == [{"version": 3, "refusal": None}] and llm.calls[-3:] == CACHES
     assert receiver.problem is None and receiver.version == 3
     for wrong in ({"num_params": 1}, {"version": 2}, {"num_verified": 0}):

@@ -23,7 +23,9 @@ BASE = ROOT / "assets" / "tabletop-base"
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("make_base_model", ROOT / "vla-scripts" / "make_base_model.py")
+    spec = importlib.util.spec_from_file_location(
+        "make_base_model", ROOT / "vla-scripts" / "make_base_model.py"
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules["make_base_model"] = module  # its worker processes look it up there
     spec.loader.exec_module(module)
@@ -40,11 +42,15 @@ def answers(base, images, texts):
     model, processor = base
     ids, mask = processor.collate_prompts([processor.prompt_ids(text) for text in texts])
     pixels = processor.image_processor.normalize(torch.from_numpy(images))
-    return model.action_tokenizer.decode(model.generate_actions(ids, mask, pixel_values=pixels).numpy())
+    return model.action_tokenizer.decode(
+        model.generate_actions(ids, mask, pixel_values=pixels).numpy()
+    )
 
 
 def test_shipped_base_needs_image_and_instruction(base):
-    frames = [make_frame(np.random.default_rng((9, index)), 56, ("move", "hold")) for index in range(200)]
+    frames = [
+        make_frame(np.random.default_rng((9, index)), 56, ("move", "hold")) for index in range(200)
+    ]
     images, targets = np.stack([f.image for f in frames]), np.stack([f.answers[0] for f in frames])
     texts = [f.instructions[0] for f in frames]
 
@@ -54,7 +60,10 @@ def test_shipped_base_needs_image_and_instruction(base):
     assert share_right(images, texts) > 0.8
     assert share_right(np.full_like(images, 128), texts) < 0.3
     # The same pictures with a question about another thing that lies there.
-    others = [make_frame(np.random.default_rng((9, i)), 56, ("move", "move")).instructions for i in range(200)]
+    others = [
+        make_frame(np.random.default_rng((9, i)), 56, ("move", "move")).instructions
+        for i in range(200)
+    ]
     different = np.array([pair[0] != pair[1] for pair in others])
     wrong = answers(base, images, [pair[1] for pair in others])
     assert (np.abs(wrong - targets)[different, :2].max(axis=1) < 0.05).mean() < 0.3
@@ -76,14 +85,28 @@ def test_shipped_base_solves_no_task(base):
 
 def test_script_writes_a_model_that_loads_and_logs_what_it_did(script, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "NUM_HELD_OUT", 16)
-    sizes = TinyVLAConfig(vision_dim=16, vision_heads=2, vision_depth=2, llm_dim=16, llm_depth=1, llm_heads=2)
+    sizes = TinyVLAConfig(
+        vision_dim=16, vision_heads=2, vision_depth=2, llm_dim=16, llm_depth=1, llm_heads=2
+    )
     args = script.Args(
-        str(tmp_path / "base"), model=sizes, num_frames=512, num_updates=2, batch_size=8, num_workers=1, device="cpu"
+        str(tmp_path / "base"),
+        model=sizes,
+        num_frames=512,
+        num_updates=2,
+        batch_size=8,
+        num_workers=1,
+        device="cpu",
     )
     script.main(args)
     assert load_model(tmp_path / "base").num_parameters() > 0
-    settings, row = map(json.loads, (tmp_path / "base" / "pretraining.jsonl").read_text().splitlines())
-    assert settings["settings"]["num_updates"] == 2 and row["update"] == 2 and 0 <= row["held_out/move"] <= 1
+    settings, row = map(
+        json.loads, (tmp_path / "base" / "pretraining.jsonl").read_text().splitlines()
+    )
+    assert (
+        settings["settings"]["num_updates"] == 2
+        and row["update"] == 2
+        and 0 <= row["held_out/move"] <= 1
+    )
     with pytest.raises(ValueError, match="exists already"):
         script.main(args)
 
@@ -93,7 +116,9 @@ def test_training_fits_the_questions(script, monkeypatch):
     monkeypatch.setattr(script, "NUM_HELD_OUT", 0)
     monkeypatch.setattr(script, "held_out_accuracy", lambda *_: {})
     kinds = ("hold",)
-    args = script.Args("", num_frames=512, num_updates=25, batch_size=32, num_workers=1, device="cpu", kinds=kinds)
+    args = script.Args(
+        "", num_frames=512, num_updates=25, batch_size=32, num_workers=1, device="cpu", kinds=kinds
+    )
     model, processor = script.build_tiny_vla(args.model)
     data = script.draw_questions(args, model, processor)
     pick = torch.arange(64)
@@ -105,4 +130,6 @@ def test_training_fits_the_questions(script, monkeypatch):
 @torch.no_grad()
 def loss(script, model, processor, data, pick):
     logits = script.answer_logits(model.forward_actions, processor, data, pick)
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), script.targets(model, data, pick).flatten()).item()
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), script.targets(model, data, pick).flatten()
+    ).item()

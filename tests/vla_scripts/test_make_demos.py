@@ -21,7 +21,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def load_script():
-    spec = importlib.util.spec_from_file_location("make_demos_script", ROOT / "vla-scripts" / "make_demos.py")
+    spec = importlib.util.spec_from_file_location(
+        "make_demos_script", ROOT / "vla-scripts" / "make_demos.py"
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules["make_demos_script"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
@@ -32,14 +34,17 @@ make_demos = load_script()
 
 
 def make(output_dir: Path, **options):
-    args = make_demos.Args(**{"output_dir": str(output_dir), "num_episodes": 12, "image_size": 28, **options})
+    args = make_demos.Args(
+        **{"output_dir": str(output_dir), "num_episodes": 12, "image_size": 28, **options}
+    )
     make_demos.main(args)
     return list(iterate_episodes(make_demos.output_path(args), images=True))
 
 
 def same(first, second) -> bool:
     return all(
-        np.array_equal(a.actions_T7, b.actions_T7) and list(a.encoded_images_T) == list(b.encoded_images_T)
+        np.array_equal(a.actions_T7, b.actions_T7)
+        and list(a.encoded_images_T) == list(b.encoded_images_T)
         for a, b in zip(first, second, strict=True)
     )
 
@@ -66,7 +71,9 @@ def test_demonstrations_are_what_the_expert_did(tmp_path: Path) -> None:
     for index, written in enumerate(episodes):
         start = parse_episode_path(written.file_path)
         episode = by_start.pop(start)
-        assert start[1].task_id == index % 10 and written.instruction == suite.instructions[index % 10]
+        assert (
+            start[1].task_id == index % 10 and written.instruction == suite.instructions[index % 10]
+        )
         moves = np.abs(episode.actions[:, :6]).sum(1) > 0
         assert np.array_equal(written.actions_T7[-1], episode.actions[-1])
         assert len(written.actions_T7) >= moves.sum()
@@ -97,7 +104,9 @@ def test_an_expert_that_always_fails_is_reported_and_leaves_nothing(tmp_path: Pa
 
 def test_never_overwrites_unless_asked(tmp_path: Path) -> None:
     before = make(tmp_path, num_episodes=2)
-    with pytest.raises(ValueError, match="exists: choose another --output_dir, or pass --overwrite"):
+    with pytest.raises(
+        ValueError, match="exists: choose another --output_dir, or pass --overwrite"
+    ):
         make(tmp_path, num_episodes=3)
     folder = tmp_path / "tabletop_no_noops" / "1.0.0"
     assert same(before, list(iterate_episodes(folder, images=True)))
@@ -119,13 +128,23 @@ def test_large_frames_are_jpeg(tmp_path: Path) -> None:
 
 
 def test_all_problems_are_reported_at_once() -> None:
-    numbers = {"num_episodes": 0, "seed": -1, "imperfection": 2.0, "image_size": 4, "max_env_length": 0}
+    numbers = {
+        "num_episodes": 0,
+        "seed": -1,
+        "imperfection": 2.0,
+        "image_size": 4,
+        "max_env_length": 0,
+    }
     numbers |= {"env_gpu_id": -1, "num_processes": 0, "haste": 1.5}
     problems = "\n".join(make_demos.validate(make_demos.Args(task_ids=(10,), **numbers)))
     for flag, value in [*numbers.items(), ("task_ids", [10])]:
         assert f"--{flag} {value}" in problems
-    assert "no scripted expert" in make_demos.validate(make_demos.Args(task_suite_name="libero_90"))[0]
-    assert "--haste 0.5 is for LIBERO's expert" in make_demos.validate(make_demos.Args(haste=0.5))[0]
+    assert (
+        "no scripted expert" in make_demos.validate(make_demos.Args(task_suite_name="libero_90"))[0]
+    )
+    assert (
+        "--haste 0.5 is for LIBERO's expert" in make_demos.validate(make_demos.Args(haste=0.5))[0]
+    )
     assert make_demos.validate(make_demos.Args(task_suite_name="libero_spatial", haste=0.5)) == []
     assert make_demos.validate(make_demos.Args()) == []
 
@@ -134,7 +153,11 @@ def test_all_problems_are_reported_at_once() -> None:
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +182,9 @@ def interrupt_after(num_episodes: int, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Recorder, "record", record)
 
 
-def test_an_interrupted_recording_goes_on_and_comes_out_the_same(tmp_path: Path, uninterrupted) -> None:
+def test_an_interrupted_recording_goes_on_and_comes_out_the_same(
+    tmp_path: Path, uninterrupted
+) -> None:
     for num_finished in (5, 2):  # and is interrupted again
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
             interrupt_after(num_finished, patch)
@@ -179,7 +204,9 @@ def test_the_number_of_processes_changes_nothing(tmp_path: Path, uninterrupted) 
     assert contents(tmp_path) == uninterrupted
 
 
-def test_a_process_that_dies_is_named_and_what_was_finished_stays(tmp_path: Path, uninterrupted) -> None:
+def test_a_process_that_dies_is_named_and_what_was_finished_stays(
+    tmp_path: Path, uninterrupted
+) -> None:
     processes: list[subprocess.Popen] = []
     real_popen, real_note = subprocess.Popen, make_demos.ProgressReport.note
 
@@ -196,7 +223,9 @@ def test_a_process_that_dies_is_named_and_what_was_finished_stays(tmp_path: Path
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recording_pool.subprocess, "Popen", popen)
         patch.setattr(make_demos.ProgressReport, "note", note)
-        with pytest.raises(RecordingError, match=r"process \d, episode \d+ \(tabletop task \d\): died by SIGKILL"):
+        with pytest.raises(
+            RecordingError, match=r"process \d, episode \d+ \(tabletop task \d\): died by SIGKILL"
+        ):
             make(tmp_path, imperfection=0.5, num_processes=2)
     assert all(process.poll() is not None for process in processes)
     finished = list((tmp_path / "tabletop_no_noops" / ".1.0.0.recording").glob("episode_*.npz"))
@@ -207,7 +236,9 @@ def test_a_process_that_dies_is_named_and_what_was_finished_stays(tmp_path: Path
 
 def test_an_error_of_a_process_comes_with_its_traceback(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(make_demos, "validate", lambda args: [])
-    with pytest.raises(RecordingError, match=r"(?s)episode \d \(tabletop task \d\):.*Traceback.*max_steps -1"):
+    with pytest.raises(
+        RecordingError, match=r"(?s)episode \d \(tabletop task \d\):.*Traceback.*max_steps -1"
+    ):
         make(tmp_path, num_processes=2, max_env_length=-1)
     with pytest.raises(ExpertFailedError, match="failed 100 times in a row at task"):
         make(tmp_path, num_processes=2, max_env_length=2)
@@ -218,7 +249,9 @@ def test_other_settings_do_not_continue_a_recording(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_after(3, patch)
         make(tmp_path, seed=1)
-    with pytest.raises(ValueError, match="interrupted recording with --seed 1, not 2: .* or pass --overwrite"):
+    with pytest.raises(
+        ValueError, match="interrupted recording with --seed 1, not 2: .* or pass --overwrite"
+    ):
         make(tmp_path, seed=2)
     assert same(make(tmp_path / "fresh", seed=2), make(tmp_path, seed=2, overwrite=True))
 
@@ -233,14 +266,18 @@ def test_a_recording_that_is_going_on_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_fixed_initial_states_come_in_turn(tmp_path: Path) -> None:
-    episodes = make(tmp_path, init_states="fixed", task_ids=(2, 5), num_episodes=6, imperfection=0.0)
+    episodes = make(
+        tmp_path, init_states="fixed", task_ids=(2, 5), num_episodes=6, imperfection=0.0
+    )
     starts = [parse_episode_path(episode.file_path) for episode in episodes]
     wanted = [(2, 0), (5, 0), (2, 1), (5, 1), (2, 2), (5, 2)]
     assert [(request.task_id, request.init_state_id) for _, request in starts] == wanted
     decode = frame_decoder(tmp_path / "tabletop_no_noops" / "1.0.0", (28, 28))
     env = get_suite("tabletop").make_env(28)
     for (name, request), episode in zip(starts, episodes, strict=True):
-        assert name == "tabletop" and np.array_equal(env.reset(request), decode(episode.encoded_images_T[0]))
+        assert name == "tabletop" and np.array_equal(
+            env.reset(request), decode(episode.encoded_images_T[0])
+        )
 
 
 def test_without_a_terminal_lines_are_logged_now_and_then(tmp_path: Path, monkeypatch) -> None:
@@ -248,5 +285,8 @@ def test_without_a_terminal_lines_are_logged_now_and_then(tmp_path: Path, monkey
     messages: list[str] = []
     monkeypatch.setattr(make_demos.logger, "info", messages.append)
     make(tmp_path, num_episodes=3)
-    assert messages[0].startswith("1 of 3 episodes (1 of 1 attempts solved, ") and "min left" in messages[0]
+    assert (
+        messages[0].startswith("1 of 3 episodes (1 of 1 attempts solved, ")
+        and "min left" in messages[0]
+    )
     assert "3 episodes" in messages[-1] and "the expert solved 3 of 3 at the first" in messages[-1]

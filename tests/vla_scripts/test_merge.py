@@ -38,13 +38,17 @@ def make_adapter(base_dir, adapter_dir, **options):
     """Save a random adapter for `base_dir`; return peft's own merged state dict, in float32."""
     torch.manual_seed(1)
     base = load_model(base_dir)
-    config = LoraConfig(**({"r": 4, "lora_alpha": 8, "target_modules": linear_names(base)} | options))
+    config = LoraConfig(
+        **({"r": 4, "lora_alpha": 8, "target_modules": linear_names(base)} | options)
+    )
     wrapper = get_peft_model(base, config)
     for name, parameter in wrapper.named_parameters():
         if parameter.requires_grad:
             parameter.data.normal_(std=0.05) if "lora_" in name else parameter.data.add_(0.1)
     wrapper.save_pretrained(str(adapter_dir))
-    return {name: tensor.clone() for name, tensor in wrapper.merge_and_unload().state_dict().items()}
+    return {
+        name: tensor.clone() for name, tensor in wrapper.merge_and_unload().state_dict().items()
+    }
 
 
 def read_weights(folder):
@@ -64,7 +68,9 @@ def shard(model_dir, output_dir, num_shards=3):
         part = {name: weights[name] for name in names[i::num_shards]}
         save_file(part, output_dir / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
-    (output_dir / INDEX_NAME).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    (output_dir / INDEX_NAME).write_text(
+        json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map})
+    )
     return output_dir
 
 
@@ -78,7 +84,9 @@ def adapter(tiny_model_dir, tmp_path_factory):
 def names_in_checkpoint(state, model_dir):
     """State dict keys renamed as the checkpoint has them (timm's gamma is stored as scale_factor)."""
     stored = read_weights(model_dir)
-    renamed = {n if n in stored else n.replace(".gamma", ".scale_factor"): t for n, t in state.items()}
+    renamed = {
+        n if n in stored else n.replace(".gamma", ".scale_factor"): t for n, t in state.items()
+    }
     assert set(stored) <= set(renamed)
     return {name: renamed[name] for name in stored}
 
@@ -87,7 +95,9 @@ def assert_equals_peft(output_dir, expected, model_dir, atol=2e-6):
     merged, expected = read_weights(output_dir), names_in_checkpoint(expected, model_dir)
     assert set(merged) == set(expected)
     for name in expected:
-        torch.testing.assert_close(merged[name].float(), expected[name].float(), rtol=0, atol=atol, msg=name)
+        torch.testing.assert_close(
+            merged[name].float(), expected[name].float(), rtol=0, atol=atol, msg=name
+        )
 
 
 def test_merge_equals_peft_and_folder_is_complete(merge_script, tiny_model_dir, adapter, tmp_path):
@@ -125,11 +135,15 @@ def test_merge_patterns_rslora_saved_modules_and_biases(merge_script, tiny_model
 
 
 def test_trained_biases_are_merged(merge_script, tiny_model_dir, tmp_path):
-    expected = make_adapter(tiny_model_dir, tmp_path / "adapter", target_modules=["fc1", "fc2"], bias="all")
+    expected = make_adapter(
+        tiny_model_dir, tmp_path / "adapter", target_modules=["fc1", "fc2"], bias="all"
+    )
     merge_script.merge(merge_script.Args(tiny_model_dir, tmp_path / "adapter", tmp_path / "merged"))
     assert_equals_peft(tmp_path / "merged", expected, tiny_model_dir)
     name = "projector.fc3.bias"
-    assert not torch.equal(read_weights(tiny_model_dir)[name], read_weights(tmp_path / "merged")[name])
+    assert not torch.equal(
+        read_weights(tiny_model_dir)[name], read_weights(tmp_path / "merged")[name]
+    )
 
 
 def test_shards_and_index_are_kept(merge_script, tiny_model_dir, adapter, tmp_path):
@@ -139,7 +153,9 @@ def test_shards_and_index_are_kept(merge_script, tiny_model_dir, adapter, tmp_pa
     assert_equals_peft(tmp_path / "merged", expected, base)
     before, after = (json.loads((d / INDEX_NAME).read_text()) for d in (base, tmp_path / "merged"))
     assert after["weight_map"] == before["weight_map"]
-    assert after["metadata"]["total_size"] == sum(t.nbytes for t in read_weights(tmp_path / "merged").values())
+    assert after["metadata"]["total_size"] == sum(
+        t.nbytes for t in read_weights(tmp_path / "merged").values()
+    )
     for file in (tmp_path / "merged").glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
             assert {after["weight_map"][name] for name in tensors.keys()} == {file.name}  # noqa: SIM118
@@ -148,12 +164,20 @@ def test_shards_and_index_are_kept(merge_script, tiny_model_dir, adapter, tmp_pa
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_other_dtypes(merge_script, tiny_model_dir, adapter, tmp_path, dtype):
     folder, expected = adapter
-    metadata = merge_script.merge(merge_script.Args(tiny_model_dir, folder, tmp_path / "merged", dtype=dtype))
-    merged, wanted = read_weights(tmp_path / "merged"), names_in_checkpoint(expected, tiny_model_dir)
+    metadata = merge_script.merge(
+        merge_script.Args(tiny_model_dir, folder, tmp_path / "merged", dtype=dtype)
+    )
+    merged, wanted = (
+        read_weights(tmp_path / "merged"),
+        names_in_checkpoint(expected, tiny_model_dir),
+    )
     assert {t.dtype for t in merged.values()} == {getattr(torch, dtype)}
     # The sum is rounded once, at the end: within half a unit in the last place of peft's float32 merge.
     half_ulp = torch.finfo(getattr(torch, dtype)).eps / 2
-    assert all((merged[n].float() - wanted[n]).abs().le(1.01 * half_ulp * wanted[n].abs() + 1e-6).all() for n in wanted)
+    assert all(
+        (merged[n].float() - wanted[n]).abs().le(1.01 * half_ulp * wanted[n].abs() + 1e-6).all()
+        for n in wanted
+    )
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert dtype in (config.get("dtype"), config.get("torch_dtype"))
     assert metadata["checks"]["logits"]["max_difference"] > 0
@@ -179,8 +203,12 @@ def corrupting(merge_script, monkeypatch, name):
     monkeypatch.setattr(merge_script, "merge_weights", damaged)
 
 
-@pytest.mark.parametrize("name", [f"{ATTENTION}.weight", "language_model.model.embed_tokens.weight"])
-def test_corrupted_matrix_fails_the_weight_check(merge_script, tiny_model_dir, adapter, tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(
+    "name", [f"{ATTENTION}.weight", "language_model.model.embed_tokens.weight"]
+)
+def test_corrupted_matrix_fails_the_weight_check(
+    merge_script, tiny_model_dir, adapter, tmp_path, monkeypatch, name
+):
     corrupting(merge_script, monkeypatch, name)
     args = merge_script.Args(tiny_model_dir, adapter[0], tmp_path / "merged", check="weights")
     with pytest.raises(RuntimeError, match=name):
@@ -188,7 +216,9 @@ def test_corrupted_matrix_fails_the_weight_check(merge_script, tiny_model_dir, a
     assert list(tmp_path.iterdir()) == []
 
 
-def test_corrupted_matrix_fails_the_logits_check(merge_script, tiny_model_dir, adapter, tmp_path, monkeypatch):
+def test_corrupted_matrix_fails_the_logits_check(
+    merge_script, tiny_model_dir, adapter, tmp_path, monkeypatch
+):
     corrupting(merge_script, monkeypatch, f"{ATTENTION}.weight")
     monkeypatch.setattr(merge_script, "check_merged_weights", lambda *_: ([], 0.0))
     with pytest.raises(RuntimeError, match="logits differ"):
@@ -196,7 +226,9 @@ def test_corrupted_matrix_fails_the_logits_check(merge_script, tiny_model_dir, a
     assert list(tmp_path.iterdir()) == []
 
 
-def test_wrong_scaling_fails_the_weight_check(merge_script, tiny_model_dir, adapter, tmp_path, monkeypatch):
+def test_wrong_scaling_fails_the_weight_check(
+    merge_script, tiny_model_dir, adapter, tmp_path, monkeypatch
+):
     """The reference scaling is peft's own, not ours."""
     monkeypatch.setattr(merge_utils, "lora_scaling", lambda config, module: 1.99)
     with pytest.raises(RuntimeError, match="rounding bound"):
@@ -211,7 +243,9 @@ def test_statistics_of_the_adapter_win_and_missing_files_come_from_the_base(
     base = shutil.copytree(tiny_model_dir, tmp_path / "base")
     (base / "special_notes.txt").write_text("kept")
     merge_script.merge(merge_script.Args(base, folder, tmp_path / "merged", check="weights"))
-    assert json.loads((tmp_path / "merged" / "dataset_statistics.json").read_text()) == {"from": "adapter"}
+    assert json.loads((tmp_path / "merged" / "dataset_statistics.json").read_text()) == {
+        "from": "adapter"
+    }
     assert (tmp_path / "merged" / "special_notes.txt").read_text() == "kept"
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
 
@@ -233,7 +267,9 @@ def edit_adapter(adapter_dir, output_dir, **options):
         ({"option_of_next_year": 1}, "option_of_next_year=1"),
     ],
 )
-def test_unsupported_adapters_are_refused_by_name(merge_script, tiny_model_dir, adapter, tmp_path, options, message):
+def test_unsupported_adapters_are_refused_by_name(
+    merge_script, tiny_model_dir, adapter, tmp_path, options, message
+):
     folder = edit_adapter(adapter[0], tmp_path / "adapter", **options)
     with pytest.raises(ValueError, match=message):
         merge_script.merge(merge_script.Args(tiny_model_dir, folder, tmp_path / "merged"))
@@ -242,7 +278,9 @@ def test_unsupported_adapters_are_refused_by_name(merge_script, tiny_model_dir, 
 
 def test_adapter_for_another_base_is_refused(merge_script, tiny_model_dir, adapter, tmp_path):
     weights = load_file(adapter[0] / "adapter_model.safetensors")
-    names = {"shape": lambda w: w | {f"base_model.model.{ATTENTION}.lora_A.weight": torch.zeros(4, 48)}}
+    names = {
+        "shape": lambda w: w | {f"base_model.model.{ATTENTION}.lora_A.weight": torch.zeros(4, 48)}
+    }
     names["name"] = lambda w: {k.replace("layers.1.", "layers.7."): t for k, t in w.items()}
     for case, change in names.items():
         folder = shutil.copytree(adapter[0], tmp_path / case)
@@ -252,7 +290,9 @@ def test_adapter_for_another_base_is_refused(merge_script, tiny_model_dir, adapt
         assert "layers.7." in str(error.value) if case == "name" else "(64, 48)" in str(error.value)
 
 
-def test_fingerprint_tells_bases_of_one_shape_apart(merge_script, tiny_model_dir, adapter, tmp_path):
+def test_fingerprint_tells_bases_of_one_shape_apart(
+    merge_script, tiny_model_dir, adapter, tmp_path
+):
     folder = shutil.copytree(adapter[0], tmp_path / "adapter")
     fingerprint = merge_utils.base_fingerprint(tiny_model_dir)
     merge_utils.record_base(folder, tiny_model_dir)
@@ -286,7 +326,9 @@ def test_output_folders_in_the_way(merge_script, tiny_model_dir, adapter, tmp_pa
 def test_all_problems_are_reported_at_once(merge_script, tiny_model_dir, tmp_path):
     with pytest.raises(ValueError) as error:
         merge_script.validate(merge_script.Args(tmp_path / "nowhere", tmp_path, tiny_model_dir))
-    assert all(part in str(error.value) for part in ("nowhere", "adapter_config.json", "is not empty"))
+    assert all(
+        part in str(error.value) for part in ("nowhere", "adapter_config.json", "is not empty")
+    )
 
 
 MEMORY_SCRIPT = """
@@ -310,12 +352,18 @@ def test_memory_is_bounded_by_a_shard_and_a_few_matrices(tmp_path):
     weight_map, factors = {}, {}
     for i in range(16):
         file = f"model-{i:05d}.safetensors"
-        part = {f"layers.{i}.fc{j}.weight": torch.full((1024, 1024), 0.01, dtype=torch.bfloat16) for j in range(4)}
+        part = {
+            f"layers.{i}.fc{j}.weight": torch.full((1024, 1024), 0.01, dtype=torch.bfloat16)
+            for j in range(4)
+        }
         save_file(part, base / file)
         weight_map |= dict.fromkeys(part, file)
         for name in part:
             module = f"base_model.model.{name.removesuffix('.weight')}"
-            factors |= {f"{module}.lora_A.weight": torch.ones(4, 1024), f"{module}.lora_B.weight": torch.ones(1024, 4)}
+            factors |= {
+                f"{module}.lora_A.weight": torch.ones(4, 1024),
+                f"{module}.lora_B.weight": torch.ones(1024, 4),
+            }
     (base / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
     save_file(factors, adapter / "adapter_model.safetensors")
     LoraConfig(r=4, target_modules=[f"fc{j}" for j in range(4)]).save_pretrained(str(adapter))
@@ -344,13 +392,25 @@ def test_safetensors_writer_matches_the_library(tmp_path):
     assert all(torch.equal(ours[n], theirs[n]) and ours[n].dtype == theirs[n].dtype for n in ours)
 
 
-def test_merged_folder_loads_as_base_plus_adapter(merge_script, tiny_model_dir, adapter, tmp_path, monkeypatch):
+def test_merged_folder_loads_as_base_plus_adapter(
+    merge_script, tiny_model_dir, adapter, tmp_path, monkeypatch
+):
     """The command line, and actions of the merged folder equal to those of peft's wrapped model."""
-    folders = {"vla_path": tiny_model_dir, "adapter_dir": adapter[0], "output_dir": tmp_path / "merged"}
-    monkeypatch.setattr(sys, "argv", ["merge.py", *[part for k, v in folders.items() for part in (f"--{k}", str(v))]])
+    folders = {
+        "vla_path": tiny_model_dir,
+        "adapter_dir": adapter[0],
+        "output_dir": tmp_path / "merged",
+    }
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["merge.py", *[part for k, v in folders.items() for part in (f"--{k}", str(v))]],
+    )
     merge_script.main()
     merged, base = load_model(tmp_path / "merged"), load_model(tiny_model_dir)
-    wrapped = PeftModel.from_pretrained(load_model(tiny_model_dir), str(adapter[0])).get_base_model()
+    wrapped = PeftModel.from_pretrained(
+        load_model(tiny_model_dir), str(adapter[0])
+    ).get_base_model()
     generator = torch.Generator().manual_seed(3)
     size = merged.config.image_sizes[0]
     pixels = torch.randn(2, 6, size, size, generator=generator)
@@ -358,7 +418,10 @@ def test_merged_folder_loads_as_base_plus_adapter(merge_script, tiny_model_dir, 
     first = merged.config.first_action_token_id
     actions = torch.arange(first, first + 14).view(2, 7)
     with torch.inference_mode():
-        logits = [m.eval().forward_actions(ids, mask, actions, pixel_values=pixels)[0] for m in (merged, wrapped, base)]
+        logits = [
+            m.eval().forward_actions(ids, mask, actions, pixel_values=pixels)[0]
+            for m in (merged, wrapped, base)
+        ]
     torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-4)
     assert (logits[0] - logits[2]).abs().max() > 1e-2  # the adapter does something
 

@@ -27,7 +27,12 @@ def results(successes: list[list[bool]]) -> dict:
 
     def part(values):
         rate = sum(values) / len(values)
-        return {"successes": sum(values), "episodes": len(values), "rate": rate, "wilson_95": [rate / 2, 1.0]}
+        return {
+            "successes": sum(values),
+            "episodes": len(values),
+            "rate": rate,
+            "wilson_95": [rate / 2, 1.0],
+        }
 
     episodes = [
         {"task_id": t, "init_state_id": s, "seed": 9, "success": ok}
@@ -73,7 +78,9 @@ def test_replay_plays_the_evaluated_episode_with_the_model(tiny_model_dir, tmp_p
     def episode(task_id: int, success: bool) -> dict:
         return {"task_id": task_id, "init_state_id": 3, "seed": 9, "success": success}
 
-    clips = quickstart.replay(tiny_model_dir, "random", [episode(0, False), episode(7, False)], tmp_path)
+    clips = quickstart.replay(
+        tiny_model_dir, "random", [episode(0, False), episode(7, False)], tmp_path
+    )
     assert [clip.success for clip in clips] == [False, False]  # a random policy
     assert "red block" in clips[0].instruction and "purple ball" in clips[1].instruction
     assert all(b"ftyp" in clip.mp4[:12] and len(clip.mp4) > 2000 for clip in clips)
@@ -83,25 +90,43 @@ def test_replay_plays_the_evaluated_episode_with_the_model(tiny_model_dir, tmp_p
 
 def test_flags_spell_booleans_as_tyro_wants_them():
     values = {"lr": 0.1, "use_lora": True, "image_aug": False, "task_ids": 3}
-    assert quickstart.flags(values) == ["--lr", "0.1", "--use_lora", "--no_image_aug", "--task_ids", "3"]
+    assert quickstart.flags(values) == [
+        "--lr",
+        "0.1",
+        "--use_lora",
+        "--no_image_aug",
+        "--task_ids",
+        "3",
+    ]
 
 
 def test_stages_hand_folders_on_and_take_the_seed(tmp_path):
-    stages = {s.name: s.command for s in quickstart.make_stages(quickstart.Args(seed=5, run_dir=tmp_path))}
+    stages = {
+        s.name: s.command for s in quickstart.make_stages(quickstart.Args(seed=5, run_dir=tmp_path))
+    }
 
     def value(name, flag):
         return stages[name][stages[name].index(flag) + 1]
 
     assert value("demos", "--output_dir") == value("finetune", "--data_root_dir")
     assert (
-        value("finetune", "--output_dir") == value("eval_sft", "--pretrained_checkpoint") == value("ppo", "--vla_path")
+        value("finetune", "--output_dir")
+        == value("eval_sft", "--pretrained_checkpoint")
+        == value("ppo", "--vla_path")
     )
     assert value("merge", "--vla_path") == value("ppo", "--vla_path")
-    assert value("merge", "--adapter_dir") == str(Path(value("ppo", "--run_root_dir")) / value("ppo", "--exp_id"))
+    assert value("merge", "--adapter_dir") == str(
+        Path(value("ppo", "--run_root_dir")) / value("ppo", "--exp_id")
+    )
     assert value("merge", "--output_dir") == value("eval_merged", "--pretrained_checkpoint")
     assert [value(name, "--seed") for name in ("demos", "finetune", "ppo")] == ["5", "5", "5"]
-    assert "--seed" not in stages["eval_sft"] + stages["eval_merged"]  # the same episodes whatever the seed
-    assert stages["ppo"][:2] == ("bash", str(ROOT / "scripts/train_tabletop_cpu.sh"))  # see test_docs.py
+    assert (
+        "--seed" not in stages["eval_sft"] + stages["eval_merged"]
+    )  # the same episodes whatever the seed
+    assert stages["ppo"][:2] == (
+        "bash",
+        str(ROOT / "scripts/train_tabletop_cpu.sh"),
+    )  # see test_docs.py
 
 
 def test_validate_names_every_problem_and_protects_folders(tmp_path, monkeypatch):
@@ -123,7 +148,9 @@ def test_overwrite_replaces_an_earlier_run(tmp_path, monkeypatch):
     run_dir.mkdir()
     (run_dir / quickstart.MARKER).write_text("{}")
     (run_dir / "old").write_text("")
-    monkeypatch.setattr(quickstart, "make_stages", lambda args: [stage("one", "raise SystemExit(3)")])
+    monkeypatch.setattr(
+        quickstart, "make_stages", lambda args: [stage("one", "raise SystemExit(3)")]
+    )
     with pytest.raises(ValueError, match="not empty"):
         quickstart.main(quickstart.Args(run_dir=run_dir))
     assert (run_dir / "old").exists()
@@ -135,7 +162,9 @@ def test_overwrite_replaces_an_earlier_run(tmp_path, monkeypatch):
 def test_stages_run_in_order_with_their_own_logs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = "import os; print('out', os.environ['COLUMNS']); os.write(2, b'err'); open('a', 'x')"
-    seconds = quickstart.run_stages([stage("first", code), stage("second", "open('a'); open('b', 'x')")], tmp_path)
+    seconds = quickstart.run_stages(
+        [stage("first", code), stage("second", "open('a'); open('b', 'x')")], tmp_path
+    )
     assert list(seconds) == ["first", "second"] and all(s > 0 for s in seconds.values())
     log = (tmp_path / "logs/1_first.log").read_text()
     assert log.startswith(f"$ {sys.executable} -c") and "out 180" in log and "err" in log
@@ -198,7 +227,9 @@ def test_summary_has_the_agreed_keys_from_the_right_files(finished):
 def test_ppo_phases_add_up_to_the_stage(finished):
     phases = quickstart.ppo_phases(quickstart.read_metrics(finished / "ppo"), 20.0)
     assert sum(phases.values()) == pytest.approx(20.0)
-    assert phases["engine generating"] == 3.5 and phases["collecting, the rest"] == pytest.approx(1.5)
+    assert phases["engine generating"] == 3.5 and phases["collecting, the rest"] == pytest.approx(
+        1.5
+    )
     assert phases["greedy evaluation"] == 5.0
 
 
@@ -206,10 +237,21 @@ def test_report_is_made_from_the_files(finished):
     args = quickstart.Args(seed=4, run_dir=finished)
     summary = quickstart.summarize(args, 20.0, 30.0)
     page = quickstart.make_report(args, summary, {quickstart.PPO_TITLE: 20.0}, ())
-    texts = ("seed 4", "25.0 %", "100.0 %", "75.0 %", "do 1", "128 steps: 50.0 % of 4 episodes", "--seed 4", "0.123")
+    texts = (
+        "seed 4",
+        "25.0 %",
+        "100.0 %",
+        "75.0 %",
+        "do 1",
+        "128 steps: 50.0 % of 4 episodes",
+        "--seed 4",
+        "0.123",
+    )
     for text in texts:
         assert text in page, text
-    shaded = re.search(r'<rect x="40" y="12" width="([\d.]+)"', page)  # one warm-up step of two, 800 pixels wide
+    shaded = re.search(
+        r'<rect x="40" y="12" width="([\d.]+)"', page
+    )  # one warm-up step of two, 800 pixels wide
     assert float(shaded[1]) == pytest.approx((800 - 14 - 40) / 2)
 
 

@@ -62,7 +62,9 @@ class OpenVLAConfig(PreTrainedConfig):
         self.image_resize_strategy = image_resize_strategy
         self.timm_model_ids = list(known_ids if timm_model_ids is None else timm_model_ids)
         num_vits = len(self.timm_model_ids)
-        self.timm_override_act_layers = list(timm_override_act_layers or known_acts or [None] * num_vits)
+        self.timm_override_act_layers = list(
+            timm_override_act_layers or known_acts or [None] * num_vits
+        )
         self.image_sizes = list(known_sizes if image_sizes is None else image_sizes)
         self.timm_model_kwargs = timm_model_kwargs
         self.use_fused_vision_backbone = (
@@ -110,12 +112,16 @@ class OpenVLAConfig(PreTrainedConfig):
         return self.action_vocab_size - self.n_action_bins
 
 
-def _llama_config(text_config: dict[str, Any] | LlamaConfig | None, pad_token_id: int) -> LlamaConfig:
+def _llama_config(
+    text_config: dict[str, Any] | LlamaConfig | None, pad_token_id: int
+) -> LlamaConfig:
     """Build the Llama part; openvla-7b's file holds only `vocab_size` and lets the class give Llama-2-7B's shape."""
     if isinstance(text_config, LlamaConfig):
         return text_config
     fields = dict(text_config or {"vocab_size": pad_token_id + 64, "pad_token_id": pad_token_id})
     model_type = fields.pop("model_type", "llama")
     if model_type != "llama":
-        raise ValueError(f"text_config.model_type is {model_type!r}: only 'llama' language models are supported")
+        raise ValueError(
+            f"text_config.model_type is {model_type!r}: only 'llama' language models are supported"
+        )
     return LlamaConfig(**fields)

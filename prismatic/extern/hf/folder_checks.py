@@ -33,7 +33,12 @@ CONFIG_NAME, PREPROCESSOR_NAME, TOKENIZER_CONFIG_NAME = (
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 # The tokenizers that OpenVLA checkpoints name, all of which read tokenizer.json.
-TOKENIZER_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
+TOKENIZER_CLASSES = (
+    "LlamaTokenizer",
+    "LlamaTokenizerFast",
+    "PreTrainedTokenizerFast",
+    "TokenizersBackend",
+)
 # Fields with which transformers would run code of the hub or read other files than those that were checked.
 REFUSED_FIELDS = (
     "adapter_config", "configuration_files", "experts_implementation", "_experts_implementation_internal",
@@ -62,7 +67,9 @@ _NUMBER = (lambda value: is_number(value) and 0 <= value <= 1e9, "a finite numbe
 _OBJECT = (lambda value: isinstance(value, dict), "a JSON object")
 _WIDTH, _LAYERS, _HEADS = _int_rule(1, MAX_WIDTH), _int_rule(1, MAX_LAYERS), _int_rule(1, 4096)
 _TOKEN = _or_none(_int_rule(-1, MAX_WIDTH * 4))
-_DTYPE = _or_none((lambda value: value in TORCH_DTYPE_NAMES, f"one of {', '.join(TORCH_DTYPE_NAMES)}"))
+_DTYPE = _or_none(
+    (lambda value: value in TORCH_DTYPE_NAMES, f"one of {', '.join(TORCH_DTYPE_NAMES)}")
+)
 _VECTOR = (lambda value: is_list_of(value, is_number, 3), "3 finite numbers")
 
 TIMM_RULES: Rules = {
@@ -114,11 +121,17 @@ CONFIG_RULES: Rules = {
     "image_resize_strategy": _TEXT,
     "text_config": _OBJECT,
     "norm_stats": _or_none(_OBJECT),
-    "image_sizes": (lambda v: is_list_of(v, _int_rule(1, MAX_PIXELS)[0]), f"a list of sizes up to {MAX_PIXELS}"),
+    "image_sizes": (
+        lambda v: is_list_of(v, _int_rule(1, MAX_PIXELS)[0]),
+        f"a list of sizes up to {MAX_PIXELS}",
+    ),
     # Only names of timm's own models: hf-hub: and local-dir: would fetch and read others.
     "timm_model_ids": (lambda v: is_list_of(v, _is_timm_model), "a list of names of timm's models"),
     "timm_override_act_layers": _or_none(
-        (lambda v: is_list_of(v, lambda a: a in (None, *ACTIVATIONS)), f"a list of null or {', '.join(ACTIVATIONS)}")
+        (
+            lambda v: is_list_of(v, lambda a: a in (None, *ACTIVATIONS)),
+            f"a list of null or {', '.join(ACTIVATIONS)}",
+        )
     ),
     "timm_model_kwargs": _or_none((lambda v: is_list_of(v, _OBJECT[0]), "a list of JSON objects")),
     "dtype": _DTYPE,
@@ -147,13 +160,24 @@ PREPROCESSOR_RULES: Rules = {
     "tvf_resize_params": (lambda v: is_list_of(v, lambda p: _is_resize(p)), "size and interpolation for each ViT"),
     "tvf_crop_params": (lambda v: is_list_of(v, _OBJECT[0]), "a JSON object for each ViT"),
 }  # fmt: skip
-_PER_VIT = ("interpolations", "means", "stds", "tvf_normalize_params", "tvf_resize_params", "tvf_crop_params")
+_PER_VIT = (
+    "interpolations",
+    "means",
+    "stds",
+    "tvf_normalize_params",
+    "tvf_resize_params",
+    "tvf_crop_params",
+)
 
 
 def _is_timm_model(name: Any) -> bool:
     import timm
 
-    return isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_.]+", name) is not None and timm.is_model(name)
+    return (
+        isinstance(name, str)
+        and re.fullmatch(r"[A-Za-z0-9_.]+", name) is not None
+        and timm.is_model(name)
+    )
 
 
 def _is_resize(params: Any) -> bool:
@@ -166,11 +190,15 @@ def _is_resize(params: Any) -> bool:
 def config_problems(fields: Mapping[str, Any]) -> list[str]:
     """Problems of config.json's fields: another architecture, wrong types, and what must not be in a file."""
     if fields.get("model_type") != "openvla":
-        return [f"model_type is {str(fields.get('model_type'))[:40]!r}, not 'openvla': this is another architecture"]
+        return [
+            f"model_type is {str(fields.get('model_type'))[:40]!r}, not 'openvla': this is another architecture"
+        ]
     problems = field_problems(fields, CONFIG_RULES)
     text_config = fields.get("text_config")
     if isinstance(text_config, dict):
-        problems += [f"text_config.{problem}" for problem in field_problems(text_config, LLAMA_RULES)]
+        problems += [
+            f"text_config.{problem}" for problem in field_problems(text_config, LLAMA_RULES)
+        ]
     else:
         text_config = {}
     for place, found in (("", fields), ("text_config.", text_config)):
@@ -180,8 +208,14 @@ def config_problems(fields: Mapping[str, Any]) -> list[str]:
     kwargs: Any = fields.get("timm_model_kwargs")
     for index, vit in enumerate(kwargs if is_list_of(kwargs, _OBJECT[0]) else []):
         unknown = sorted(vit.keys() - TIMM_RULES.keys())
-        problems += [f"timm_model_kwargs[{index}] has {unknown}: known are {sorted(TIMM_RULES)}"] if unknown else []
-        problems += [f"timm_model_kwargs[{index}].{problem}" for problem in field_problems(vit, TIMM_RULES)]
+        problems += (
+            [f"timm_model_kwargs[{index}] has {unknown}: known are {sorted(TIMM_RULES)}"]
+            if unknown
+            else []
+        )
+        problems += [
+            f"timm_model_kwargs[{index}].{problem}" for problem in field_problems(vit, TIMM_RULES)
+        ]
     return problems
 
 
@@ -197,22 +231,36 @@ def read_config(model_dir: str | Path) -> OpenVLAConfig:
     with reading(file, "the configuration"):
         config = OpenVLAConfig.from_pretrained(str(model_dir), local_files_only=True)
     if config.first_action_token_id < 1:
-        raise ValueError(f"{file}: text_config.vocab_size has no room for n_action_bins and pad_to_multiple_of")
+        raise ValueError(
+            f"{file}: text_config.vocab_size has no room for n_action_bins and pad_to_multiple_of"
+        )
     return config
 
 
-def check_preprocessor(model_dir: str | Path, reserved: Callable[[str], bool] = lambda name: False) -> None:
+def check_preprocessor(
+    model_dir: str | Path, reserved: Callable[[str], bool] = lambda name: False
+) -> None:
     """Raise ValueError with all problems of preprocessor_config.json; `reserved`: names that no field may have."""
     file = Path(model_dir) / PREPROCESSOR_NAME
     fields = read_json_object(file)
     problems = field_problems(fields, PREPROCESSOR_RULES)
-    problems += [f"{name} is not a field" for name in fields if name not in PREPROCESSOR_RULES and reserved(name)]
+    problems += [
+        f"{name} is not a field"
+        for name in fields
+        if name not in PREPROCESSOR_RULES and reserved(name)
+    ]
     if not problems:
         sizes = fields.get("input_sizes", [[3, 224, 224]])
         lengths = {name: len(fields[name]) for name in _PER_VIT if name in fields}
         wrong = {name: length for name, length in lengths.items() if length != len(sizes)}
-        problems += [f"input_sizes has {len(sizes)} entries, one for each ViT, others have {wrong}"] if wrong else []
-        problems += [] if all(size == sizes[0] for size in sizes) else [f"input_sizes {sizes} differ"]
+        problems += (
+            [f"input_sizes has {len(sizes)} entries, one for each ViT, others have {wrong}"]
+            if wrong
+            else []
+        )
+        problems += (
+            [] if all(size == sizes[0] for size in sizes) else [f"input_sizes {sizes} differ"]
+        )
     if problems:
         raise ValueError("\n".join(f"{file}: {problem}" for problem in problems))
 
@@ -224,7 +272,9 @@ def check_tokenizer_files(model_dir: str | Path) -> None:
     name = fields.get("tokenizer_class")
     if name not in TOKENIZER_CLASSES:
         known = ", ".join(TOKENIZER_CLASSES)
-        raise ValueError(f"{folder / TOKENIZER_CONFIG_NAME}: tokenizer_class is {name!r}, known are {known}")
+        raise ValueError(
+            f"{folder / TOKENIZER_CONFIG_NAME}: tokenizer_class is {name!r}, known are {known}"
+        )
     for name in ("tokenizer.json", "special_tokens_map.json", "added_tokens.json"):
         if (folder / name).exists():
             read_json_object(folder / name)
@@ -240,11 +290,15 @@ def check_model_files(
     """
     folder = Path(model_dir)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{model_dir} is not a folder: give a model folder (config.json, safetensors)")
+        raise FileNotFoundError(
+            f"{model_dir} is not a folder: give a model folder (config.json, safetensors)"
+        )
     problems = checksum_problems(folder, _decides_the_model)
     if (folder / ADAPTER_CONFIG_NAME).exists():
         # transformers would load the base that it names, from wherever that is.
-        problems.append(f"{folder / ADAPTER_CONFIG_NAME} lies beside a whole model: move the adapter elsewhere")
+        problems.append(
+            f"{folder / ADAPTER_CONFIG_NAME} lies beside a whole model: move the adapter elsewhere"
+        )
     if problems:
         raise ValueError("\n".join(problems))
     config = read_config(folder)
@@ -260,16 +314,26 @@ def check_model_files(
 
 
 def _decides_the_model(name: str) -> bool:
-    return name.endswith(".safetensors") or name in (CONFIG_NAME, INDEX_NAME, "dataset_statistics.json", CHECKSUMS_NAME)
+    return name.endswith(".safetensors") or name in (
+        CONFIG_NAME,
+        INDEX_NAME,
+        "dataset_statistics.json",
+        CHECKSUMS_NAME,
+    )
 
 
 def _weight_problems(
-    folder: Path, headers: Mapping[str, tuple[str, tuple[int, ...]]], expected: Mapping[str, tuple[int, ...]]
+    folder: Path,
+    headers: Mapping[str, tuple[str, tuple[int, ...]]],
+    expected: Mapping[str, tuple[int, ...]],
 ) -> list[str]:
     files = weight_files(folder)
     where = files[0] if len(files) == 1 else folder / INDEX_NAME
     problems = []
-    missing, unexpected = sorted(expected.keys() - headers.keys()), sorted(headers.keys() - expected.keys())
+    missing, unexpected = (
+        sorted(expected.keys() - headers.keys()),
+        sorted(headers.keys() - expected.keys()),
+    )
     if missing or unexpected:
         found = {"missing": missing[:5], "unexpected": unexpected[:5]}
         problems.append(
@@ -279,7 +343,11 @@ def _weight_problems(
     for name in sorted(expected.keys() & headers.keys()):
         dtype, shape = headers[name]
         if shape != expected[name]:
-            problems.append(f"{where}: {name} has shape {shape}, {CONFIG_NAME} describes {expected[name]}")
+            problems.append(
+                f"{where}: {name} has shape {shape}, {CONFIG_NAME} describes {expected[name]}"
+            )
         if dtype not in WEIGHT_DTYPES:
-            problems.append(f"{where}: {name} is {dtype}, weights must be one of {', '.join(WEIGHT_DTYPES)}")
+            problems.append(
+                f"{where}: {name} is {dtype}, weights must be one of {', '.join(WEIGHT_DTYPES)}"
+            )
     return problems

@@ -71,7 +71,9 @@ class LayerScale(nn.Module):
 
 def create_featurizer(config: OpenVLAConfig, index: int) -> Any:
     """Create the `index`-th ViT of `config` with random weights, all of timm's parameters and `scale_factor` names."""
-    kwargs: dict[str, Any] = dict((config.timm_model_kwargs or [{}] * len(config.timm_model_ids))[index])
+    kwargs: dict[str, Any] = dict(
+        (config.timm_model_kwargs or [{}] * len(config.timm_model_ids))[index]
+    )
     if config.timm_override_act_layers[index] is not None:
         kwargs["act_layer"] = config.timm_override_act_layers[index]
     name, size = config.timm_model_ids[index], config.image_sizes[index]
@@ -99,14 +101,20 @@ class PrismaticVisionBackbone(nn.Module):
         self.embed_dim = sum(featurizer.embed_dim for featurizer in self.featurizers)
         num_patches = {featurizer.patch_embed.num_patches for featurizer in self.featurizers}
         if len(num_patches) != 1:
-            raise ValueError(f"the two ViTs give {sorted(num_patches)} patches: image and patch sizes must match")
+            raise ValueError(
+                f"the two ViTs give {sorted(num_patches)} patches: image and patch sizes must match"
+            )
         self.num_patches = num_patches.pop()
         self._checkpointing = False
 
     @property
     def featurizers(self) -> list[Any]:
         """The ViTs in the order of their channels."""
-        return [self.featurizer, self.fused_featurizer] if self.use_fused_vision_backbone else [self.featurizer]
+        return (
+            [self.featurizer, self.fused_featurizer]
+            if self.use_fused_vision_backbone
+            else [self.featurizer]
+        )
 
     # transformers switches checkpointing by setting this attribute on every module that has it.
     @property
@@ -124,7 +132,8 @@ class PrismaticVisionBackbone(nn.Module):
         """Return (B, P, vision_dim) from normalised pixels, three channels for each ViT."""
         pixels = pixel_values_BCHW.split(3, dim=1)
         features = [
-            _penultimate_patches(vit, vit_pixels) for vit, vit_pixels in zip(self.featurizers, pixels, strict=True)
+            _penultimate_patches(vit, vit_pixels)
+            for vit, vit_pixels in zip(self.featurizers, pixels, strict=True)
         ]
         return torch.cat(features, dim=-1)
 
@@ -142,7 +151,11 @@ class PrismaticProjector(nn.Module):
 
     def __init__(self, fused: bool, vision_dim: int, llm_dim: int) -> None:
         super().__init__()
-        dims = [vision_dim, 4 * vision_dim, llm_dim, llm_dim] if fused else [vision_dim, llm_dim, llm_dim]
+        dims = (
+            [vision_dim, 4 * vision_dim, llm_dim, llm_dim]
+            if fused
+            else [vision_dim, llm_dim, llm_dim]
+        )
         self.fc1 = nn.Linear(dims[0], dims[1])
         self.fc2 = nn.Linear(dims[1], dims[2])
         if fused:
@@ -174,7 +187,9 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         super().__init__(config)
         self.vision_backbone = PrismaticVisionBackbone(config)
         self.projector = PrismaticProjector(
-            bool(config.use_fused_vision_backbone), self.vision_backbone.embed_dim, config.text_config.hidden_size
+            bool(config.use_fused_vision_backbone),
+            self.vision_backbone.embed_dim,
+            config.text_config.hidden_size,
         )
         self.language_model = LlamaForCausalLM(config.text_config)
         self.norm_stats = config.norm_stats or {}
@@ -209,7 +224,9 @@ class OpenVLAForActionPrediction(PreTrainedModel):
 
     def _encode(self, pixel_values: Tensor) -> Tensor:
         # Not through `encode_vision`: FSDP registers that as a forward of its own, which must not run inside another.
-        return self.vision_backbone(pixel_values.to(self.vision_backbone.featurizer.patch_embed.proj.weight.dtype))
+        return self.vision_backbone(
+            pixel_values.to(self.vision_backbone.featurizer.patch_embed.proj.weight.dtype)
+        )
 
     def forward_actions(
         self,
@@ -230,7 +247,10 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         lengths_B = prompt_mask_BL.sum(dim=1)
         ids, num_read = prompt_ids_BL, 1
         if action_ids_BA is not None:
-            ids, num_read = _append_tokens(prompt_ids_BL, lengths_B, action_ids_BA[:, :-1]), action_ids_BA.shape[1]
+            ids, num_read = (
+                _append_tokens(prompt_ids_BL, lengths_B, action_ids_BA[:, :-1]),
+                action_ids_BA.shape[1],
+            )
         hidden_BSD = self._hidden_states(self._embed(ids, features_BPD))
         hidden_BAD = _read_from(hidden_BSD, lengths_B + (features_BPD.shape[1] - 1), num_read)
         hidden_BAD = self.language_model.model.norm(hidden_BAD)
@@ -257,11 +277,15 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         Raises ValueError when padding is on the left or `logits_at` is unknown.
         """
         if logits_at not in ("all", "labels") or (logits_at == "labels" and labels is None):
-            raise ValueError(f"logits_at is {logits_at!r}: it must be 'all', or 'labels' with labels given")
+            raise ValueError(
+                f"logits_at is {logits_at!r}: it must be 'all', or 'labels' with labels given"
+            )
         if attention_mask is not None:
             _check_right_padded(attention_mask)
         features_BPD = self._vision_features(pixel_values, vision_features)
-        hidden_BSD = self.language_model.model.norm(self._hidden_states(self._embed(input_ids, features_BPD)))
+        hidden_BSD = self.language_model.model.norm(
+            self._hidden_states(self._embed(input_ids, features_BPD))
+        )
         lm_head = self.language_model.lm_head
         if labels is None:
             return PrismaticCausalLMOutput(logits=lm_head(hidden_BSD))
@@ -276,7 +300,9 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         else:
             logits = lm_head(hidden_BSD)
             at_labels = logits[:, predicting][supervised_BL]
-        return PrismaticCausalLMOutput(F.cross_entropy(at_labels.float(), label_ids), logits, label_ids)
+        return PrismaticCausalLMOutput(
+            F.cross_entropy(at_labels.float(), label_ids), logits, label_ids
+        )
 
     @torch.inference_mode()
     def generate_actions(
@@ -304,7 +330,9 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             cache_mask = (slots < lengths_B[:, None]).long()
         tokens: list[Tensor] = []
         for step in range(num_tokens):
-            tokens.append(self._action_logits(hidden_B1D).argmax(-1) + self.config.first_action_token_id)
+            tokens.append(
+                self._action_logits(hidden_B1D).argmax(-1) + self.config.first_action_token_id
+            )
             if step == num_tokens - 1:
                 break
             if cache_mask is not None:
@@ -339,9 +367,13 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         stats = self._action_stats(unnorm_key)
         single = isinstance(instructions, str)
         if processor is not None and instructions is not None:
-            instruction_list = [instructions] if isinstance(instructions, str) else list(instructions)
+            instruction_list = (
+                [instructions] if isinstance(instructions, str) else list(instructions)
+            )
             image_list = [images] if single else list(images)
-            ids, mask = processor.collate_prompts([processor.prompt_ids(text) for text in instruction_list])
+            ids, mask = processor.collate_prompts(
+                [processor.prompt_ids(text) for text in instruction_list]
+            )
             pixel_values = processor.image_processor(image_list).pixel_values
         else:
             missing = {"input_ids", "pixel_values"} - set(inputs)
@@ -355,7 +387,9 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             single = ids.shape[0] == 1
         _check_right_padded(mask)
         ids, mask, pixel_values = (tensor.to(self.device) for tensor in (ids, mask, pixel_values))
-        tokens = self.generate_actions(ids, mask, pixel_values=pixel_values, num_tokens=len(stats["q01"]))
+        tokens = self.generate_actions(
+            ids, mask, pixel_values=pixel_values, num_tokens=len(stats["q01"])
+        )
         actions = unnormalize_action(self.action_tokenizer.decode(tokens.cpu().numpy()), stats)
         return actions[0] if single else actions
 
@@ -369,7 +403,9 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             )
         return self.norm_stats[unnorm_key]["action"]
 
-    def _vision_features(self, pixel_values: Tensor | None, vision_features: Tensor | None) -> Tensor:
+    def _vision_features(
+        self, pixel_values: Tensor | None, vision_features: Tensor | None
+    ) -> Tensor:
         if (pixel_values is None) == (vision_features is None):
             raise ValueError("give either pixel_values or vision_features, and not both")
         return self._encode(pixel_values) if pixel_values is not None else vision_features  # type: ignore[return-value]
@@ -387,7 +423,11 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         the GPU in every pass. Without a mask only these attention implementations are causal.
         """
         decoder = self.language_model.model
-        if decoder.config._attn_implementation not in ("sdpa", "flash_attention_2", "flash_attention_3"):
+        if decoder.config._attn_implementation not in (
+            "sdpa",
+            "flash_attention_2",
+            "flash_attention_3",
+        ):
             raise ValueError(
                 f"attn_implementation {decoder.config._attn_implementation!r} needs a mask that is not built here: "
                 "use sdpa or flash_attention_2"
@@ -397,7 +437,10 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         hidden_BSD = embeddings_BSD
         for layer in decoder.layers:
             hidden_BSD = layer(
-                hidden_BSD, attention_mask=None, position_ids=position_ids, position_embeddings=position_embeddings
+                hidden_BSD,
+                attention_mask=None,
+                position_ids=position_ids,
+                position_embeddings=position_embeddings,
             )
         return hidden_BSD
 
@@ -408,7 +451,11 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         base = getattr(lm_head, "base_layer", lm_head)
         # A head that is sharded by itself has no plain weight here, and wrappers other than plain LoRA (DoRA, a module
         # to save) change more than a sum: both go through their own forward, at the price of the whole vocabulary.
-        if type(lm_head) is not nn.Linear and not _is_plain_lora(lm_head) or isinstance(base.weight, DTensor):
+        if (
+            type(lm_head) is not nn.Linear
+            and not _is_plain_lora(lm_head)
+            or isinstance(base.weight, DTensor)
+        ):
             return lm_head(hidden_BAD)[..., rows].float()
         logits = F.linear(hidden_BAD.float(), base.weight[rows].float())
         if base is lm_head or lm_head.disable_adapters or lm_head.merged:
@@ -428,7 +475,9 @@ def _is_plain_lora(module: nn.Module) -> bool:
     lora_b: Any = getattr(module, "lora_B", None)
     if lora_b is None or not isinstance(getattr(module, "base_layer", None), nn.Linear):
         return False
-    return not getattr(module, "lora_variant", None) and all(layer.bias is None for layer in lora_b.values())
+    return not getattr(module, "lora_variant", None) and all(
+        layer.bias is None for layer in lora_b.values()
+    )
 
 
 def _append_tokens(ids_BL: Tensor, lengths_B: Tensor, tail_BA: Tensor) -> Tensor:
@@ -439,16 +488,22 @@ def _append_tokens(ids_BL: Tensor, lengths_B: Tensor, tail_BA: Tensor) -> Tensor
     num_prompt, num_tail = ids_BL.shape[1], tail_BA.shape[1]
     position = torch.arange(num_prompt + num_tail, device=ids_BL.device)
     in_tail = position - lengths_B[:, None]
-    source = torch.where(in_tail < 0, position, (num_prompt + in_tail).clamp(max=num_prompt + num_tail - 1))
+    source = torch.where(
+        in_tail < 0, position, (num_prompt + in_tail).clamp(max=num_prompt + num_tail - 1)
+    )
     return torch.cat([ids_BL, tail_BA], dim=1).gather(1, source)
 
 
-def _append_empty_piece(ids_BL: Tensor, mask_BL: Tensor, config: OpenVLAConfig) -> tuple[Tensor, Tensor]:
+def _append_empty_piece(
+    ids_BL: Tensor, mask_BL: Tensor, config: OpenVLAConfig
+) -> tuple[Tensor, Tensor]:
     """Append the empty-piece token to every row that does not end with it."""
     lengths_B = mask_BL.sum(dim=1)
     ends_B = ids_BL.gather(1, lengths_B[:, None] - 1)[:, 0] == config.empty_piece_token_id
     lengths_B = lengths_B - ends_B.long()
-    ids = _append_tokens(ids_BL, lengths_B, torch.full_like(ids_BL[:, :1], config.empty_piece_token_id))
+    ids = _append_tokens(
+        ids_BL, lengths_B, torch.full_like(ids_BL[:, :1], config.empty_piece_token_id)
+    )
     mask = (torch.arange(ids.shape[1], device=ids.device) <= lengths_B[:, None]).long()
     return ids, mask
 
@@ -462,13 +517,17 @@ def _read_from(hidden_BSD: Tensor, first_B: Tensor, num: int) -> Tensor:
 def _check_right_padded(mask_BL: Tensor) -> None:
     """Raise ValueError for padding before a real token. Only looks on a CPU: a look at a GPU tensor would stall it."""
     if mask_BL.device.type == "cpu" and bool((mask_BL[:, 1:] > mask_BL[:, :-1]).any()):
-        raise ValueError("the prompts are padded on the left: set the tokenizer's padding_side to 'right'")
+        raise ValueError(
+            "the prompts are padded on the left: set the tokenizer's padding_side to 'right'"
+        )
 
 
 def register_openvla() -> None:
     """Register the classes with transformers' Auto classes, so that `model_type: openvla` loads without remote code."""
     AutoConfig.register("openvla", OpenVLAConfig, exist_ok=True)
-    AutoImageProcessor.register(OpenVLAConfig, slow_image_processor_class=PrismaticImageProcessor, exist_ok=True)
+    AutoImageProcessor.register(
+        OpenVLAConfig, slow_image_processor_class=PrismaticImageProcessor, exist_ok=True
+    )
     AutoProcessor.register(OpenVLAConfig, PrismaticProcessor, exist_ok=True)
     AutoModelForImageTextToText.register(OpenVLAConfig, OpenVLAForActionPrediction, exist_ok=True)
 
@@ -476,11 +535,17 @@ def register_openvla() -> None:
 def parameter_shapes(config: OpenVLAConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter of the model that `config` describes; takes no memory."""
     with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in OpenVLAForActionPrediction(config).state_dict().items()}
+        return {
+            name: tuple(p.shape)
+            for name, p in OpenVLAForActionPrediction(config).state_dict().items()
+        }
 
 
 def load_model(
-    model_dir: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **kwargs: Any
+    model_dir: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    **kwargs: Any,
 ) -> OpenVLAForActionPrediction:
     """Load a model folder in openvla-7b's format; `norm_stats` are overridden by its `dataset_statistics.json`.
 
@@ -490,11 +555,19 @@ def load_model(
     """
     register_openvla()
     check_model_files(model_dir, parameter_shapes)
-    options = {"dtype": dtype, "output_loading_info": True, "local_files_only": True, "use_safetensors": True, **kwargs}
+    options = {
+        "dtype": dtype,
+        "output_loading_info": True,
+        "local_files_only": True,
+        "use_safetensors": True,
+        **kwargs,
+    }
     if torch.device(device).type != "cpu":
         options["device_map"] = {"": device}
     loaded: Any = OpenVLAForActionPrediction.from_pretrained(str(model_dir), **options)
     model, info = loaded
-    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
+        info
+    )
     model.norm_stats = load_norm_stats(model_dir)
     return model.to(device).eval()

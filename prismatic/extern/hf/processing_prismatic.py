@@ -56,17 +56,26 @@ class PrismaticImageProcessor(BaseImageProcessor):
             )
         self.use_fused_vision_backbone = use_fused_vision_backbone
         self.image_resize_strategy = image_resize_strategy
-        self.input_sizes = [[3, 224, 224]] if input_sizes is None else [list(size) for size in input_sizes]
-        self.interpolations = ["bicubic"] * len(self.input_sizes) if interpolations is None else list(interpolations)
+        self.input_sizes = (
+            [[3, 224, 224]] if input_sizes is None else [list(size) for size in input_sizes]
+        )
+        self.interpolations = (
+            ["bicubic"] * len(self.input_sizes) if interpolations is None else list(interpolations)
+        )
         self.means = [[0.5, 0.5, 0.5]] if means is None else [list(mean) for mean in means]
         self.stds = [[0.5, 0.5, 0.5]] if stds is None else [list(std) for std in stds]
         letterbox = image_resize_strategy == "letterbox"
         self.tvf_do_letterbox = letterbox
-        self.tvf_letterbox_fill = [int(255 * value) for value in self.means[-1]] if letterbox else None
-        self.tvf_resize_params = [self._resize_params(index) for index in range(len(self.input_sizes))]
+        self.tvf_letterbox_fill = (
+            [int(255 * value) for value in self.means[-1]] if letterbox else None
+        )
+        self.tvf_resize_params = [
+            self._resize_params(index) for index in range(len(self.input_sizes))
+        ]
         self.tvf_crop_params = [{"output_size": size[1:]} for size in self.input_sizes]
         self.tvf_normalize_params = [
-            {"inplace": False, "mean": mean, "std": std} for mean, std in zip(self.means, self.stds, strict=True)
+            {"inplace": False, "mean": mean, "std": std}
+            for mean, std in zip(self.means, self.stds, strict=True)
         ]
         super().__init__(**kwargs)
 
@@ -91,7 +100,10 @@ class PrismaticImageProcessor(BaseImageProcessor):
         `images_BHWC` is uint8 of the model's size. The arithmetic is float32, the result `dtype`.
         Raises ValueError for another type or size.
         """
-        if images_BHWC.dtype != torch.uint8 or tuple(images_BHWC.shape[1:]) != (*self.image_size, 3):
+        if images_BHWC.dtype != torch.uint8 or tuple(images_BHWC.shape[1:]) != (
+            *self.image_size,
+            3,
+        ):
             raise ValueError(
                 f"images are {images_BHWC.dtype} {tuple(images_BHWC.shape)}: they must be uint8 (B, "
                 f"{self.image_size[0]}, {self.image_size[1]}, 3); call resize first"
@@ -117,7 +129,10 @@ class PrismaticImageProcessor(BaseImageProcessor):
             return np.array(pil)
         if self.tvf_do_letterbox:
             pil = self._letterbox(pil)
-        size, resample = self.tvf_resize_params[0]["size"], self.tvf_resize_params[0]["interpolation"]
+        size, resample = (
+            self.tvf_resize_params[0]["size"],
+            self.tvf_resize_params[0]["interpolation"],
+        )
         if isinstance(size, int):
             short = min(pil.size)
             pil = pil.resize((size * pil.width // short, size * pil.height // short), resample)
@@ -144,12 +159,17 @@ class PrismaticImageProcessor(BaseImageProcessor):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the file's fields; transformers 5 would leave out what is None and `processor_class`."""
-        names = {"image_processor_type": type(self).__name__, "processor_class": "PrismaticProcessor"}
+        names = {
+            "image_processor_type": type(self).__name__,
+            "processor_class": "PrismaticProcessor",
+        }
         return {**copy.deepcopy(self.__dict__), **names}
 
 
 @lru_cache(maxsize=16)
-def _affine_tensors(means: tuple[float, ...], stds: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def _affine_tensors(
+    means: tuple[float, ...], stds: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
     mean, std = torch.tensor(means, dtype=torch.float64), torch.tensor(stds, dtype=torch.float64)
     scale, shift = 1.0 / (255.0 * std), -mean / std
     return tuple(value.float().view(1, -1, 1, 1).to(device) for value in (scale, shift))  # type: ignore[return-value]
@@ -161,7 +181,10 @@ class PrismaticProcessor(ProcessorMixin):
     attributes = ["image_processor", "tokenizer"]
 
     def __init__(
-        self, image_processor: PrismaticImageProcessor, tokenizer: PreTrainedTokenizerBase, **kwargs: Any
+        self,
+        image_processor: PrismaticImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        **kwargs: Any,
     ) -> None:
         super().__init__(image_processor, tokenizer, **kwargs)
         self.bos_token_id: Any = tokenizer.bos_token_id
@@ -171,7 +194,9 @@ class PrismaticProcessor(ProcessorMixin):
             None,
             tokenizer.unk_token_id,
         ):
-            raise ValueError(f"the tokenizer needs BOS, PAD and the empty piece {EMPTY_PIECE!r}: {tokenizer!r}")
+            raise ValueError(
+                f"the tokenizer needs BOS, PAD and the empty piece {EMPTY_PIECE!r}: {tokenizer!r}"
+            )
         self._prompt_ids: dict[str, list[int]] = {}
 
     def prompt_ids(self, instruction: str) -> list[int]:
@@ -203,7 +228,9 @@ class PrismaticProcessor(ProcessorMixin):
         pixels = self.image_processor(images, return_tensors=kwargs["return_tensors"])
         return BatchFeature({**encoded, "pixel_values": pixels["pixel_values"]})
 
-    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
         """Write `preprocessor_config.json` and the tokenizer's files, which every OpenVLA code reads.
 
         transformers 5 would put the image processor into `processor_config.json`, which older code does not know.
@@ -215,7 +242,11 @@ class PrismaticProcessor(ProcessorMixin):
         config_path = Path(save_directory) / "tokenizer_config.json"
         fields = json.loads(config_path.read_text())
         # How it was loaded here is nobody else's business.
-        fields = {name: value for name, value in fields.items() if name not in ("is_local", "local_files_only")}
+        fields = {
+            name: value
+            for name, value in fields.items()
+            if name not in ("is_local", "local_files_only")
+        }
         if fields.get("tokenizer_class") == "TokenizersBackend":
             # The name before transformers 5, which 5 knows too.
             fields["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -229,7 +260,9 @@ def load_processor(model_dir: str | Path) -> PrismaticProcessor:
     missing.
     """
     config = read_config(model_dir)
-    raise_file_problems(checksum_problems(model_dir, lambda name: name.endswith((".json", ".model"))))
+    raise_file_problems(
+        checksum_problems(model_dir, lambda name: name.endswith((".json", ".model")))
+    )
     check_tokenizer_files(model_dir)
     check_preprocessor(model_dir, reserved=lambda name: hasattr(PrismaticImageProcessor, name))
     folder, options = str(model_dir), {"local_files_only": True, "trust_remote_code": False}
@@ -242,5 +275,7 @@ def load_processor(model_dir: str | Path) -> PrismaticProcessor:
         processor.prompt_ids("push the red block")
     largest, vocab_size = max(tokenizer.get_vocab().values()), config.text_config.vocab_size
     if largest >= vocab_size:
-        raise ValueError(f"{folder}: the tokenizer has token {largest}, the model only {vocab_size} tokens")
+        raise ValueError(
+            f"{folder}: the tokenizer has token {largest}, the model only {vocab_size} tokens"
+        )
     return processor

@@ -19,7 +19,11 @@ from transformers import PreTrainedTokenizerFast
 
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
 from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
-from prismatic.extern.hf.processing_prismatic import EMPTY_PIECE, PrismaticImageProcessor, PrismaticProcessor
+from prismatic.extern.hf.processing_prismatic import (
+    EMPTY_PIECE,
+    PrismaticImageProcessor,
+    PrismaticProcessor,
+)
 from prismatic.extern.hf.tiny_prismatic import (
     CONTROL_PIECES,
     MEANS,
@@ -66,7 +70,9 @@ def save_random_vla(size: str, output_dir: str | Path, seed: int = 0) -> int:
         config = dataclasses.replace(TinyVLAConfig() if size == "tiny" else SMALL, seed=seed)
         model = save_tiny_vla(config, output_dir)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    (Path(output_dir) / "dataset_statistics.json").write_text(json.dumps(STATISTICS, indent=1) + "\n")
+    (Path(output_dir) / "dataset_statistics.json").write_text(
+        json.dumps(STATISTICS, indent=1) + "\n"
+    )
     return num_parameters
 
 
@@ -76,7 +82,11 @@ def openvla_7b_config() -> OpenVLAConfig:
         image_resize_strategy="resize-naive",
         architectures=["OpenVLAForActionPrediction"],
         dtype="bfloat16",
-        text_config={"vocab_size": NUM_LLAMA_PIECES + 64, "pad_token_id": NUM_LLAMA_PIECES, "dtype": "bfloat16"},
+        text_config={
+            "vocab_size": NUM_LLAMA_PIECES + 64,
+            "pad_token_id": NUM_LLAMA_PIECES,
+            "dtype": "bfloat16",
+        },
     )
 
 
@@ -86,7 +96,10 @@ def build_llama_sized_tokenizer() -> PreTrainedTokenizerFast:
     Llama's own pieces cannot be shipped. BOS, EOS, the bytes, the empty piece, the 256 action tokens and PAD have
     Llama's ids; the words of the template and of the instructions are one token each.
     """
-    template = [EMPTY_PIECE + word for word in ("In", "What", "action", "should", "the", "robot", "take", "to")]
+    template = [
+        EMPTY_PIECE + word
+        for word in ("In", "What", "action", "should", "the", "robot", "take", "to")
+    ]
     words = [word for word in word_pieces() if word not in template]
     pieces = [*CONTROL_PIECES, *template, *words, ":", "?", "Out"]
     pieces += [f"<unused_{index}>" for index in range(len(pieces), NUM_LLAMA_PIECES - 256)]
@@ -95,7 +108,9 @@ def build_llama_sized_tokenizer() -> PreTrainedTokenizerFast:
     return assemble_tokenizer(pieces)
 
 
-def save_openvla_7b(output_dir: str | Path, seed: int = 0, config: OpenVLAConfig | None = None) -> int:
+def save_openvla_7b(
+    output_dir: str | Path, seed: int = 0, config: OpenVLAConfig | None = None
+) -> int:
     """Write a folder in openvla-7b's shape (or `config`'s) with random bfloat16 weights; return the parameter count."""
     config = config or openvla_7b_config()
     folder = Path(output_dir)
@@ -112,21 +127,31 @@ def save_openvla_7b(output_dir: str | Path, seed: int = 0, config: OpenVLAConfig
     )
     PrismaticProcessor(image_processor, build_llama_sized_tokenizer()).save_pretrained(folder)
     with torch.device("meta"):
-        shapes = {name: tuple(t.shape) for name, t in OpenVLAForActionPrediction(config).state_dict().items()}
+        shapes = {
+            name: tuple(t.shape)
+            for name, t in OpenVLAForActionPrediction(config).state_dict().items()
+        }
     _write_shards(folder, shapes, seed, config.text_config.num_hidden_layers)
     return sum(math.prod(shape) for shape in shapes.values())
 
 
-def _write_shards(folder: Path, shapes: dict[str, tuple[int, ...]], seed: int, num_layers: int) -> None:
+def _write_shards(
+    folder: Path, shapes: dict[str, tuple[int, ...]], seed: int, num_layers: int
+) -> None:
     """Write the tensors of `shapes` as safetensors files with an index, several at a time."""
     shards = list(_split(shapes))
-    names = [f"model-{index:05d}-of-{len(shards):05d}.safetensors" for index in range(1, len(shards) + 1)]
+    names = [
+        f"model-{index:05d}-of-{len(shards):05d}.safetensors" for index in range(1, len(shards) + 1)
+    ]
 
     def write(index: int) -> None:
         # A generator of its own for each file, so that the threads' order does not matter.
         device = "cuda" if torch.cuda.is_available() else "cpu"
         generator = torch.Generator(device).manual_seed(1000 * seed + index)
-        tensors = {name: random_tensor(name, shapes[name], generator, num_layers).cpu() for name in shards[index]}
+        tensors = {
+            name: random_tensor(name, shapes[name], generator, num_layers).cpu()
+            for name in shards[index]
+        }
         save_file(tensors, folder / names[index], {"format": "pt"})
 
     # One after another on CPU: a file's tensors are 2 GB, and so is the copy that is written.
@@ -151,7 +176,9 @@ def _split(shapes: dict[str, tuple[int, ...]]) -> Iterator[list[str]]:
     yield group
 
 
-def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator, num_layers: int) -> Tensor:
+def random_tensor(
+    name: str, shape: tuple[int, ...], generator: torch.Generator, num_layers: int
+) -> Tensor:
     """Return a bfloat16 tensor on the generator's device, scaled so that activations stay near one.
 
     Norms' weights and LayerScale are 1 and biases 0. The ViTs' and the projector's matrices keep the variance of their
@@ -171,7 +198,9 @@ def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator,
         std = 0.7
     else:
         std = math.prod(shape[1:]) ** -0.5
-    return torch.empty(shape, dtype=torch.bfloat16, device=generator.device).normal_(0.0, std, generator=generator)
+    return torch.empty(shape, dtype=torch.bfloat16, device=generator.device).normal_(
+        0.0, std, generator=generator
+    )
 
 
 def _llama_std(name: str, num_layers: int) -> float:

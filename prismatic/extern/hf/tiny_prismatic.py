@@ -75,13 +75,21 @@ def validate_tiny(config: TinyVLAConfig) -> None:
     """Raise ValueError listing every size that cannot work."""
     problems = []
     if config.image_size % config.patch_size:
-        problems.append(f"image_size {config.image_size} is not a multiple of patch_size {config.patch_size}")
+        problems.append(
+            f"image_size {config.image_size} is not a multiple of patch_size {config.patch_size}"
+        )
     if config.vision_dim % config.vision_heads or config.vision_dim % 4:
-        problems.append(f"vision_dim {config.vision_dim} is not a multiple of vision_heads {config.vision_heads} and 4")
+        problems.append(
+            f"vision_dim {config.vision_dim} is not a multiple of vision_heads {config.vision_heads} and 4"
+        )
     if config.llm_dim % (2 * config.llm_heads):
-        problems.append(f"llm_dim {config.llm_dim} is not a multiple of twice llm_heads {config.llm_heads}")
+        problems.append(
+            f"llm_dim {config.llm_dim} is not a multiple of twice llm_heads {config.llm_heads}"
+        )
     if config.vision_depth < 2 or config.llm_depth < 1:
-        problems.append(f"vision_depth is {config.vision_depth} (at least 2), llm_depth {config.llm_depth} (1)")
+        problems.append(
+            f"vision_depth is {config.vision_depth} (at least 2), llm_depth {config.llm_depth} (1)"
+        )
     if problems:
         raise ValueError("; ".join(problems))
 
@@ -101,18 +109,32 @@ def build_tiny_tokenizer(extra_words: tuple[str, ...] = ()) -> PreTrainedTokeniz
 
 def word_pieces(extra_words: tuple[str, ...] = ()) -> list[str]:
     """Return the known words, sorted, each with the mark of its leading space."""
-    return [EMPTY_PIECE + word for word in sorted({word.lower() for word in (*WORDS.split(), *extra_words)})]
+    return [
+        EMPTY_PIECE + word
+        for word in sorted({word.lower() for word in (*WORDS.split(), *extra_words)})
+    ]
 
 
 def assemble_tokenizer(pieces: list[str], whole: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
     """Return a tokenizer of `pieces`, in the order of their ids; the texts `whole` are never split. PAD comes last."""
     # All pieces cost the same, so the segmentation with the fewest pieces wins: a known word stays whole.
-    backend = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0, byte_fallback=True))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=EMPTY_PIECE, prepend_scheme="always", split=True)
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace(Regex(EMPTY_PIECE), " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend = Tokenizer(
+        models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0, byte_fallback=True)
     )
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(
+        replacement=EMPTY_PIECE, prepend_scheme="always", split=True
+    )
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace(Regex(EMPTY_PIECE), " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     backend.add_tokens([AddedToken(text, normalized=False) for text in whole])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,

@@ -7,7 +7,10 @@ class. It replaces vLLM's own `OpenVLAForActionPrediction`, which takes only 224
 ARCHITECTURE = "OpenVLAForActionPrediction"
 # Names of our weight transfer engines; vLLM's own have `nccl` and `ipc`.
 OBJECT_STORE, CHANNEL = "object_store", "channel"
-TRANSFER_ENGINES = {OBJECT_STORE: "ObjectStoreWeightTransferEngine", CHANNEL: "ChannelWeightTransferEngine"}
+TRANSFER_ENGINES = {
+    OBJECT_STORE: "ObjectStoreWeightTransferEngine",
+    CHANNEL: "ChannelWeightTransferEngine",
+}
 
 
 def register() -> None:
@@ -31,7 +34,12 @@ def register() -> None:
     else:
         from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-        register_backend(AttentionBackendEnum.FLASH_ATTN, "prismatic.extern.vllm.attention.PromptFlashAttentionBackend")
+        register_backend(
+            AttentionBackendEnum.FLASH_ATTN,
+            "prismatic.extern.vllm.attention.PromptFlashAttentionBackend",
+        )
     for name, class_name in TRANSFER_ENGINES.items():
         if name not in WeightTransferEngineFactory._registry:
-            WeightTransferEngineFactory.register_engine(name, "prismatic.extern.vllm.weight_transfer", class_name)
+            WeightTransferEngineFactory.register_engine(
+                name, "prismatic.extern.vllm.weight_transfer", class_name
+            )

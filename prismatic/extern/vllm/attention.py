@@ -26,7 +26,10 @@ class PromptFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
     ) -> FlashAttentionMetadata:
         """Return vLLM's metadata with `prompts_only`: no request has tokens in the cache."""
         metadata: Any = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        lengths, starts = common_attn_metadata.seq_lens_cpu_upper_bound, common_attn_metadata.query_start_loc_cpu
+        lengths, starts = (
+            common_attn_metadata.seq_lens_cpu_upper_bound,
+            common_attn_metadata.query_start_loc_cpu,
+        )
         # A decode step: do not look further, it may be recorded into a CUDA graph.
         is_prefill = common_attn_metadata.max_query_len > 1 and lengths is not None
         num_reqs = common_attn_metadata.num_reqs
@@ -54,7 +57,15 @@ class PromptFlashAttentionImpl(FlashAttentionImpl):
         """Write causal attention of (N, heads, head size) into `output` and return it."""
         if not getattr(attn_metadata, "prompts_only", False):
             return super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+                layer,
+                query,
+                key,
+                value,
+                kv_cache,
+                attn_metadata,
+                output,
+                output_scale,
+                output_block_scale,
             )
         num_tokens = attn_metadata.num_actual_tokens
         flash_attn_varlen_func(

@@ -13,9 +13,15 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 class CpuRMSNorm(RMSNorm):
     """RMSNorm whose plain case runs in one kernel."""
 
-    def forward_cpu(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward_cpu(
+        self, x: Tensor, residual: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the norm of `x`, or of `x + residual` and that sum; these two overwrite their inputs."""
-        if not self.has_weight or self.variance_size_override is not None or x.dtype != self.weight.dtype:
+        if (
+            not self.has_weight
+            or self.variance_size_override is not None
+            or x.dtype != self.weight.dtype
+        ):
             return self.forward_native(x, residual)
         if residual is not None:
             torch.ops._C.fused_add_rms_norm(x, residual, self.weight.data, self.variance_epsilon)

@@ -23,7 +23,12 @@ _ROW_FIELD = MultiModalBatchedField(keep_on_cpu=True)
 
 
 def action_request(
-    prompt_ids: list[int], image: torch.Tensor | int, image_key: str, *, num_patches: int, placeholder_id: int
+    prompt_ids: list[int],
+    image: torch.Tensor | int,
+    image_key: str,
+    *,
+    num_patches: int,
+    placeholder_id: int,
 ) -> MultiModalInput:
     """Return the engine input for one prompt and one image.
 
@@ -32,7 +37,9 @@ def action_request(
     `image_key` names the image in vLLM's encoder cache: two different images must never share it.
     """
     if isinstance(image, int):
-        item = MultiModalKwargsItem({ROW: MultiModalFieldElem(data=torch.tensor([image]), field=_ROW_FIELD)})
+        item = MultiModalKwargsItem(
+            {ROW: MultiModalFieldElem(data=torch.tensor([image]), field=_ROW_FIELD)}
+        )
     else:
         item = MultiModalKwargsItem({PIXELS: MultiModalFieldElem(data=image, field=_PIXELS_FIELD)})
     return mm_input(

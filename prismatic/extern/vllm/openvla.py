@@ -19,7 +19,11 @@ from vllm.config.multimodal import BaseDummyOptions
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.inputs import MultiModalDataDict, MultiModalInput
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings, SupportsMultiModal
-from vllm.model_executor.models.utils import AutoWeightsLoader, init_vllm_registered_model, maybe_prefix
+from vllm.model_executor.models.utils import (
+    AutoWeightsLoader,
+    init_vllm_registered_model,
+    maybe_prefix,
+)
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.parse import ImageProcessorItems
 from vllm.multimodal.processing import (
@@ -32,7 +36,11 @@ from vllm.multimodal.processing import (
 from vllm.sequence import IntermediateTensors
 
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
-from prismatic.extern.hf.modeling_prismatic import PrismaticProjector, PrismaticVisionBackbone, create_featurizer
+from prismatic.extern.hf.modeling_prismatic import (
+    PrismaticProjector,
+    PrismaticVisionBackbone,
+    create_featurizer,
+)
 from prismatic.extern.vllm.inputs import IMAGE, PIXELS, ROW, action_request
 from prismatic.extern.vllm.vision import MAX_GRAPH_IMAGES, GraphedEncoder
 
@@ -52,7 +60,9 @@ def read_pixel_statistics(model_dir: str | Path) -> tuple[Tensor, Tensor]:
     stds = [row["std"] for row in rows] if rows else settings["stds"]
     # On CPU by name: the model loader's device context would put them elsewhere.
     cpu = torch.device("cpu")
-    return torch.tensor(means, dtype=torch.float32, device=cpu), torch.tensor(stds, dtype=torch.float32, device=cpu)
+    return torch.tensor(means, dtype=torch.float32, device=cpu), torch.tensor(
+        stds, dtype=torch.float32, device=cpu
+    )
 
 
 def compile_blocks(backbone: PrismaticVisionBackbone) -> None:
@@ -81,7 +91,9 @@ class OpenVLAProcessingInfo(BaseProcessingInfo):
         """One image."""
         return {IMAGE: 1}
 
-    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
+    def get_mm_max_tokens_per_item(
+        self, seq_len: int, mm_counts: Mapping[str, int]
+    ) -> Mapping[str, int]:
         """Return the number of patches."""
         return {IMAGE: self.num_patches}
 
@@ -105,7 +117,9 @@ class OpenVLADummyInputsBuilder(BaseDummyInputsBuilder[OpenVLAProcessingInfo]):
     ) -> ProcessorInputs:
         """Return the images with a prompt of one token."""
         data = self.get_dummy_mm_data(seq_len, mm_counts, mm_options)
-        return ProcessorInputs(prompt=[0], mm_data_items=self.info.parse_mm_data(data, validate=False))
+        return ProcessorInputs(
+            prompt=[0], mm_data_items=self.info.parse_mm_data(data, validate=False)
+        )
 
 
 class OpenVLAMultiModalProcessor(BaseMultiModalProcessor[OpenVLAProcessingInfo]):
@@ -118,11 +132,15 @@ class OpenVLAMultiModalProcessor(BaseMultiModalProcessor[OpenVLAProcessingInfo])
         """Return the engine input. Raises ValueError for text, no image, or an image of another size."""
         config = self.info.get_hf_config()
         if isinstance(inputs.prompt, str):
-            raise ValueError("the prompt is text: OpenVLA takes prompt_token_ids (PrismaticProcessor.prompt_ids)")
+            raise ValueError(
+                "the prompt is text: OpenVLA takes prompt_token_ids (PrismaticProcessor.prompt_ids)"
+            )
         image = inputs.mm_data_items.get_items(IMAGE, ImageProcessorItems).get(0)
         pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
         if tuple(pixels.shape) != (config.image_sizes[0], config.image_sizes[0], 3):
-            raise ValueError(f"the image has shape {tuple(pixels.shape)}: resize it to {config.image_sizes[0]} first")
+            raise ValueError(
+                f"the image has shape {tuple(pixels.shape)}: resize it to {config.image_sizes[0]} first"
+            )
         return action_request(
             list(inputs.prompt),
             pixels,
@@ -131,7 +149,9 @@ class OpenVLAMultiModalProcessor(BaseMultiModalProcessor[OpenVLAProcessingInfo])
             placeholder_id=config.pad_token_id,
         )
 
-    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
+    def _get_mm_fields_config(
+        self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]
+    ) -> Any:
         raise NotImplementedError("`apply` does the whole work")
 
     def _get_prompt_updates(
@@ -160,7 +180,9 @@ class OpenVLAForActionPrediction(nn.Module, SupportsMultiModal):
         with self._mark_tower_model(vllm_config, IMAGE):  # type: ignore[operator]
             self.vision_backbone = PrismaticVisionBackbone(config)
             self.projector = PrismaticProjector(
-                bool(config.use_fused_vision_backbone), self.vision_backbone.embed_dim, config.text_config.hidden_size
+                bool(config.use_fused_vision_backbone),
+                self.vision_backbone.embed_dim,
+                config.text_config.hidden_size,
             )
         with self._mark_language_model(vllm_config):  # type: ignore[operator]
             self.language_model: Any = init_vllm_registered_model(
@@ -172,7 +194,11 @@ class OpenVLAForActionPrediction(nn.Module, SupportsMultiModal):
         self._vision_is_compiled = vllm_config.compilation_config.compile_mm_encoder
         if self._vision_is_compiled:
             compile_blocks(self.vision_backbone)
-        self._graphed = GraphedEncoder(self._encode) if self._vision_is_compiled and torch.cuda.is_available() else None
+        self._graphed = (
+            GraphedEncoder(self._encode)
+            if self._vision_is_compiled and torch.cuda.is_available()
+            else None
+        )
         self._encoded: Any = ()
         self.configure_mm_token_handling(config.text_config.vocab_size, [config.pad_token_id])  # type: ignore[operator]
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
@@ -183,8 +209,12 @@ class OpenVLAForActionPrediction(nn.Module, SupportsMultiModal):
             self._pixel_scale = self._pixel_scale.to(pixels_BHWC.device)
             self._pixel_shift = self._pixel_shift.to(pixels_BHWC.device)
         pixels = pixels_BHWC.permute(0, 3, 1, 2).float().unsqueeze(1)
-        normalized = pixels * self._pixel_scale[..., None, None] + self._pixel_shift[..., None, None]
-        return normalized.flatten(1, 2).to(self.vision_backbone.featurizer.patch_embed.proj.weight.dtype)
+        normalized = (
+            pixels * self._pixel_scale[..., None, None] + self._pixel_shift[..., None, None]
+        )
+        return normalized.flatten(1, 2).to(
+            self.vision_backbone.featurizer.patch_embed.proj.weight.dtype
+        )
 
     @torch.inference_mode()
     def encode_images(self, pixels_BHWC: Tensor) -> None:
@@ -223,7 +253,9 @@ class OpenVLAForActionPrediction(nn.Module, SupportsMultiModal):
         **kwargs: object,
     ) -> Tensor | IntermediateTensors:
         """Return the hidden states (N, D) of the scheduled tokens."""
-        return self.language_model.model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
+        return self.language_model.model(
+            input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds
+        )
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Return float32 logits (N, vocabulary): the trainer's for the action tokens, minus infinity for all others.
@@ -233,7 +265,10 @@ class OpenVLAForActionPrediction(nn.Module, SupportsMultiModal):
         """
         config, head = self.config, self.language_model.lm_head
         first, end = config.first_action_token_id, config.action_vocab_size
-        first_row, end_row = head.shard_indices.org_vocab_start_index, head.shard_indices.org_vocab_end_index
+        first_row, end_row = (
+            head.shard_indices.org_vocab_start_index,
+            head.shard_indices.org_vocab_end_index,
+        )
         own = range(max(first, first_row), min(end, end_row))
         hidden_ND = hidden_states.float()
         logits = hidden_ND.new_full((len(hidden_ND), config.text_config.vocab_size), -torch.inf)

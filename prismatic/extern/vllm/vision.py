@@ -42,7 +42,9 @@ class GraphedEncoder:
         num_images = len(pixels_BHWC)
         size = padded_size(num_images)
         if size not in self._recordings:
-            self._recordings[size] = self._record(pixels_BHWC.new_zeros((size, *pixels_BHWC.shape[1:])))
+            self._recordings[size] = self._record(
+                pixels_BHWC.new_zeros((size, *pixels_BHWC.shape[1:]))
+            )
         recording = self._recordings[size]
         recording.pixels[:num_images].copy_(pixels_BHWC)
         recording.graph.replay()

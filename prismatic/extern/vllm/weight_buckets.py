@@ -34,7 +34,9 @@ class BucketLayout:
     buckets: tuple[tuple[Entry, ...], ...]
 
     @classmethod
-    def plan(cls, shapes: Iterable[tuple[str, Sequence[int]]], dtype: torch.dtype, bucket_bytes: int) -> "BucketLayout":
+    def plan(
+        cls, shapes: Iterable[tuple[str, Sequence[int]]], dtype: torch.dtype, bucket_bytes: int
+    ) -> "BucketLayout":
         """Fill buckets of at most `bucket_bytes` in the given order; a larger tensor gets a bucket of its own."""
         buckets: list[list[Entry]] = []
         end = 0
@@ -50,7 +52,9 @@ class BucketLayout:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "BucketLayout":
         """The layout behind `to_dict`."""
-        buckets = (tuple(Entry(n, tuple(s), o) for n, s, o in bucket) for bucket in values["buckets"])
+        buckets = (
+            tuple(Entry(n, tuple(s), o) for n, s, o in bucket) for bucket in values["buckets"]
+        )
         return cls(getattr(torch, values["dtype"]), tuple(buckets))
 
     def to_dict(self) -> dict[str, Any]:

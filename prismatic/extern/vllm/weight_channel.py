@@ -55,13 +55,19 @@ class ChannelAddress:
 class ChannelEnd:
     """One end of a channel: the store, the control group and the agreements. Use SendingEnd or ReceivingEnd."""
 
-    def __init__(self, address: ChannelAddress, rank: int, layout: BucketLayout, device: torch.device) -> None:
+    def __init__(
+        self, address: ChannelAddress, rank: int, layout: BucketLayout, device: torch.device
+    ) -> None:
         if address.backend not in BACKENDS:
-            raise ValueError(f"channel backend {address.backend!r}: use one of {', '.join(BACKENDS)}")
+            raise ValueError(
+                f"channel backend {address.backend!r}: use one of {', '.join(BACKENDS)}"
+            )
         if (address.backend == "nccl") != (device.type == "cuda") and address.backend != "ipc":
             raise ValueError(f"channel backend {address.backend} cannot carry tensors on {device}")
         if address.backend == "ipc" and address.num_receivers != 1:
-            raise ValueError(f"an ipc channel has one receiver, not {address.num_receivers}: open one for each GPU")
+            raise ValueError(
+                f"an ipc channel has one receiver, not {address.num_receivers}: open one for each GPU"
+            )
         self.address, self.rank, self.layout, self.device = address, rank, layout, device
         self.size = address.num_receivers + 1
         self.timeout = timedelta(seconds=address.timeout_s)
@@ -93,7 +99,9 @@ class ChannelEnd:
         self.attempt("telling the others of it", lambda: self.store.set(f"joined/{self.rank}", "1"))
         missing = self._absent("joined", wait=True)
         if missing:
-            raise ChannelError(f"{self._where}: {missing} did not join within {self.address.timeout_s:.0f} s")
+            raise ChannelError(
+                f"{self._where}: {missing} did not join within {self.address.timeout_s:.0f} s"
+            )
         self._control = self.attempt("connecting the control group", self._gloo_group)
         self._transport = self.attempt("connecting", self._build_transport)
         self.agree("opening the channel", None)
@@ -101,9 +109,13 @@ class ChannelEnd:
     def _gloo_group(self) -> Any:
         options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         # The interface that leads to the sender: the machine's name may resolve to another.
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=_address_towards(self.address.host))]
+        options._devices = [
+            dist.ProcessGroupGloo.create_device(hostname=_address_towards(self.address.host))
+        ]
         options._timeout = self.timeout
-        return dist.ProcessGroupGloo(dist.PrefixStore("control", self.store), self.rank, self.size, options)
+        return dist.ProcessGroupGloo(
+            dist.PrefixStore("control", self.store), self.rank, self.size, options
+        )
 
     def _build_transport(self) -> Transport:
         if self.address.backend == "ipc":
@@ -112,7 +124,9 @@ class ChannelEnd:
         if self.address.backend == "nccl":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = 2 * self.timeout  # ours comes first: NCCL's ends the process
-            group = dist.ProcessGroupNCCL(dist.PrefixStore("bytes", self.store), self.rank, self.size, options)
+            group = dist.ProcessGroupNCCL(
+                dist.PrefixStore("bytes", self.store), self.rank, self.size, options
+            )
             group.eager_connect_single_device(self.device)
         return Broadcast(self, group)
 
@@ -133,7 +147,9 @@ class ChannelEnd:
 
         self.attempt(what, vote, topic)
         if not fine.item():
-            texts = self.attempt(what, lambda: [self.store.get(f"{topic}/{r}").decode() for r in range(self.size)])
+            texts = self.attempt(
+                what, lambda: [self.store.get(f"{topic}/{r}").decode() for r in range(self.size)]
+            )
             refusals = [f"{_peer_name(rank)}: {text}" for rank, text in enumerate(texts) if text]
             raise ChannelError(f"{self._where}, {what}: refused by {'; '.join(refusals)}")
 
@@ -160,7 +176,9 @@ class ChannelEnd:
         number, peer = torch.tensor([-1]), 1 - self.rank
         self.attempt(what, lambda: self._control.recv([number], peer, peer).wait(self.timeout))
         if number.item() != value:
-            raise ChannelError(f"{self._where}, {what}: {_peer_name(peer)} is at {number.item()}, not at {value}")
+            raise ChannelError(
+                f"{self._where}, {what}: {_peer_name(peer)} is at {number.item()}, not at {value}"
+            )
 
     def wait_for_device(self, what: str) -> None:
         """Wait until the current stream is done, no longer than the time-out. Raises ChannelError."""
@@ -172,7 +190,9 @@ class ChannelEnd:
         while not event.query():
             if time.monotonic() > deadline:
                 self.close()
-                raise ChannelError(f"{self._where}, {what}: the GPU was not done within {self.address.timeout_s:.0f} s")
+                raise ChannelError(
+                    f"{self._where}, {what}: the GPU was not done within {self.address.timeout_s:.0f} s"
+                )
             time.sleep(POLL_S)
 
     def attempt(self, what: str, action: Callable[[], Any], topic: str | None = None) -> Any:
@@ -196,7 +216,9 @@ class ChannelEnd:
             if wait:
                 self.store.wait(keys, self.timeout)
                 return ""
-            return ", ".join(_peer_name(r) for r, key in enumerate(keys) if not self.store.check([key]))
+            return ", ".join(
+                _peer_name(r) for r, key in enumerate(keys) if not self.store.check([key])
+            )
         except RuntimeError:
             return self._absent(topic) if wait else _peer_name(SENDER)
 
@@ -220,8 +242,15 @@ class SendingEnd(ChannelEnd):
         host: str = "127.0.0.1",
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> None:
-        store = dist.TCPStore(host, 0, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
-        super().__init__(ChannelAddress(backend, host, store.port, num_receivers, timeout_s), SENDER, layout, device)
+        store = dist.TCPStore(
+            host, 0, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False
+        )
+        super().__init__(
+            ChannelAddress(backend, host, store.port, num_receivers, timeout_s),
+            SENDER,
+            layout,
+            device,
+        )
         self.store = store
 
     def join(self) -> None:
@@ -260,16 +289,23 @@ class Received:
 class ReceivingEnd(ChannelEnd):
     """An engine worker's end: rank 1 to num_receivers. Joining is done by the constructor."""
 
-    def __init__(self, address: ChannelAddress, rank: int, layout: BucketLayout, device: torch.device) -> None:
+    def __init__(
+        self, address: ChannelAddress, rank: int, layout: BucketLayout, device: torch.device
+    ) -> None:
         super().__init__(address, rank, layout, device)
         self.store = self.attempt("reaching the sender", self._connect)
         self._join()
 
     def _connect(self) -> Any:
-        return dist.TCPStore(self.address.host, self.address.port, is_master=False, timeout=self.timeout)
+        return dist.TCPStore(
+            self.address.host, self.address.port, is_master=False, timeout=self.timeout
+        )
 
     def receive(
-        self, version: int, load: Callable[[Iterator[tuple[str, Tensor]]], object], refusal: str | None = None
+        self,
+        version: int,
+        load: Callable[[Iterator[tuple[str, Tensor]]], object],
+        refusal: str | None = None,
     ) -> Received:
         """Take part in the update to `version`: `load` consumes the named tensors, one after the other.
 
@@ -298,7 +334,12 @@ class ReceivingEnd(ChannelEnd):
             raise failure
         if problem is not None:
             raise ChannelError(f"{self._where}: {problem}")
-        return Received(stream.num_loaded, self.layout.payload_bytes, version, stream.num_loaded if verify else 0)
+        return Received(
+            stream.num_loaded,
+            self.layout.payload_bytes,
+            version,
+            stream.num_loaded if verify else 0,
+        )
 
     def _end(self, version: int, stream: "_Stream", failure: Exception | None) -> str | None:
         """Take what is left, compare, and tell the others; returns this end's own problem."""
@@ -323,11 +364,17 @@ class ReceivingEnd(ChannelEnd):
 
     def _checksum_problem(self, expected: Tensor, actual: Tensor) -> str | None:
         wrong = (expected != actual).any(dim=1).tolist()
-        names = [name for (name, _), is_wrong in zip(self.layout.manifest, wrong, strict=True) if is_wrong]
+        names = [
+            name
+            for (name, _), is_wrong in zip(self.layout.manifest, wrong, strict=True)
+            if is_wrong
+        ]
         if not names:
             return None
         more = f" and {len(names) - NUM_NAMES_SHOWN} more" if len(names) > NUM_NAMES_SHOWN else ""
-        return f"checksums differ for {len(names)} tensors: {', '.join(names[:NUM_NAMES_SHOWN])}{more}"
+        return (
+            f"checksums differ for {len(names)} tensors: {', '.join(names[:NUM_NAMES_SHOWN])}{more}"
+        )
 
 
 class _Stream:

@@ -15,7 +15,9 @@ from torch import Tensor
 SHARED_MEMORY_DIR = Path("/dev/shm")
 
 
-def share_buffers(num_bytes: int, num_buffers: int, device: torch.device) -> tuple[list[Tensor], list[Any]]:
+def share_buffers(
+    num_bytes: int, num_buffers: int, device: torch.device
+) -> tuple[list[Tensor], list[Any]]:
     """Make flat uint8 buffers on `device` and the handles that open them elsewhere."""
     if device.type == "cuda":
         buffers = [_allocate_exportable(num_bytes, device) for _ in range(num_buffers)]
@@ -49,7 +51,9 @@ def open_shared_buffers(handles: list[Any], device: torch.device) -> list[Tensor
 
 def _allocate_exportable(num_bytes: int, device: torch.device) -> Tensor:
     """A buffer from plain cudaMalloc: handles of expandable segments need rights that containers do not give."""
-    configured = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") + os.environ.get("PYTORCH_ALLOC_CONF", "")
+    configured = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") + os.environ.get(
+        "PYTORCH_ALLOC_CONF", ""
+    )
     is_expandable = "expandable_segments:True" in configured
     if is_expandable:
         torch.cuda.memory._set_allocator_settings("expandable_segments:False")
@@ -67,7 +71,9 @@ def _gpu_uuid(device: torch.device) -> str:
 def _cuda_handle(buffer: Tensor) -> dict[str, Any]:
     # Order of the values as torch.multiprocessing.reductions.reduce_tensor has it, without the device's own index.
     values = buffer.untyped_storage()._share_cuda_()[1:]
-    encoded = [{"bytes": base64.b64encode(v).decode()} if isinstance(v, bytes) else v for v in values]
+    encoded = [
+        {"bytes": base64.b64encode(v).decode()} if isinstance(v, bytes) else v for v in values
+    ]
     return {"uuid": _gpu_uuid(buffer.device), "num_bytes": buffer.numel(), "values": encoded}
 
 
@@ -79,4 +85,6 @@ def _open_cuda(handle: dict[str, Any], device: torch.device) -> Tensor:
     values = [base64.b64decode(v["bytes"]) if isinstance(v, dict) else v for v in handle["values"]]
     torch.cuda.init()
     storage = torch.UntypedStorage._new_shared_cuda(device.index, *values)
-    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, (handle["num_bytes"],), (1,))
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(
+        storage, 0, (handle["num_bytes"],), (1,)
+    )

@@ -16,7 +16,10 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
 
 from prismatic.extern.vllm.weight_buckets import BucketLayout
 from prismatic.extern.vllm.weight_channel import ChannelAddress, Received, ReceivingEnd
@@ -65,7 +68,9 @@ class ChannelWeightTransferEngine(WeightTransferEngine[ChannelInitInfo, ChannelU
         layout = BucketLayout.from_dict(init_info.layout)
         self.problem = None
         try:
-            self.end = ReceivingEnd(ChannelAddress(**join["address"]), join["rank"], layout, self.device)
+            self.end = ReceivingEnd(
+                ChannelAddress(**join["address"]), join["rank"], layout, self.device
+            )
         except (RuntimeError, ValueError) as error:
             self.problem = str(error)
 
@@ -79,7 +84,9 @@ class ChannelWeightTransferEngine(WeightTransferEngine[ChannelInitInfo, ChannelU
         try:
             assert self.end is not None, "no channel is open"
             self.received = self.end.receive(update_info.version, load, update_info.refusal)
-        except Exception as error:  # whatever it is, the other workers' answers must be read: see above
+        except (
+            Exception
+        ) as error:  # whatever it is, the other workers' answers must be read: see above
             self.problem = str(error) or repr(error)
 
     def finish_weight_update(self) -> None:
@@ -102,7 +109,9 @@ class ChannelWeightTransferEngine(WeightTransferEngine[ChannelInitInfo, ChannelU
         """Raise RuntimeError if a parameter of the model (after sleeping: anything) was not overwritten."""
         missing = sorted({name for name, _ in self.model.named_parameters()} - loaded)
         if missing:
-            raise RuntimeError(f"{len(missing)} parameters got no new weights: {', '.join(missing[:4])}")
+            raise RuntimeError(
+                f"{len(missing)} parameters got no new weights: {', '.join(missing[:4])}"
+            )
 
     def shutdown(self) -> None:
         """Leave the channel."""
@@ -128,7 +137,9 @@ class ObjectStoreUpdateInfo(WeightTransferUpdateInfo):
     weights: list[tuple[str, torch.Tensor]]
 
 
-class ObjectStoreWeightTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, ObjectStoreUpdateInfo]):
+class ObjectStoreWeightTransferEngine(
+    WeightTransferEngine[ObjectStoreInitInfo, ObjectStoreUpdateInfo]
+):
     """Load buckets of CPU tensors through vLLM's layerwise reload.
 
     A plain `model.load_weights` will not do: on CPU the linear layers are repacked after loading and their original
@@ -166,7 +177,8 @@ class ObjectStoreWeightTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, 
 
     @staticmethod
     def trainer_send_weights(
-        iterator: Iterator[list[tuple[str, torch.Tensor]]], trainer_args: Callable[[dict[str, Any]], None]
+        iterator: Iterator[list[tuple[str, torch.Tensor]]],
+        trainer_args: Callable[[dict[str, Any]], None],
     ) -> None:
         """Call `trainer_args` (an engine's `update_weights`) with each bucket of `iterator`."""
         for bucket in iterator:

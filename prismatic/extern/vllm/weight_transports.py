@@ -39,7 +39,9 @@ class Broadcast:
     def __init__(self, end: "ChannelEnd", group: Any) -> None:
         self.end, self.group = end, group
         size = end.layout.buffer_bytes
-        self.buffers = [torch.empty(size, dtype=torch.uint8, device=end.device) for _ in range(NUM_BUFFERS)]
+        self.buffers = [
+            torch.empty(size, dtype=torch.uint8, device=end.device) for _ in range(NUM_BUFFERS)
+        ]
         self.works: dict[int, Any] = {}
 
     def take(self, index: int) -> Tensor:

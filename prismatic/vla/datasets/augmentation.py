@@ -62,7 +62,12 @@ def augment(images_BHW3: np.ndarray, params: AugmentationParams) -> np.ndarray:
     truncates, which would darken every image by half a level.
     """
     out = _augment_function()(
-        images_BHW3, params.box_B4, params.brightness_B, params.contrast_B, params.saturation_B, params.hue_B
+        images_BHW3,
+        params.box_B4,
+        params.brightness_B,
+        params.contrast_B,
+        params.saturation_B,
+        params.hue_B,
     )
     return out.numpy()
 
@@ -71,11 +76,15 @@ def augment(images_BHW3: np.ndarray, params: AugmentationParams) -> np.ndarray:
 def _augment_function() -> Any:
     tf = load_tensorflow()
 
-    def run(images: Any, box: Any, brightness: Any, contrast: Any, saturation: Any, hue: Any) -> Any:
+    def run(
+        images: Any, box: Any, brightness: Any, contrast: Any, saturation: Any, hue: Any
+    ) -> Any:
         per_image = (-1, 1, 1, 1)
         size = tf.shape(images)[1:3]
         x = tf.cast(images, tf.float32) / 255.0
-        x = tf.clip_by_value(tf.image.crop_and_resize(x, box, tf.range(tf.shape(x)[0]), size), 0.0, 1.0)
+        x = tf.clip_by_value(
+            tf.image.crop_and_resize(x, box, tf.range(tf.shape(x)[0]), size), 0.0, 1.0
+        )
         x = tf.clip_by_value(x + tf.reshape(brightness, per_image), 0.0, 1.0)
         mean = tf.reduce_mean(x, axis=(1, 2), keepdims=True)
         x = tf.clip_by_value((x - mean) * tf.reshape(contrast, per_image) + mean, 0.0, 1.0)
@@ -88,4 +97,6 @@ def _augment_function() -> Any:
 
     vector = tf.TensorSpec((None,), tf.float32)
     images = tf.TensorSpec((None, None, None, 3), tf.uint8)
-    return tf.function(run, input_signature=[images, tf.TensorSpec((None, 4), tf.float32), *[vector] * 4])
+    return tf.function(
+        run, input_signature=[images, tf.TensorSpec((None, 4), tf.float32), *[vector] * 4]
+    )

@@ -16,7 +16,13 @@ from torch.utils.data import IterableDataset, get_worker_info
 from prismatic.vla.action_tokenizer import ActionTokenizer
 from prismatic.vla.datasets.augmentation import augment, draw_params
 from prismatic.vla.datasets.mixtures import check_mixture, dataset_dir, resolve_mixture
-from prismatic.vla.datasets.sources import DatasetSpec, MemorySource, Reading, StreamSource, decoded_gib
+from prismatic.vla.datasets.sources import (
+    DatasetSpec,
+    MemorySource,
+    Reading,
+    StreamSource,
+    decoded_gib,
+)
 from prismatic.vla.datasets.statistics import dataset_statistics
 from prismatic.vla.datasets.transforms import get_transform
 
@@ -26,7 +32,9 @@ IGNORE_INDEX = -100
 _AUGMENTATION = 502
 
 
-def load_specs(data_root_dir: str | Path, dataset_name: str, *, num_threads: int = 1) -> list[DatasetSpec]:
+def load_specs(
+    data_root_dir: str | Path, dataset_name: str, *, num_threads: int = 1
+) -> list[DatasetSpec]:
     """Resolve a mixture, check its directories and read (or compute) its statistics.
 
     Raises ValueError with all problems at once.
@@ -78,8 +86,18 @@ class RLDSDataset(IterableDataset[dict[str, Any]]):
         needed = decoded_gib(specs, reading.image_size)
         self.in_memory = needed <= cache_gib
         self._source = (MemorySource if self.in_memory else StreamSource)(specs, reading)
-        where = "in memory" if self.in_memory else f"streamed, shuffle buffer {reading.shuffle_buffer_size}"
-        logger.info("%d transitions of %d datasets, %.2f GiB of frames: %s", len(self), len(specs), needed, where)
+        where = (
+            "in memory"
+            if self.in_memory
+            else f"streamed, shuffle buffer {reading.shuffle_buffer_size}"
+        )
+        logger.info(
+            "%d transitions of %d datasets, %.2f GiB of frames: %s",
+            len(self),
+            len(specs),
+            needed,
+            where,
+        )
 
     def __len__(self) -> int:
         """Transitions of all datasets and ranks."""
@@ -92,11 +110,15 @@ class RLDSDataset(IterableDataset[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if get_worker_info() is not None:
-            raise ValueError("RLDSDataset does its own prefetching: use num_workers=0 in the DataLoader")
+            raise ValueError(
+                "RLDSDataset does its own prefetching: use num_workers=0 in the DataLoader"
+            )
         for number, chunk in enumerate(self._source.chunks()):
             images = chunk.images_CHW3
             if self.image_aug:
-                rng = np.random.default_rng((_AUGMENTATION, self.reading.seed, self.reading.rank, number))
+                rng = np.random.default_rng(
+                    (_AUGMENTATION, self.reading.seed, self.reading.rank, number)
+                )
                 images = augment(images, draw_params(len(chunk), rng))
             action_ids_CA = self._action_tokenizer.encode(chunk.actions_CA)
             for i in range(len(chunk)):
@@ -137,7 +159,10 @@ class ActionCollator:
             start = len(sample["prompt_ids"])
             end = start + num_targets
             input_ids[row, :start] = sample["prompt_ids"]
-            input_ids[row, start:end] = labels[row, start:end] = [*sample["action_ids"], self.eos_token_id]
+            input_ids[row, start:end] = labels[row, start:end] = [
+                *sample["action_ids"],
+                self.eos_token_id,
+            ]
             attention_mask[row, :end] = 1
         return {
             "images": torch.from_numpy(np.stack([s["image"] for s in samples])),

@@ -6,7 +6,12 @@ from pathlib import Path
 
 from prismatic.vla.datasets.schema import VERSION, check_dataset_dir
 
-_LIBERO = ("libero_spatial_no_noops", "libero_object_no_noops", "libero_goal_no_noops", "libero_10_no_noops")
+_LIBERO = (
+    "libero_spatial_no_noops",
+    "libero_object_no_noops",
+    "libero_goal_no_noops",
+    "libero_10_no_noops",
+)
 
 # Mixture name -> ((dataset, weight), ...). OpenVLA's names; the order decides nothing.
 MIXTURES: dict[str, tuple[tuple[str, float], ...]] = {
@@ -30,10 +35,14 @@ def resolve_mixture(dataset_name: str) -> tuple[tuple[str, float], ...]:
         name, _, weight_text = entry.strip().partition(":")
         weight = _parse_weight(dataset_name, weight_text or "1")
         if not name:
-            raise ValueError(f"--dataset_name {dataset_name!r} has an empty name: write name:weight,name:weight")
+            raise ValueError(
+                f"--dataset_name {dataset_name!r} has an empty name: write name:weight,name:weight"
+            )
         for dataset, factor in MIXTURES.get(name, ((name, 1.0),)):
             if dataset in mixture:
-                raise ValueError(f"--dataset_name {dataset_name!r} names {dataset} twice: give it once, with a weight")
+                raise ValueError(
+                    f"--dataset_name {dataset_name!r} names {dataset} twice: give it once, with a weight"
+                )
             mixture[dataset] = weight * factor
     return tuple(mixture.items())
 
@@ -44,7 +53,9 @@ def _parse_weight(dataset_name: str, text: str) -> float:
     except ValueError:
         weight = math.nan
     if not (weight > 0 and math.isfinite(weight)):
-        raise ValueError(f"--dataset_name {dataset_name!r}: weight {text!r} is not a positive number")
+        raise ValueError(
+            f"--dataset_name {dataset_name!r}: weight {text!r} is not a positive number"
+        )
     return weight
 
 
@@ -59,7 +70,9 @@ def check_mixture(data_root_dir: str | Path, dataset_name: str) -> list[str]:
         mixture = resolve_mixture(dataset_name)
     except ValueError as error:
         return [str(error)]
-    problems = [p for name, _ in mixture for p in check_dataset_dir(dataset_dir(data_root_dir, name))]
+    problems = [
+        p for name, _ in mixture for p in check_dataset_dir(dataset_dir(data_root_dir, name))
+    ]
     if problems:
         problems.append(_hint(data_root_dir))
     return problems
@@ -70,7 +83,9 @@ def _hint(data_root_dir: str | Path) -> str:
     return f"{data_root_dir} holds {', '.join(found) or 'no datasets'}; mixtures: {', '.join(sorted(MIXTURES))}"
 
 
-def sampling_probabilities(weights: Mapping[str, float], num_transitions: Mapping[str, int]) -> dict[str, float]:
+def sampling_probabilities(
+    weights: Mapping[str, float], num_transitions: Mapping[str, int]
+) -> dict[str, float]:
     """Probability that the next transition comes from each dataset: weight times size, normalised."""
     raw = {name: weight * num_transitions[name] for name, weight in weights.items()}
     total = sum(raw.values())

@@ -47,7 +47,9 @@ class RawEpisode:
     file_path: str | None = None
 
 
-def open_dataset(dataset_dir: str | Path, *, num_threads: int = 1, shard: tuple[int, int] = (0, 1)) -> Any:
+def open_dataset(
+    dataset_dir: str | Path, *, num_threads: int = 1, shard: tuple[int, int] = (0, 1)
+) -> Any:
     """The `train` split as a tf.data.Dataset of episodes with encoded steps, in stored order.
 
     `shard` (index, count): only the episodes index, index + count, ... The directory is untrusted: raises ValueError
@@ -79,7 +81,10 @@ def open_dataset(dataset_dir: str | Path, *, num_threads: int = 1, shard: tuple[
     with reading(dataset_dir, "the RLDS metadata"):
         builder = tfds.builder_from_directory(str(dataset_dir))
         dataset = builder.as_dataset(
-            split=SPLIT, decoders={"steps": tfds.decode.SkipDecoding()}, shuffle_files=False, read_config=config
+            split=SPLIT,
+            decoders={"steps": tfds.decode.SkipDecoding()},
+            shuffle_files=False,
+            read_config=config,
         )
     return dataset.shard(shard[1], shard[0]) if shard[1] > 1 else dataset
 
@@ -93,11 +98,16 @@ def numpy_iterator(dataset: Any, dataset_dirs: Sequence[str | Path]) -> Iterator
     tf = load_tensorflow()
     try:
         yield from dataset.as_numpy_iterator()
-    except (tf.errors.OpError, UnicodeDecodeError) as error:  # the latter where an error quotes a record's bytes
+    except (
+        tf.errors.OpError,
+        UnicodeDecodeError,
+    ) as error:  # the latter where an error quotes a record's bytes
         damage = find_damage([file for folder in dataset_dirs for file in shard_files(folder)])
         where = ", ".join(map(str, dataset_dirs))
         reason = getattr(error, "message", "a record is no example")[:300]
-        raise ValueError(damage or f"{where}: records do not match features.json: {reason}") from error
+        raise ValueError(
+            damage or f"{where}: records do not match features.json: {reason}"
+        ) from error
 
 
 def decode_text(text: bytes, dataset_dir: str | Path) -> str:
@@ -108,7 +118,9 @@ def decode_text(text: bytes, dataset_dir: str | Path) -> str:
         raise ValueError(f"{dataset_dir}: a text is not UTF-8: {error}") from error
 
 
-def iterate_episodes(dataset_dir: str | Path, *, images: bool = False, num_threads: int = 1) -> Iterator[RawEpisode]:
+def iterate_episodes(
+    dataset_dir: str | Path, *, images: bool = False, num_threads: int = 1
+) -> Iterator[RawEpisode]:
     """Yield every episode in stored order; frames (still encoded) only with `images`."""
     features = read_features(dataset_dir)
     has_state, has_path = STATE_FEATURE in features, FILE_PATH_FEATURE in features

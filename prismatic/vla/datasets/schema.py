@@ -60,14 +60,18 @@ def read_features(dataset_dir: str | Path) -> dict[str, Feature]:
     except FileNotFoundError as error:
         raise ValueError(f"{dataset_dir} lacks features.json") from error
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file} is not a tfds features file ({error!r}): damaged or half-written") from error
+        raise ValueError(
+            f"{file} is not a tfds features file ({error!r}): damaged or half-written"
+        ) from error
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     return features
 
 
 def _flatten(node: dict[str, Any], path: str, features: dict[str, Feature]) -> None:
-    if not _TFDS_CLASS.fullmatch(node["pythonClassName"]):  # tfds imports the module that stands there
+    if not _TFDS_CLASS.fullmatch(
+        node["pythonClassName"]
+    ):  # tfds imports the module that stands there
         found = node["pythonClassName"][:80]
         raise ValueError(f"{path or 'the tree'} is a {found!r}: only tfds' own features are read")
     if "featuresDict" in node:
@@ -80,11 +84,17 @@ def _flatten(node: dict[str, Any], path: str, features: dict[str, Feature]) -> N
         sizes = [int(d) for d in spec.get("shape", {}).get("dimensions", [])]
         dtype, encoding = spec.get("dtype", ""), spec.get("encodingFormat", "")
         if len(sizes) > MAX_RANK or math.prod(max(size, 1) for size in sizes) > MAX_ELEMENTS:
-            raise ValueError(f"{path} has the shape {sizes}: more than {MAX_ELEMENTS} elements are not read")
+            raise ValueError(
+                f"{path} has the shape {sizes}: more than {MAX_ELEMENTS} elements are not read"
+            )
         if dtype not in _DTYPES or encoding not in ("", "jpeg", "png"):
-            raise ValueError(f"{path} has dtype {dtype!r} and encoding {encoding!r}, which are not read")
+            raise ValueError(
+                f"{path} has dtype {dtype!r} and encoding {encoding!r}, which are not read"
+            )
         kind = node["pythonClassName"].rpartition(".")[2]
-        features[path] = Feature(kind, tuple(size if size > 0 else None for size in sizes), dtype, encoding)
+        features[path] = Feature(
+            kind, tuple(size if size > 0 else None for size in sizes), dtype, encoding
+        )
 
 
 def check_dataset_dir(path: str | Path) -> list[str]:
@@ -95,7 +105,9 @@ def check_dataset_dir(path: str | Path) -> list[str]:
     """
     folder = Path(path)
     if not folder.is_dir():
-        return [f"{path} is not a directory: give <data_root_dir>/<dataset_name>/{VERSION} as tfds writes it"]
+        return [
+            f"{path} is not a directory: give <data_root_dir>/<dataset_name>/{VERSION} as tfds writes it"
+        ]
     if problems := checksum_problems(folder, lambda name: name.endswith(".json")):
         return problems
     try:
@@ -109,15 +121,23 @@ def _feature_problems(folder: Path, features: dict[str, Feature]) -> list[str]:
     missing = [name for name in REQUIRED_FEATURES if name not in features]
     problems = []
     if missing:
-        problems.append(f"{folder} lacks the features {', '.join(missing)}: it has {', '.join(sorted(features))}")
+        problems.append(
+            f"{folder} lacks the features {', '.join(missing)}: it has {', '.join(sorted(features))}"
+        )
     for name, wanted in REQUIRED_FEATURES.items():
         found = features[name].shape if name in features else wanted
-        agrees = len(found) == len(wanted) and all(w in (None, f) for w, f in zip(wanted, found, strict=True))
+        agrees = len(found) == len(wanted) and all(
+            w in (None, f) for w, f in zip(wanted, found, strict=True)
+        )
         if not agrees:
-            problems.append(f"{folder}: feature {name} has shape {found}, expected {wanted} (None: any)")
+            problems.append(
+                f"{folder}: feature {name} has shape {found}, expected {wanted} (None: any)"
+            )
     for name, dtypes in REQUIRED_DTYPES.items():
         if name in features and features[name].dtype not in dtypes:
-            problems.append(f"{folder}: feature {name} is {features[name].dtype!r}, expected {' or '.join(dtypes)}")
+            problems.append(
+                f"{folder}: feature {name} is {features[name].dtype!r}, expected {' or '.join(dtypes)}"
+            )
     return problems
 
 
@@ -128,7 +148,9 @@ def _shard_problems(folder: Path) -> list[str]:
         return [str(error)]
     if not lengths or len(shard_files(folder)) != len(lengths):
         found = len(shard_files(folder))
-        return [f"{folder} has {found} {SPLIT} shards, dataset_info.json names {len(lengths)}: it is half-written"]
+        return [
+            f"{folder} has {found} {SPLIT} shards, dataset_info.json names {len(lengths)}: it is half-written"
+        ]
     return []
 
 
@@ -147,15 +169,26 @@ def read_shard_lengths(dataset_dir: str | Path) -> dict[str, int]:
     except FileNotFoundError as error:
         raise ValueError(f"{dataset_dir} lacks dataset_info.json: it is half-written") from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{file} is not a tfds dataset_info file ({error!r}): damaged or half-written") from error
+        raise ValueError(
+            f"{file} is not a tfds dataset_info file ({error!r}): damaged or half-written"
+        ) from error
     if not all(isinstance(name, str) and _NAME.fullmatch(name) for name in names):
-        raise ValueError(f"{file}: the names {names} may only have letters, digits, - and _: they become file names")
-    known_templates = tuple(FILE_TEMPLATES)  # of a tuple anything may be asked, of a dict only what can be hashed
-    if any(t not in known_templates for t in templates) or fields.get("fileFormat", "tfrecord") != "tfrecord":
+        raise ValueError(
+            f"{file}: the names {names} may only have letters, digits, - and _: they become file names"
+        )
+    known_templates = tuple(
+        FILE_TEMPLATES
+    )  # of a tuple anything may be asked, of a dict only what can be hashed
+    if (
+        any(t not in known_templates for t in templates)
+        or fields.get("fileFormat", "tfrecord") != "tfrecord"
+    ):
         known, found = " or ".join(FILE_TEMPLATES), sorted(map(str, templates))
         raise ValueError(f"{file}: only tfrecord files named {known} are read, not {found}")
     if SPLIT not in splits:
-        raise ValueError(f"{dataset_dir} has no split {SPLIT!r}: it has {', '.join(sorted(splits)) or 'none'}")
+        raise ValueError(
+            f"{dataset_dir} has no split {SPLIT!r}: it has {', '.join(sorted(splits)) or 'none'}"
+        )
     if not all(0 <= n <= MAX_ELEMENTS for n in lengths):
         raise ValueError(f"{file}: shardLengths {lengths[:5]} ... must be counts of episodes")
     template = FILE_TEMPLATES[splits[SPLIT].get("filepathTemplate", DEFAULT_TEMPLATE)]

@@ -94,7 +94,9 @@ def index_stream(weights: Sequence[float], sizes: Sequence[int], seed: int) -> I
         for epoch in itertools.count():
             yield np.random.default_rng((_ORDER, seed, epoch)).permutation(sum(sizes))
     names = [str(i) for i in range(len(sizes))]
-    probabilities = sampling_probabilities(dict(zip(names, weights, strict=True)), dict(zip(names, sizes, strict=True)))
+    probabilities = sampling_probabilities(
+        dict(zip(names, weights, strict=True)), dict(zip(names, sizes, strict=True))
+    )
     offsets = np.concatenate([[0], np.cumsum(sizes)])
     streams = [_endless_permutations(size, (_ORDER, seed, 1 + i)) for i, size in enumerate(sizes)]
     rng = np.random.default_rng((_ORDER, seed, 0))
@@ -143,7 +145,9 @@ class MemorySource:
             ]
             start = end
         if start != stop:
-            raise ValueError(f"{spec.path} does not hold {spec.num_transitions} transitions as its statistics say")
+            raise ValueError(
+                f"{spec.path} does not hold {spec.num_transitions} transitions as its statistics say"
+            )
         self._instructions = list(known)
         return stop
 
@@ -172,7 +176,9 @@ class MemorySource:
         )
 
 
-def _decoded_episodes(spec: DatasetSpec, reading: Reading) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _decoded_episodes(
+    spec: DatasetSpec, reading: Reading
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Images (T, H, W, 3), policy actions (T, 7) and instructions (T,) bytes of each episode, in stored order."""
     tf = load_tensorflow(reading.num_threads)
     decode = frame_decoder(spec.path, reading.image_size)
@@ -231,10 +237,13 @@ class StreamSource:
         else:
             names = [spec.name for spec in self.specs]
             weights = sampling_probabilities(
-                {s.name: s.weight for s in self.specs}, {s.name: s.num_transitions for s in self.specs}
+                {s.name: s.weight for s in self.specs},
+                {s.name: s.num_transitions for s in self.specs},
             )
             seed = self.reading.seed * 2
-            dataset = tf.data.Dataset.sample_from_datasets(parts, [weights[n] for n in names], seed=seed)
+            dataset = tf.data.Dataset.sample_from_datasets(
+                parts, [weights[n] for n in names], seed=seed
+            )
             dataset = dataset.shuffle(self.reading.shuffle_buffer_size, seed=seed + 1)
         # The frames of all datasets come out at one size, so one decoder serves; it compares sizes where it must.
         decoders = [frame_decoder(spec.path, self.reading.image_size) for spec in self.specs]
@@ -243,20 +252,26 @@ class StreamSource:
             frame = tf.switch_case(index, [lambda d=d: d(encoded) for d in decoders])
             return index, frame, action, text
 
-        dataset = dataset.map(decode, num_parallel_calls=self.reading.num_threads, deterministic=True)
+        dataset = dataset.map(
+            decode, num_parallel_calls=self.reading.num_threads, deterministic=True
+        )
         return dataset.batch(self.reading.chunk_size)
 
     def _transitions(self, index: int) -> Any:
         """(dataset index, encoded frame, stored action, instruction) of each of this rank's transitions."""
         tf = load_tensorflow(self.reading.num_threads)
         shard = (self.reading.rank, self.reading.world_size)
-        episodes = open_dataset(self.specs[index].path, num_threads=self.reading.num_threads, shard=shard)
+        episodes = open_dataset(
+            self.specs[index].path, num_threads=self.reading.num_threads, shard=shard
+        )
         if self.reading.train:
             episodes = episodes.repeat()
 
         def flatten(episode: dict[str, Any]) -> Any:
             steps = episode["steps"]
             fields = (steps["observation"]["image"], steps["action"], steps["language_instruction"])
-            return tf.data.Dataset.from_tensor_slices((tf.fill(tf.shape(fields[0]), index), *fields))
+            return tf.data.Dataset.from_tensor_slices(
+                (tf.fill(tf.shape(fields[0]), index), *fields)
+            )
 
         return episodes.flat_map(flatten)

@@ -34,7 +34,9 @@ def array_statistics(values_ND: np.ndarray) -> dict[str, list[float]]:
     }
 
 
-def compute_statistics(episodes: Iterable[RawEpisode], transform: DatasetTransform) -> dict[str, Any]:
+def compute_statistics(
+    episodes: Iterable[RawEpisode], transform: DatasetTransform
+) -> dict[str, Any]:
     """Statistics of whole episodes in OpenVLA's format: `action` (with its mask), `proprio`, the two counts.
 
     Raises ValueError if there are no transitions or an action is not finite.
@@ -49,7 +51,9 @@ def compute_statistics(episodes: Iterable[RawEpisode], transform: DatasetTransfo
     actions_N7 = np.concatenate(actions)
     if not np.isfinite(actions_N7).all():
         row = int(np.argwhere(~np.isfinite(actions_N7))[0, 0])
-        raise ValueError(f"transition {row} has a non-finite action {actions_N7[row].tolist()}: repair the dataset")
+        raise ValueError(
+            f"transition {row} has a non-finite action {actions_N7[row].tolist()}: repair the dataset"
+        )
     statistics: dict[str, Any] = {"action": array_statistics(actions_N7)}
     statistics["action"]["mask"] = list(transform.action_mask)
     if states:
@@ -76,7 +80,9 @@ def content_key(dataset_dir: str | Path, transform: DatasetTransform) -> str:
     return digest.hexdigest()[:16]
 
 
-def dataset_statistics(dataset_dir: str | Path, transform: DatasetTransform, *, num_threads: int = 1) -> dict[str, Any]:
+def dataset_statistics(
+    dataset_dir: str | Path, transform: DatasetTransform, *, num_threads: int = 1
+) -> dict[str, Any]:
     """The dataset's statistics, from `dataset_statistics_<key>.json` beside the data if it is there.
 
     Computed and cached otherwise; a directory that cannot be written to costs a warning and the computation.
@@ -85,12 +91,20 @@ def dataset_statistics(dataset_dir: str | Path, transform: DatasetTransform, *, 
     if (cached := _read_cache(cache)) is not None:
         return cached
     logger.info("computing the statistics of %s", dataset_dir)
-    statistics = compute_statistics(iterate_episodes(dataset_dir, num_threads=num_threads), transform)
+    statistics = compute_statistics(
+        iterate_episodes(dataset_dir, num_threads=num_threads), transform
+    )
     content = {"sha256": _digest(statistics), "statistics": statistics}
     try:
-        write_whole(cache, json.dumps(content, indent=2) + "\n")  # several ranks may arrive here at once
+        write_whole(
+            cache, json.dumps(content, indent=2) + "\n"
+        )  # several ranks may arrive here at once
     except OSError as error:
-        logger.warning("cannot cache the statistics in %s (%s): they are computed again next time", cache, error)
+        logger.warning(
+            "cannot cache the statistics in %s (%s): they are computed again next time",
+            cache,
+            error,
+        )
     return statistics
 
 
@@ -105,7 +119,9 @@ def _read_cache(file: Path) -> dict[str, Any] | None:
         return None
     statistics = content.get("statistics")
     if not isinstance(statistics, dict) or content.get("sha256") != _digest(statistics):
-        logger.warning("%s is damaged, or of another version: the statistics are computed again", file)
+        logger.warning(
+            "%s is damaged, or of another version: the statistics are computed again", file
+        )
         return None
     return statistics
 
@@ -124,5 +140,7 @@ def load_dataset_statistics(data_root_dir: str | Path, dataset_name: str) -> dic
         raise ValueError("\n".join(problems))
     names = [name for name, _ in resolve_mixture(dataset_name)]
     if len(names) > 1:
-        raise ValueError(f"--dataset_name {dataset_name} is a mixture: name one of {', '.join(names)}")
+        raise ValueError(
+            f"--dataset_name {dataset_name} is a mixture: name one of {', '.join(names)}"
+        )
     return dataset_statistics(dataset_dir(data_root_dir, names[0]), get_transform(names[0]))

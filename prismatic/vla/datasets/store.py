@@ -74,9 +74,13 @@ class EpisodeStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("w") as lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+                fcntl.flock(
+                    lock, fcntl.LOCK_EX | fcntl.LOCK_NB
+                )  # ends with the process, however that ends
             except BlockingIOError as error:
-                raise BlockingIOError(f"another process is recording into {self.folder}: wait for it") from error
+                raise BlockingIOError(
+                    f"another process is recording into {self.folder}: wait for it"
+                ) from error
             write_whole(self._identity_file, json.dumps(self.identity, indent=2))
             try:
                 yield
@@ -90,7 +94,9 @@ class EpisodeStore:
 
     def finished(self) -> set[int]:
         """Numbers of the episodes that are there, whole."""
-        matches = [(path, _EPISODE_NAME.fullmatch(path.name)) for path in self.folder.glob("episode_*.npz")]
+        matches = [
+            (path, _EPISODE_NAME.fullmatch(path.name)) for path in self.folder.glob("episode_*.npz")
+        ]
         return {int(match[1]) for path, match in matches if match and zipfile.is_zipfile(path)}
 
     def _path(self, index: int) -> Path:
@@ -98,7 +104,11 @@ class EpisodeStore:
 
     def add(self, index: int, demo: EncodedDemonstration, counts: Mapping[str, int]) -> None:
         """Keep episode `index`; an existing one is replaced."""
-        texts = {"instruction": demo.instruction, "file_path": demo.file_path, "terminal": demo.terminal}
+        texts = {
+            "instruction": demo.instruction,
+            "file_path": demo.file_path,
+            "terminal": demo.terminal,
+        }
         arrays = {name: getattr(demo, name) for name in _ARRAYS}
         arrays |= _packed("images", demo.images)
         if demo.wrist_images is not None:
@@ -117,7 +127,9 @@ class EpisodeStore:
                 instruction=meta["instruction"],
                 file_path=meta["file_path"],
                 terminal=meta["terminal"],
-                wrist_images=_unpacked("wrist_images", arrays) if "wrist_images" in arrays else None,
+                wrist_images=_unpacked("wrist_images", arrays)
+                if "wrist_images" in arrays
+                else None,
                 **{name: arrays[name] for name in _ARRAYS},
             )
         return StoredEpisode(demo, meta["counts"])

@@ -29,7 +29,9 @@ def load_tensorflow(num_threads: int = 1) -> ModuleType:
         # Already initialised, by us or by somebody else in the process.
         threads = tf.config.threading.get_inter_op_parallelism_threads()
         if threads != num_threads:
-            logger.warning("tensorflow already runs with %d threads; %d were asked for", threads, num_threads)
+            logger.warning(
+                "tensorflow already runs with %d threads; %d were asked for", threads, num_threads
+            )
     return tf
 
 

@@ -43,7 +43,9 @@ def check_shards(files: Sequence[Path], num_records: Sequence[int]) -> None:
         stat = file.stat()
         found = _count_records(str(file), stat.st_size, stat.st_mtime_ns)
         if found != wanted:
-            raise ValueError(f"{file} holds {found} episodes, dataset_info.json says {wanted}: it is half-written")
+            raise ValueError(
+                f"{file} holds {found} episodes, dataset_info.json says {wanted}: it is half-written"
+            )
 
 
 @lru_cache(maxsize=4096)
@@ -56,12 +58,18 @@ def _count_records(file: str, size: int, modified_ns: int) -> int:
             header = data.read(_HEADER_BYTES)
             length = int.from_bytes(header[:8], "little")
             if len(header) < _HEADER_BYTES:
-                raise ValueError(f"{file} ends within a record at byte {position}: it is half-written")
+                raise ValueError(
+                    f"{file} ends within a record at byte {position}: it is half-written"
+                )
             if masked_crc32c(header[:8]) != int.from_bytes(header[8:], "little"):
-                raise ValueError(f"{file} is damaged at byte {position}: a record's length does not match its CRC")
+                raise ValueError(
+                    f"{file} is damaged at byte {position}: a record's length does not match its CRC"
+                )
             position += _HEADER_BYTES + length + _FOOTER_BYTES
             if position > size:
-                raise ValueError(f"{file} ends within a record of {length} bytes: it is half-written")
+                raise ValueError(
+                    f"{file} ends within a record of {length} bytes: it is half-written"
+                )
             count += 1
     return count
 

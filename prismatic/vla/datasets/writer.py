@@ -99,7 +99,9 @@ def encode_image(image_HW3: np.ndarray, image_format: str) -> bytes:
     options = [cv2.IMWRITE_PNG_COMPRESSION, 1]
     if image_format == "jpeg":
         small = min(image_HW3.shape[:2]) < SMALLEST_JPEG
-        sampling = cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444 if small else cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420
+        sampling = (
+            cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444 if small else cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420
+        )
         options = [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, sampling]
     extension = {"jpeg": ".jpg", "png": ".png"}[image_format]
     return cv2.imencode(extension, cv2.cvtColor(image_HW3, cv2.COLOR_RGB2BGR), options)[1].tobytes()
@@ -127,7 +129,9 @@ def libero_features(image_size: int, image_format: str) -> Any:
     f = tfds.features
 
     def image(doc: str) -> Any:
-        return f.Image(shape=(image_size, image_size, 3), dtype=np.uint8, encoding_format=image_format, doc=doc)
+        return f.Image(
+            shape=(image_size, image_size, 3), dtype=np.uint8, encoding_format=image_format, doc=doc
+        )
 
     def vector(size: int, doc: str) -> Any:
         return f.Tensor(shape=(size,), dtype=np.float32, doc=doc)
@@ -188,7 +192,11 @@ def write_dataset(
     def examples() -> Iterator[dict[str, Any]]:
         nonlocal num_written
         for demo in demonstrations:
-            encoded = demo if isinstance(demo, EncodedDemonstration) else encode_demonstration(demo, image_format)
+            encoded = (
+                demo
+                if isinstance(demo, EncodedDemonstration)
+                else encode_demonstration(demo, image_format)
+            )
             yield _example(encoded, no_wrist_image)
             num_written += 1
 
@@ -214,7 +222,9 @@ def _example(demo: EncodedDemonstration, no_wrist_image: bytes) -> dict[str, Any
         {
             "observation": {
                 "image": demo.images[t],
-                "wrist_image": no_wrist_image if demo.wrist_images is None else demo.wrist_images[t],
+                "wrist_image": no_wrist_image
+                if demo.wrist_images is None
+                else demo.wrist_images[t],
                 "state": demo.states_T8[t].astype(np.float32),
                 "joint_state": demo.joint_states_T7[t].astype(np.float32),
             },
