@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from prismatic.model_files import write_checksums
 from prismatic.vla.action_normalization import unnormalize_action
 from prismatic.vla.action_tokenizer import ActionTokenizer
 from prismatic.vla.datasets import mixtures
@@ -152,6 +153,60 @@ def test_tfds_reads_the_directory_with_liberos_features(data_root: Path) -> None
     )
     assert [s["reward"] for s in steps] == [0, 0, 0, 1]
     assert np.array_equal([s["observation"]["joint_state"] for s in steps], demo.joint_states_T7)
+
+
+def test_openvlas_pipeline_may_shuffle_and_interleave_the_files(data_root: Path) -> None:
+    """The read configuration of `dlimp.DLataset.from_rlds`, which tfds refuses for ordered data sets."""
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
+
+    name = "libero_small_no_noops"
+    builder = tfds.builder_from_directory(str(mixtures.dataset_dir(data_root, name)))
+    assert len(builder.info.splits["train"].shard_lengths) == 3
+    episodes = builder.as_dataset(
+        split="train",
+        shuffle_files=True,
+        decoders={"steps": tfds.decode.SkipDecoding()},
+        read_config=tfds.ReadConfig(
+            skip_prefetch=True,
+            num_parallel_calls_for_interleave_files=tf.data.AUTOTUNE,
+            interleave_cycle_length=tf.data.AUTOTUNE,
+        ),
+    )
+    read = {
+        episode["episode_metadata"]["file_path"].decode(): episode["steps"]["action"]
+        for episode in episodes.as_numpy_iterator()
+    }
+    written = {demo.file_path: demo.actions_T7 for demo in demos_of(name)}
+    assert read.keys() == written.keys()
+    assert all(np.array_equal(read[path], written[path]) for path in written)
+
+
+def test_directories_that_earlier_versions_marked_as_ordered_still_load(
+    data_root: Path, tmp_path: Path
+) -> None:
+    """Order, samples and statistics do not depend on disableShuffling in dataset_info.json, which we used to write."""
+    name = "libero_small_no_noops"
+    new, old = mixtures.dataset_dir(data_root, name), mixtures.dataset_dir(tmp_path, name)
+    shutil.copytree(new, old, ignore=shutil.ignore_patterns("dataset_statistics_*"))
+    fields = json.loads((new / "dataset_info.json").read_text())
+    assert "disableShuffling" not in fields
+    (old / "dataset_info.json").write_text(json.dumps(fields | {"disableShuffling": True}))
+    write_checksums(old)
+
+    assert check_dataset_dir(old) == []
+    paths = [[e.file_path for e in iterate_episodes(folder)] for folder in (new, old)]
+    assert paths[0] == paths[1] == [demo.file_path for demo in demos_of(name)]
+    assert load_dataset_statistics(tmp_path, name) == load_dataset_statistics(data_root, name)
+    for cache_gib in (1.0, 0.0):  # in memory, streamed
+        orders = [
+            [
+                fingerprint(sample)
+                for sample in itertools.islice(make_dataset(root, name, cache_gib, seed=5), 40)
+            ]
+            for root in (data_root, tmp_path)
+        ]
+        assert orders[0] == orders[1]
 
 
 def test_jpeg_keeps_small_coloured_things() -> None:

@@ -68,7 +68,8 @@ def open_dataset(
     options = tf.data.Options()
     options.threading.private_threadpool_size = num_threads
     options.deterministic = True
-    # One file after the other, so that the order (and with it every seed) does not depend on the number of shards.
+    # One file after the other, so that the order (and with it every seed) depends neither on the
+    # number of shards nor on disableShuffling in dataset_info.json, which earlier versions wrote.
     config = tfds.ReadConfig(
         interleave_cycle_length=1,
         interleave_block_length=1,

@@ -177,11 +177,13 @@ def write_dataset(
     identity = tfds.core.dataset_info.DatasetIdentity(
         name=name, version=tfds.core.Version(VERSION), data_dir=str(folder), module_name=__name__
     )
+    # The episodes are written in order, but disable_shuffling stays off: OpenVLA's own pipeline
+    # (dlimp) shuffles and interleaves the files, and tfds refuses to do that with ordered data.
+    # `rlds.open_dataset` keeps the order by the way it reads.
     info = tfds.core.DatasetInfo(
         builder=identity,
         description=description,
         features=libero_features(image_size, image_format),
-        disable_shuffling=True,  # written in order
     )
     writer = tfds.core.SequentialWriter(info, max_examples_per_shard=episodes_per_shard)
     _serialize_in_key_order(writer, info)
