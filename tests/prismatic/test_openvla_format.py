@@ -207,6 +207,46 @@ def test_an_openvla_folder_loads_and_saves_unchanged(openvla_7b_dir: Path, tmp_p
     assert config.keys() - {"dtype", "tie_word_embeddings"} <= original.keys()
 
 
+@pytest.mark.parametrize(
+    ("given", "theta", "scaling"),
+    [
+        ({}, 10000.0, None),
+        ({"rope_theta": 500000.0}, 500000.0, None),
+        ({"rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}}, 500000.0, None),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 500000.0}, 500000.0, None),
+        (
+            {"rope_theta": 20000.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            20000.0,
+            {"type": "linear", "factor": 2.0},
+        ),
+    ],
+)
+def test_transformers_4_finds_the_rotary_embedding_under_its_own_names(
+    given: dict, theta: float, scaling: dict | None, tmp_path: Path
+) -> None:
+    """4.40.1 reads rope_theta and rope_scaling (exactly type and factor), and takes 10000 where they are missing."""
+    text_config = OPENVLA_7B_CONFIG["text_config"] | given
+    config = OpenVLAConfig.from_dict(OPENVLA_7B_CONFIG | {"text_config": text_config})
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())["text_config"]
+    assert saved["rope_theta"] == saved["rope_parameters"]["rope_theta"] == theta
+    assert saved.get("rope_scaling") == scaling
+    read = OpenVLAConfig.from_pretrained(tmp_path).text_config.rope_parameters
+    assert read == config.text_config.rope_parameters
+    assert read["rope_type"] == ("linear" if scaling else "default")
+    assert read.get("factor") == (2.0 if scaling else None)
+
+
+@pytest.mark.parametrize(
+    "older", [{"rope_theta": 10000.0}, {"rope_scaling": {"type": "linear", "factor": 2.0}}]
+)
+def test_a_rotary_embedding_that_contradicts_itself_is_refused(older: dict) -> None:
+    rope_parameters = {"rope_theta": 500000.0, "rope_type": "default"}
+    text_config = {"vocab_size": 32064, "rope_parameters": rope_parameters, **older}
+    with pytest.raises(ValueError, match=f"{next(iter(older))} is .* contradicts rope_parameters"):
+        OpenVLAConfig(text_config=text_config)
+
+
 def test_openvla_7bs_preprocessor_config_is_saved_as_it_was(
     openvla_7b_dir: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:

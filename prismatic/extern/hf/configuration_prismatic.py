@@ -81,10 +81,17 @@ class OpenVLAConfig(PreTrainedConfig):
         self.pad_token_id = pad_token_id
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields to save. `timm_model_kwargs` only where it is used: openvla-7b's file does not have it."""
+        """Return the fields to save.
+
+        `timm_model_kwargs` only where it is used, because openvla-7b's file does not have it. The rotary embedding
+        twice in `text_config`: as `rope_parameters`, and as the `rope_theta` and `rope_scaling` that transformers 4
+        (4.40.1 in OpenVLA's requirements) reads, where a missing `rope_theta` silently means 10000.
+        """
         fields = super().to_dict()
         if fields.get("timm_model_kwargs") is None:
             fields.pop("timm_model_kwargs", None)
+        if isinstance(text_config := fields.get("text_config"), dict):
+            text_config.update(_older_rope_fields(text_config))
         return fields
 
     def _check_vision_lists(self, num_vits: int) -> None:
@@ -124,4 +131,43 @@ def _llama_config(
         raise ValueError(
             f"text_config.model_type is {model_type!r}: only 'llama' language models are supported"
         )
-    return LlamaConfig(**fields)
+    if not fields.get("rope_parameters"):
+        return LlamaConfig(**fields)
+    # A file of ours has the older fields beside rope_parameters, and they say the same.
+    older = {name: fields.pop(name, None) for name in ("rope_theta", "rope_scaling")}
+    if older["rope_theta"] is not None and "rope_theta" not in fields["rope_parameters"]:
+        fields["rope_theta"] = older["rope_theta"]
+    config = LlamaConfig(**fields)
+    derived = _older_rope_fields(config.to_dict())
+    for name, value in older.items():
+        if value is not None and _without_spelling(value) != _without_spelling(derived.get(name)):
+            raise ValueError(
+                f"text_config.{name} is {value}, which contradicts rope_parameters {config.rope_parameters}: keep "
+                "the one that the model was trained with and delete the other"
+            )
+    return config
+
+
+def _without_spelling(value: Any) -> Any:
+    """A rope_scaling with its type under the newer name, without theta, None for the default; else `value`."""
+    if not isinstance(value, dict):
+        return value
+    renamed = {"rope_type" if key == "type" else key: item for key, item in value.items()}
+    renamed.pop("rope_theta", None)
+    return None if renamed == {"rope_type": "default"} else renamed
+
+
+def _older_rope_fields(text_config: dict[str, Any]) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` as transformers 4 has them, from `rope_parameters`; empty without it.
+
+    4.40.1 knows the types linear and dynamic, in exactly this form, and refuses others by an error.
+    """
+    rope_parameters = dict(text_config.get("rope_parameters") or {})
+    theta = rope_parameters.pop("rope_theta", None)
+    rope_type = rope_parameters.get("rope_type", rope_parameters.get("type", "default"))
+    older = {} if theta is None else {"rope_theta": theta}
+    if rope_type in ("linear", "dynamic"):
+        older["rope_scaling"] = {"type": rope_type, "factor": float(rope_parameters["factor"])}
+    elif rope_type != "default":
+        older["rope_scaling"] = rope_parameters
+    return older
