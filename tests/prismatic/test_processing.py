@@ -100,6 +100,32 @@ def test_resize_equals_torchvisions_on_pil_for_each_strategy() -> None:
     assert np.array_equal(letterbox, np.array(TVF.resize(padded, [56, 56], bicubic)))
 
 
+@pytest.mark.parametrize(
+    ("width", "height"), [(320, 240), (240, 320), (321, 240), (240, 321), (322, 241), (57, 56)]
+)
+def test_letterbox_pads_both_ends_equally_as_openvla_does(width: int, height: int) -> None:
+    """OpenVLA's arithmetic on torchvision: half the difference at each end, shorter side to 56, centre crop."""
+    y, x = np.mgrid[:height, :width]
+    image = np.stack([x * 255 // width, y * 255 // height, (x + y) % 256], axis=-1).astype(np.uint8)
+    image_processor = PrismaticImageProcessor(**{**FUSED, "image_resize_strategy": "letterbox"})
+    longer = max(width, height)
+    left, top = int((longer - width) / 2), int((longer - height) / 2)
+    padded = TVF.pad(Image.fromarray(image), [left, top, left, top], fill=(127, 127, 127))
+    assert padded.width == padded.height or (longer - min(width, height)) % 2
+    resized = TVF.resize(padded, 56, TVF.InterpolationMode.BICUBIC, antialias=True)
+    expected = np.array(TVF.center_crop(resized, [56, 56]))
+    assert np.array_equal(image_processor.resize(image), expected)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "size"), [("letterbox", 56), ("resize-crop", 56), ("resize-naive", [56, 56])]
+)
+def test_the_resize_parameters_are_those_of_openvlas_processor(strategy: str, size: object) -> None:
+    """What OpenVLA's own processor derives and saves: a number is the shorter side, a list the whole image."""
+    image_processor = PrismaticImageProcessor(**{**FUSED, "image_resize_strategy": strategy})
+    assert [p["size"] for p in image_processor.to_dict()["tvf_resize_params"]] == [size, size]
+
+
 def test_an_image_of_the_right_size_is_not_touched() -> None:
     image = random_image(56, 56, 3)
     assert np.array_equal(PrismaticImageProcessor(**FUSED).resize(image), image)

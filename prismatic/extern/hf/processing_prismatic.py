@@ -80,9 +80,12 @@ class PrismaticImageProcessor(BaseImageProcessor):
         super().__init__(**kwargs)
 
     def _resize_params(self, index: int) -> dict[str, Any]:
-        # A single number resizes the shorter side; for the other strategies the whole image is stretched to the size.
+        # A list stretches the whole image to that size. A single number is the length of the shorter
+        # side, and the centre is cropped afterwards. `letterbox` is of the second kind, as in OpenVLA,
+        # because its padding can leave one side a pixel longer than the other.
         size: Any = self.input_sizes[index][1:]
-        if self.image_resize_strategy == "resize-crop":
+        letterbox = self.image_resize_strategy == "letterbox" and size[0] == size[1]
+        if self.image_resize_strategy == "resize-crop" or letterbox:
             size = min(size)
         interpolation = INTERPOLATIONS[self.interpolations[index]]
         return {"antialias": True, "interpolation": interpolation, "max_size": None, "size": size}
@@ -141,11 +144,17 @@ class PrismaticImageProcessor(BaseImageProcessor):
         return np.array(pil.resize((size[1], size[0]), resample))
 
     def _letterbox(self, pil: Image.Image) -> Image.Image:
-        """Pad the shorter side to a square with the fill colour."""
+        """Pad the shorter side with the fill colour, equally on both ends.
+
+        As in OpenVLA, each end gets half the difference of the sides, rounded down: where the difference is odd, the
+        result is one pixel short of a square.
+        """
         side = max(pil.size)
-        square = Image.new("RGB", (side, side), tuple(self.tvf_letterbox_fill or (0, 0, 0)))
-        square.paste(pil, ((side - pil.width) // 2, (side - pil.height) // 2))
-        return square
+        left, top = (side - pil.width) // 2, (side - pil.height) // 2
+        padded_size = (pil.width + 2 * left, pil.height + 2 * top)
+        padded = Image.new("RGB", padded_size, tuple(self.tvf_letterbox_fill or (0, 0, 0)))
+        padded.paste(pil, (left, top))
+        return padded
 
     def preprocess(self, images: Any, return_tensors: Any = "pt", **_: Any) -> BatchFeature:
         """Return `pixel_values` (B, C, H, W) float32 of one image or a list, PIL or (H, W, 3) uint8 arrays."""
