@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from prismatic.extern.hf.folder_checks import WEIGHT_DTYPES, check_model_files
+from prismatic.extern.hf.oft_checks import oft_adapter_problems, oft_problems
 from prismatic.model_files import (
     CHECKSUMS_NAME,
     INDEX_NAME,
@@ -126,6 +127,8 @@ def check_model_dir(path: str | Path) -> list[str]:
     has_weights = (folder / WEIGHTS_NAME).exists() or (folder / INDEX_NAME).exists()
     if (folder / ADAPTER_CONFIG).exists() and not has_weights:
         return [_adapter_only_message(folder)]
+    if problems := oft_problems(folder):
+        return problems
     problems = [f"{path} lacks {name}" for name in REQUIRED_FILES if not (folder / name).exists()]
     if not has_weights:
         problems.append(f"{path} has no weights: neither {WEIGHTS_NAME} nor {INDEX_NAME}")
@@ -171,6 +174,8 @@ def check_adapter_dir(path: str | Path) -> list[str]:
     ]
     if problems:
         return [f"{problem}: not an adapter folder" for problem in problems]
+    if problems := oft_adapter_problems(folder):
+        return problems
     problems = checksum_problems(
         folder, lambda name: name.startswith(("adapter_", "base_model", "dataset_statistics"))
     )

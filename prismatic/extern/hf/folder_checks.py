@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
+from prismatic.extern.hf.oft_checks import oft_problems
 from prismatic.model_files import (
     CHECKSUMS_NAME,
     INDEX_NAME,
@@ -222,10 +223,13 @@ def config_problems(fields: Mapping[str, Any]) -> list[str]:
 def read_config(model_dir: str | Path) -> OpenVLAConfig:
     """The configuration of a model folder.
 
-    Raises ValueError naming config.json with all problems; OSError if it cannot be opened.
+    Raises ValueError naming config.json with all problems, or saying that the folder is an OpenVLA-OFT checkpoint;
+    OSError if the file cannot be opened.
     """
     file = Path(model_dir) / CONFIG_NAME
     fields = read_json_object(file)
+    if problems := oft_problems(model_dir, fields):
+        raise ValueError(problems[0])
     if problems := config_problems(fields):
         raise ValueError("\n".join(f"{file}: {problem}" for problem in problems))
     with reading(file, "the configuration"):
