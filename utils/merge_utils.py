@@ -384,7 +384,7 @@ def merge_weights(
         total_bytes += sum(d.itemsize * math.prod(shape) for d, shape in specs.values())
     index_file = Path(base_dir) / INDEX_NAME
     if index_file.exists():
-        index = json.loads(index_file.read_text())
+        index = read_json_object(index_file)
         index["metadata"] = {**index.get("metadata", {}), "total_size": total_bytes}
         (Path(output_dir) / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
     return num_tensors

@@ -4,6 +4,7 @@ transformers and timm take these files at their word: a field can name code of t
 classes), another file, another model, or sizes that no memory holds. Each check names the file, the field and the rule.
 """
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from prismatic.model_files import (
     reading,
     weight_files,
 )
+from prismatic.regular_files import folder_problems
 
 Rules = Mapping[str, tuple[Callable[[Any], bool], str]]
 
@@ -276,7 +278,7 @@ def check_tokenizer_files(model_dir: str | Path) -> None:
             f"{folder / TOKENIZER_CONFIG_NAME}: tokenizer_class is {name!r}, known are {known}"
         )
     for name in ("tokenizer.json", "special_tokens_map.json", "added_tokens.json"):
-        if (folder / name).exists():
+        if os.path.lexists(folder / name):
             read_json_object(folder / name)
 
 
@@ -289,11 +291,11 @@ def check_model_files(
     the file, OSError if one cannot be opened.
     """
     folder = Path(model_dir)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise FileNotFoundError(
             f"{model_dir} is not a folder: give a model folder (config.json, safetensors)"
         )
-    problems = checksum_problems(folder, _decides_the_model)
+    problems = folder_problems(folder) or checksum_problems(folder, _decides_the_model)
     if (folder / ADAPTER_CONFIG_NAME).exists():
         # transformers would load the base that it names, from wherever that is.
         problems.append(

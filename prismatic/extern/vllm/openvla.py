@@ -4,7 +4,6 @@ The ViTs and the projector are the Hugging Face ones (replicated on every tensor
 Parameter names are the checkpoint's. Shapes: B images, H W pixels, P patches, D hidden, N tokens.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +42,7 @@ from prismatic.extern.hf.modeling_prismatic import (
 )
 from prismatic.extern.vllm.inputs import IMAGE, PIXELS, ROW, action_request
 from prismatic.extern.vllm.vision import MAX_GRAPH_IMAGES, GraphedEncoder
+from prismatic.model_files import read_json_object
 
 
 def count_patches(config: OpenVLAConfig) -> int:
@@ -53,7 +53,7 @@ def count_patches(config: OpenVLAConfig) -> int:
 
 def read_pixel_statistics(model_dir: str | Path) -> tuple[Tensor, Tensor]:
     """Means and standard deviations (num_vits, 3) of `preprocessor_config.json`, for pixels scaled to [0, 1]."""
-    settings = json.loads((Path(model_dir) / "preprocessor_config.json").read_text())
+    settings = read_json_object(Path(model_dir) / "preprocessor_config.json")
     # openvla-7b was trained with its `tvf_normalize_params` (the means and stds rounded to bfloat16), not with `means`.
     rows = settings.get("tvf_normalize_params")
     means = [row["mean"] for row in rows] if rows else settings["means"]
