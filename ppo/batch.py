@@ -100,6 +100,12 @@ class Batch:
             yield micro
 
 
+def required_tensors() -> list[str]:
+    """Names of the tensors that every batch has."""
+    return [f.name for f in dataclasses.fields(Batch) if f.default is dataclasses.MISSING
+            and f.name != "images_NHWC"]  # fmt: skip
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """`tensor` on `device`, from pinned memory so that the copy to a GPU does not wait for what is queued there."""
     if device.type != "cuda" or tensor.device.type == "cuda":

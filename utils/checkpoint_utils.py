@@ -18,10 +18,11 @@ from typing import Any
 import psutil
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from prismatic.extern.hf.folder_checks import WEIGHT_DTYPES, check_model_files
+from prismatic.finite_weights import nonfinite, nonfinite_problem
 from prismatic.model_files import (
     CHECKSUMS_NAME,
     INDEX_NAME,
@@ -205,6 +206,10 @@ def _check_adapter_weights(folder: Path) -> None:
             raise ValueError(
                 f"{folder / ADAPTER_WEIGHTS}: {name} is {dtype}, not one of {', '.join(WEIGHT_DTYPES)}"
             )
+    with safe_open(folder / ADAPTER_WEIGHTS, "pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118
+            if nonfinite([(name, tensor := tensors.get_tensor(name))]):
+                raise ValueError(nonfinite_problem(folder / ADAPTER_WEIGHTS, name, tensor))
 
 
 def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
