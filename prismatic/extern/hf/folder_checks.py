@@ -33,6 +33,8 @@ CONFIG_NAME, PREPROCESSOR_NAME, TOKENIZER_CONFIG_NAME = (
     "config.json", "preprocessor_config.json", "tokenizer_config.json",
 )  # fmt: skip
 ADAPTER_CONFIG_NAME = "adapter_config.json"
+PROCESSOR_NAME = "processor_config.json"
+ARCHITECTURE = "OpenVLAForActionPrediction"
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 # The tokenizers that OpenVLA checkpoints name, all of which read tokenizer.json.
 TOKENIZER_CLASSES = (
@@ -72,6 +74,10 @@ _TOKEN = _or_none(_int_rule(-1, MAX_WIDTH * 4))
 _DTYPE = _or_none(
     (lambda value: value in TORCH_DTYPE_NAMES, f"one of {', '.join(TORCH_DTYPE_NAMES)}")
 )
+_ROPE = (
+    lambda value: isinstance(value, dict) and all(map(_is_rope_value, value.values())),
+    "a JSON object of texts and of finite numbers above 0",
+)
 _VECTOR = (lambda value: is_list_of(value, is_number, 3), "3 finite numbers")
 
 TIMM_RULES: Rules = {
@@ -98,9 +104,9 @@ LLAMA_RULES: Rules = {
     "rms_norm_eps": _NUMBER,
     "initializer_range": _NUMBER,
     "attention_dropout": _NUMBER,
-    "rope_theta": _NUMBER,
-    "rope_parameters": _or_none(_OBJECT),
-    "rope_scaling": _or_none(_OBJECT),
+    "rope_theta": (lambda value: _NUMBER[0](value) and value > 0, "a positive number up to 1e9"),
+    "rope_parameters": _or_none(_ROPE),
+    "rope_scaling": _or_none(_ROPE),
     "attention_bias": _BOOL,
     "mlp_bias": _BOOL,
     "tie_word_embeddings": (lambda value: value is False, "false: OpenVLA's lm_head is its own"),
@@ -109,6 +115,8 @@ LLAMA_RULES: Rules = {
     "torch_dtype": _DTYPE,
 }
 CONFIG_RULES: Rules = {
+    # vLLM chooses its class by this name, from all that it knows.
+    "architectures": (lambda value: value == [ARCHITECTURE], f"[{ARCHITECTURE}]"),
     "n_action_bins": _int_rule(2, 1 << 16),
     "pad_to_multiple_of": _int_rule(0, 1 << 16),
     "llm_max_length": _WIDTH,
@@ -182,6 +190,15 @@ def _is_timm_model(name: Any) -> bool:
     )
 
 
+def _is_rope_value(value: Any) -> bool:
+    numbers = value if isinstance(value, list) else [value]
+    return (
+        value is None
+        or isinstance(value, str | bool)
+        or all(is_number(n) and n > 0 for n in numbers)
+    )
+
+
 def _is_resize(params: Any) -> bool:
     if not isinstance(params, dict) or not is_int(params.get("interpolation"), 0, 5):
         return False
@@ -245,6 +262,12 @@ def check_preprocessor(
     """Raise ValueError with all problems of preprocessor_config.json; `reserved`: names that no field may have."""
     file = Path(model_dir) / PREPROCESSOR_NAME
     fields = read_json_object(file)
+    other = file.with_name(PROCESSOR_NAME)
+    if os.path.lexists(other) and "image_processor" in read_json_object(other):
+        # transformers 5 prefers it; the engine and older readers do not know it.
+        raise ValueError(
+            f"{other}: image_processor would replace {PREPROCESSOR_NAME}, which an engine reads: remove it"
+        )
     problems = field_problems(fields, PREPROCESSOR_RULES)
     problems += [
         f"{name} is not a field"
