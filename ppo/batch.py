@@ -30,10 +30,10 @@ class Batch:
     length_N: (
         Tensor  # real prompt tokens; on the CPU, where a micro-batch's longest prompt is looked up
     )
-    images_NHWC: Tensor | None  # uint8; None once nothing reads them
     action_ids_NA: Tensor
     old_logprob_NA: Tensor
     weight_N: Tensor  # 1, or 0 for samples of a dropped episode
+    images_NHWC: Tensor | None = None  # uint8; None once nothing reads them
     features_NPD: Tensor | None = None  # vision features, where the vision backbone is frozen
     hidden_ND: Tensor | None = None  # the policy's prompt features, for the shared critic
     ref_logprob_NA: Tensor | None = None
@@ -98,6 +98,12 @@ class Batch:
                 micro.prompt_ids_NL = micro.prompt_ids_NL[:, :longest]
                 micro.prompt_mask_NL = micro.prompt_mask_NL[:, :longest]
             yield micro
+
+
+def required_tensors() -> list[str]:
+    """Names of the tensors that every batch has."""
+    fields = dataclasses.fields(Batch)
+    return [field.name for field in fields if field.default is dataclasses.MISSING]
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ppo.arguments import raise_problems, world_flags
 from ppo.envs.base import get_suite, split_options
-from ppo.resume import RunState, find_checkpoint, flag_problems
+from ppo.resume import RunState, find_checkpoint, flag_problems, run_folder_problems
 from prismatic.vla.action_normalization import load_norm_stats, resolve_unnorm_key
 from utils import checkpoint_utils, peft_utils
 
@@ -47,6 +47,7 @@ def choose_checkpoint(args: Any, exp_dir: Path) -> Path | None:
     checkpoint, problems = find_checkpoint(args.resume, exp_dir)
     if checkpoint is not None and not problems:
         problems = flag_problems(RunState.read(checkpoint), dataclasses.asdict(args))
+    problems += run_folder_problems(exp_dir)
     raise_problems(problems)
     return checkpoint
 

@@ -15,16 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ppo.batch import required_tensors
 from ppo.episodes import RunningEpisode
 from ppo.evaluation import EpisodeResult
-from prismatic.model_files import checksum_problems
+from ppo.state_checks import read_rank, state_problems
+from prismatic.model_files import checksum_problems, is_int, read_json_object
+from prismatic.regular_files import file_problems, open_file
 from utils.logging_utils import get_logger
-from utils.training_state import tensor_problems, write_json
+from utils.training_state import saved_shapes, tensor_problems, write_json
 
 logger = get_logger("driver")
 
 FORMAT = 1
 STATE_DIR, STATE_FILE = "training_state", "state.json"
+# 100,000 steps of 200 metrics.
+MAX_METRICS_BYTES = 1 << 30
 NAME_PATTERN = re.compile(r"step_(\d+)(?:_minibatch_(\d+))?")
 
 # Flags that a resumed run must have as they were, by what would be wrong.
@@ -51,6 +56,9 @@ UPDATE_FLAGS = {
     ),
 }
 PATH_FLAGS = ("vla_path", "load_adapter_checkpoint", "data_root_dir")
+# Files that a resumed run adds to or writes again.
+METRICS_FILE = "metrics.jsonl"
+WRITTEN_AGAIN = (METRICS_FILE, "args.json", "log.txt", "curriculum.json", "eval_final.json")
 # Differences that mean nothing.
 SILENT_FLAGS = ("resume", "exp_id", "run_root_dir", "run_id_note", "overwrite")
 
@@ -125,10 +133,10 @@ class RunState:
         """Read and check a checkpoint's `state.json`. Raises ValueError that names the file and what is wrong."""
         file = checkpoint / STATE_DIR / STATE_FILE
         try:
-            content = json.loads(file.read_text())
+            content = read_json_object(file)
         except (OSError, ValueError) as error:
             raise ValueError(f"{file} cannot be read: {error}") from error
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
+        if content.get("format") != FORMAT:
             raise ValueError(f"{file} is not of format {FORMAT}, which this version reads")
         wanted = {field.name for field in dataclasses.fields(RunState)}
         if content.keys() != wanted:
@@ -144,6 +152,9 @@ class RunState:
 
     def check(self) -> None:
         """Raise ValueError, KeyError or TypeError if a part is not what it should be."""
+        if problems := state_problems(vars(self)):
+            more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise ValueError("; ".join(problems[:5]) + more)
         counts = [self.step, self.num_trainers, self.num_minibatches or 0]
         if (
             not all(isinstance(count, int) and count >= 0 for count in counts)
@@ -172,6 +183,15 @@ class RunState:
 # ---------------------------------------------------------------------------------------------- finding
 
 
+def run_folder_problems(exp_dir: Path) -> list[str]:
+    """Files of a run's folder that a resumed run would write to and that are no regular files."""
+    present = [exp_dir / name for name in WRITTEN_AGAIN if os.path.lexists(exp_dir / name)]
+    metrics = [file for file in present if file.name == METRICS_FILE]
+    problems = file_problems(metrics, MAX_METRICS_BYTES)
+    problems += file_problems([file for file in present if file not in metrics])
+    return [f"--resume: {problem}" for problem in problems]
+
+
 def position(folder: Path) -> tuple[int, int] | None:
     """Training steps and minibatches that a checkpoint's name says were done; None for another name."""
     match = NAME_PATTERN.fullmatch(folder.name)
@@ -181,13 +201,14 @@ def position(folder: Path) -> tuple[int, int] | None:
 def step_folders(exp_dir: Path) -> list[Path]:
     """Folders `step_<N>` of a run, with or without a training state, oldest first."""
     return sorted(
-        (p for p in exp_dir.glob("step_*") if position(p)), key=lambda p: position(p) or (0, 0)
+        (p for p in exp_dir.glob("step_*") if position(p) and p.is_dir()),
+        key=lambda p: position(p) or (0, 0),
     )
 
 
 def checkpoints(exp_dir: Path) -> list[Path]:
     """Those that hold a training state, oldest first."""
-    return [p for p in step_folders(exp_dir) if (p / STATE_DIR / STATE_FILE).exists()]
+    return [p for p in step_folders(exp_dir) if os.path.lexists(p / STATE_DIR / STATE_FILE)]
 
 
 def checkpoint_problems(checkpoint: Path) -> list[str]:
@@ -198,16 +219,27 @@ def checkpoint_problems(checkpoint: Path) -> list[str]:
         state = RunState.read(checkpoint)
     except ValueError as error:
         return [str(error)]
+    if state.name != checkpoint.name:
+        return [
+            f"{checkpoint / STATE_DIR / STATE_FILE} is of {state.name}: give the folder its name back"
+        ]
     folder = checkpoint / STATE_DIR
     problems = tensor_problems(folder)
     for rank in range(state.num_trainers):
         try:
-            content = json.loads((folder / f"rank_{rank}.json").read_text())
-            if content.keys() != {"optimizer_steps", "update"}:
-                problems.append(f"{folder}/rank_{rank}.json holds {', '.join(content)}")
-        except (OSError, ValueError, AttributeError) as error:
-            problems.append(f"{folder}/rank_{rank}.json cannot be read: {error}")
-    return problems
+            content = read_rank(folder, rank)
+        except (OSError, ValueError) as error:
+            return [*problems, str(error)]
+        done = None if content["update"] is None else sum(content["update"]["num_done"].values())
+        if done != state.num_minibatches:
+            problems.append(
+                f"{folder}/rank_{rank}.json has done {done} minibatches, {STATE_FILE} says {state.num_minibatches}"
+            )
+    if problems or state.num_minibatches is None:
+        return problems
+    saved = saved_shapes(folder)
+    wanted = [f"rank_{r}.update.{n}" for r in range(state.num_trainers) for n in required_tensors()]
+    return [f"{folder} has no tensor {name}" for name in wanted if name not in saved][:3]
 
 
 def resumed_exp_dir(resume: str | None) -> Path | None:
@@ -317,25 +349,28 @@ def cut_after(exp_dir: Path, step: int, kept: Path | None) -> None:
     """
     newest = (position(kept) or (0, -1)) if kept else (-1, -1)
     later = [p for p in exp_dir.glob("step_*") if (position(p) or newest) > newest]
-    keep, cut = _split_metrics(exp_dir / "metrics.jsonl", step)
+    keep, cut = _split_metrics(exp_dir / METRICS_FILE, step)
     if not later and not cut:
         return
     aside = exp_dir / "cut" / str(len(list((exp_dir / "cut").glob("*"))) + 1)
     aside.mkdir(parents=True)
     if cut:
-        (aside / "metrics.jsonl").write_text("".join(cut))
+        (aside / METRICS_FILE).write_bytes(b"".join(cut))
         partial = exp_dir / ".metrics.jsonl.partial"
-        partial.write_text("".join(keep))
-        os.replace(partial, exp_dir / "metrics.jsonl")
+        partial.write_bytes(b"".join(keep))
+        os.replace(partial, exp_dir / METRICS_FILE)
     for folder in later:
         folder.rename(aside / folder.name)
     logger.info(f"what the run had written after step {step} is in {aside}")
 
 
-def _split_metrics(file: Path, step: int) -> tuple[list[str], list[str]]:
+def _split_metrics(file: Path, step: int) -> tuple[list[bytes], list[bytes]]:
     """Lines up to the first of `step`, and the others: later steps, a final evaluation, half a line."""
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    keep: list[str] = []
+    lines: list[bytes] = []
+    if os.path.lexists(file):
+        with open_file(file, MAX_METRICS_BYTES) as data:
+            lines = data.readlines()
+    keep: list[bytes] = []
     for line in lines:
         if not 0 < _step_of(line) <= step or (keep and _step_of(keep[-1]) >= step):
             break
@@ -343,9 +378,10 @@ def _split_metrics(file: Path, step: int) -> tuple[list[str], list[str]]:
     return keep, lines[len(keep) :]
 
 
-def _step_of(line: str) -> int:
+def _step_of(line: bytes) -> int:
     """A metric line's step; 0 if it is damaged."""
     try:
-        return int(json.loads(line)["step"]) if line.endswith("\n") else 0
-    except (ValueError, KeyError, TypeError):
+        step = json.loads(line)["step"] if line.endswith(b"\n") else 0
+    except (ValueError, KeyError, TypeError, RecursionError):
         return 0
+    return step if is_int(step, 0, 1 << 53) else 0

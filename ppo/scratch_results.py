@@ -3,7 +3,6 @@
 A run's folder may be filled by several invocations, with different variants of PPO; all of them are read here.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +19,7 @@ from ppo.run_results import (
     summarize_policy,
     summarize_ppo,
 )
+from prismatic.model_files import read_json
 from utils.collecting import collect
 from utils.gpu_sampling import read_samples, summarize_samples
 from utils.logging_utils import read_metrics
@@ -45,11 +45,6 @@ ADAPTER_FILES = (
     "adapter_config.json", "adapter_model.safetensors", "base_model.json", "metadata.json", "checksums.json",
     "dataset_statistics.json",
 )  # fmt: skip
-
-
-def read_json(file: Path) -> Any:
-    """Content of a JSON file."""
-    return json.loads(file.read_text())
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """One trainer rank's part of a checkpoint: weights, optimizers, schedules, random states, and an update under way."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ppo.batch import Batch
 from ppo.learner import PPOLearner
 from ppo.progress import UpdateProgress, parts_of, redistribute
+from ppo.state_checks import read_rank
 from utils import training_state
 from utils.training_state import BackgroundWriter
 
@@ -57,7 +57,7 @@ def load(learner: PPOLearner, folder: Path, num_saved: int, seed: tuple[int, ...
         ValueError: the weights are of another model.
     """
     rank = learner.rank
-    numbers = [json.loads((folder / f"rank_{r}.json").read_text()) for r in range(num_saved)]
+    numbers = [read_rank(folder, r) for r in range(num_saved)]
     for name, trained in (("policy", learner.policy), ("critic", learner.critic)):
         training_state.load_trained(folder, name, trained.model, trained.optimizer)
         set_schedule(trained.scheduler, numbers[0]["optimizer_steps"][name])

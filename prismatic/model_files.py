@@ -10,16 +10,27 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from prismatic.regular_files import (
+    MAX_TEXT_BYTES,
+    WEIGHTS_SUFFIX,
+    check_file,
+    file_problems,
+    open_file,
+    read_file,
+)
+
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 CHECKSUMS_NAME = "checksums.json"
-# openvla-7b's tokenizer.json has 2 MB; nothing that is read here needs more memory than this.
-MAX_JSON_BYTES = 64 << 20
+MAX_JSON_BYTES = MAX_TEXT_BYTES
+# The library's own limit. openvla-7b's largest header has 60 KB.
+MAX_HEADER_BYTES = 100_000_000
 # Threads that hash files: sha256 does 1.5 GB/s a core and releases the GIL.
 MAX_HASH_THREADS = 8
 _READ_BYTES = 1 << 20
@@ -48,22 +59,35 @@ def reading(path: str | Path, what: str) -> Iterator[None]:
 def read_json_object(file: str | Path) -> dict[str, Any]:
     """The JSON object in `file`.
 
-    Raises OSError if it cannot be opened, ValueError if it is too large, not JSON, or no object.
+    Raises what `read_json` raises, and ValueError if it is another value.
     """
-    path = Path(file)
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(
-            f"{path} has {path.stat().st_size} bytes: JSON of more than {MAX_JSON_BYTES} is not read"
-        )
+    value = read_json(file)
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} is not a JSON object but a {type(value).__name__}")
+    return value
+
+
+def read_json(file: str | Path) -> Any:
+    """The value in a JSON file.
+
+    Raises OSError if the file cannot be opened, ValueError if it is no regular file, is too large or not JSON, or if an
+    object in it has a key twice: parsers differ in which of the two they take.
+    """
+    content = read_file(file, MAX_JSON_BYTES)
     try:
-        value = json.loads(path.read_bytes().decode())
+        return json.loads(content.decode(), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} is not valid JSON ({error}): the folder is damaged or half-written"
+            f"{file} is not valid JSON ({error}): the folder is damaged or half-written"
         ) from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {twice[:80]!r} appears twice in one object, remove one of them")
+    return found
 
 
 def is_plain_name(name: Any) -> bool:
@@ -72,8 +96,10 @@ def is_plain_name(name: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """A finite int or float (True and False are none)."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """A finite int or float (True and False are none), within what a float can hold."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) < 1 << 1023  # JSON has longer ones, for which math.isfinite raises
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def is_int(value: Any, low: int, high: int) -> bool:
@@ -116,9 +142,17 @@ def read_index(file: str | Path) -> dict[str, str]:
 def weight_files(model_dir: str | Path) -> list[Path]:
     """The safetensors files of a model folder, in name order (from the index where there is one).
 
-    Raises ValueError if the index is not what it should be, or there is a single file too.
+    Raises ValueError if the index is not what it should be, there is a single file too, or one of them is no regular
+    file. Files that the index names and that are missing are among the result.
     """
-    folder = Path(model_dir)
+    files = _named_weight_files(Path(model_dir))
+    for file in files:
+        if os.path.lexists(file):
+            check_file(file)
+    return files
+
+
+def _named_weight_files(folder: Path) -> list[Path]:
     single, index = folder / WEIGHTS_NAME, folder / INDEX_NAME
     if single.exists() and index.exists():
         raise ValueError(
@@ -149,18 +183,27 @@ def read_headers(model_dir: str | Path) -> dict[str, tuple[str, tuple[int, ...]]
         raise ValueError(
             f"{index} says {name} is in {weight_map.get(name)}, it is in {where.get(name)}"
         )
+    others = {path.name for path in Path(model_dir).glob(f"*{WEIGHTS_SUFFIX}")}
+    if files and (others := others - {file.name for file in files}):
+        # vLLM reads every file of this kind, and prefers consolidated*.safetensors to all others.
+        raise ValueError(
+            f"{Path(model_dir) / min(others)} is not part of the model "
+            f"({index.name if index.exists() else files[0].name}): remove it, an engine would load it too"
+        )
     return headers
 
 
 def read_header(file: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Dtype and shape of every tensor of one safetensors file; see `read_headers`.
 
-    The library compares the header's offsets with one another and with the file's size.
+    The library compares the header's offsets with one another and with the file's size. It takes the last of two
+    entries of the same name, so these are looked for here.
     """
     from safetensors import SafetensorError, safe_open
 
     if not Path(file).exists():
         raise ValueError(f"{file} is missing: the folder is half-written")
+    _check_header_keys(file)
     try:
         with safe_open(file, "pt") as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
@@ -174,6 +217,25 @@ def read_header(file: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     if not headers:
         raise ValueError(f"{file} holds no tensors")
     return headers
+
+
+def _check_header_keys(file: str | Path) -> None:
+    """Raise ValueError if a safetensors file's header is too long, not JSON, or has a key twice."""
+    with open_file(file) as data:
+        length = int.from_bytes(data.read(8), "little")
+        size = os.fstat(data.fileno()).st_size
+        if length > min(size - 8, MAX_HEADER_BYTES):
+            raise ValueError(
+                f"{file} cannot be read (a header of {length} bytes, the file has {size} and headers at most "
+                f"{MAX_HEADER_BYTES}): the folder is damaged or half-written"
+            )
+        header = data.read(length)
+    try:
+        json.loads(header.decode(), object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{file} cannot be read (its header: {error}): the folder is damaged or half-written"
+        ) from error
 
 
 def write_whole(file: str | Path, content: str | bytes) -> None:
@@ -225,11 +287,11 @@ def checksum_problems(
     configurations must be listed: if they are not, checksums.json is damaged.
     """
     manifest = Path(folder) / CHECKSUMS_NAME
-    if not manifest.exists():
+    if not os.path.lexists(manifest):
         return []
     try:
         hashes = read_json_object(manifest).get("sha256")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return [str(error)]
     if not isinstance(hashes, dict) or not all(
         all(map(is_plain_name, name.split("/")))
@@ -252,9 +314,11 @@ def checksum_problems(
             for name in unlisted
         ]
     names = sorted(filter(wanted, hashes))
-    missing = [name for name in names if not (Path(folder) / name).is_file()]
+    missing = [name for name in names if not os.path.lexists(Path(folder) / name)]
     problems = [f"{Path(folder) / name} is missing, {CHECKSUMS_NAME} lists it" for name in missing]
     present = [name for name in names if name not in missing]
+    if unreadable := file_problems([Path(folder) / name for name in present]):
+        return problems + unreadable
     found = _sha256_all([Path(folder) / name for name in present])
     return problems + [
         f"{Path(folder) / name} is not what was written (its SHA-256 differs from {CHECKSUMS_NAME}): the file is "
@@ -272,7 +336,7 @@ def _sha256_all(files: Iterable[Path]) -> list[str]:
 
 def _sha256(file: Path) -> str:
     digest = hashlib.sha256()
-    with file.open("rb") as data:
+    with open_file(file) as data:
         while block := data.read(_READ_BYTES):
             digest.update(block)
     return digest.hexdigest()

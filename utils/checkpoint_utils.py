@@ -18,11 +18,12 @@ from typing import Any
 import psutil
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from prismatic.extern.hf.folder_checks import WEIGHT_DTYPES, check_model_files
 from prismatic.extern.hf.oft_checks import oft_adapter_problems, oft_problems
+from prismatic.finite_weights import nonfinite, nonfinite_problem
 from prismatic.model_files import (
     CHECKSUMS_NAME,
     INDEX_NAME,
@@ -38,7 +39,8 @@ from prismatic.model_files import (
     read_json_object,
     write_checksums,
 )
-from prismatic.vla.action_normalization import load_norm_stats
+from prismatic.regular_files import folder_problems
+from prismatic.vla.action_normalization import load_norm_stats, statistics_file_problems
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 REQUIRED_FILES = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
@@ -120,10 +122,12 @@ def check_model_dir(path: str | Path) -> list[str]:
     Reads the small files and the weights' headers; all of a folder that has checksums (a few seconds for openvla-7b).
     """
     folder = Path(path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return [
             f"{path} is not a folder: give a model folder (config.json, safetensors, tokenizer)"
         ]
+    if problems := folder_problems(folder):
+        return problems
     has_weights = (folder / WEIGHTS_NAME).exists() or (folder / INDEX_NAME).exists()
     if (folder / ADAPTER_CONFIG).exists() and not has_weights:
         return [_adapter_only_message(folder)]
@@ -169,6 +173,10 @@ def _adapter_only_message(folder: Path) -> str:
 def check_adapter_dir(path: str | Path) -> list[str]:
     """Problems that keep `path` from being loaded as a peft adapter; empty when it is complete."""
     folder = Path(path)
+    if not os.path.isdir(folder):
+        return [f"{path} is not a folder: give an adapter folder ({ADAPTER_CONFIG}, safetensors)"]
+    if problems := folder_problems(folder):
+        return problems
     problems = [
         f"{path} lacks {n}" for n in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not (folder / n).exists()
     ]
@@ -183,7 +191,7 @@ def check_adapter_dir(path: str | Path) -> list[str]:
         problem
         for check in (lambda: read_adapter_config(folder), lambda: _check_adapter_weights(folder))
         for problem in _problems_of(check)
-    ]
+    ] + statistics_file_problems(folder / "dataset_statistics.json")
 
 
 def read_adapter_config(adapter_dir: str | Path) -> dict[str, Any]:
@@ -203,6 +211,10 @@ def _check_adapter_weights(folder: Path) -> None:
             raise ValueError(
                 f"{folder / ADAPTER_WEIGHTS}: {name} is {dtype}, not one of {', '.join(WEIGHT_DTYPES)}"
             )
+    with safe_open(folder / ADAPTER_WEIGHTS, "pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118
+            if nonfinite([(name, tensor := tensors.get_tensor(name))]):
+                raise ValueError(nonfinite_problem(folder / ADAPTER_WEIGHTS, name, tensor))
 
 
 def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:

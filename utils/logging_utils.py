@@ -15,6 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.logging import RichHandler
 
+from prismatic.regular_files import open_file
+
 
 def get_logger(name: str) -> logging.Logger:
     """Return a logger that writes to the console through rich; its level comes from `PPO_VLA_LOG_LEVEL` (INFO)."""
@@ -134,6 +136,10 @@ def format_duration(seconds: float) -> str:
 
 
 def read_metrics(exp_dir: str | Path) -> list[dict[str, float]]:
-    """Every line of a run's metrics.jsonl, in order."""
-    with (Path(exp_dir) / "metrics.jsonl").open() as lines:
-        return [json.loads(line) for line in lines]
+    """Every line of a run's metrics.jsonl, in order. Raises ValueError naming the file if a line is damaged."""
+    file = Path(exp_dir) / "metrics.jsonl"
+    with open_file(file) as lines:
+        try:
+            return [json.loads(line) for line in lines]
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file} has a damaged line: {error}") from error

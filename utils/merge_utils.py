@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from prismatic.finite_weights import check_finite, nonfinite
 from prismatic.model_files import read_json_object, weight_files
 from utils.checkpoint_utils import (
     ADAPTER_CONFIG,
@@ -377,14 +378,21 @@ def merge_weights(
 
             def merged(base=base, specs=specs) -> Iterator[tuple[str, Tensor]]:
                 for name in file_order(specs):
-                    yield name, adapter.apply(name, base.get_tensor(name)).to(specs[name][0])
+                    stored = base.get_tensor(name)
+                    check_finite(base_dir, [(name, stored)])
+                    merged = adapter.apply(name, stored).to(specs[name][0])
+                    if nonfinite([(name, merged)]):
+                        raise ValueError(
+                            f"{base_dir}: {name} merged with {adapter.folder} overflows {dtype}: use --dtype float32"
+                        )
+                    yield name, merged
 
             write_safetensors(Path(output_dir) / source.name, specs, merged())
         num_tensors += len(specs)
         total_bytes += sum(d.itemsize * math.prod(shape) for d, shape in specs.values())
     index_file = Path(base_dir) / INDEX_NAME
     if index_file.exists():
-        index = json.loads(index_file.read_text())
+        index = read_json_object(index_file)
         index["metadata"] = {**index.get("metadata", {}), "total_size": total_bytes}
         (Path(output_dir) / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
     return num_tensors

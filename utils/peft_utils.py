@@ -69,6 +69,7 @@ def load_lora(model: nn.Module, adapter_dir: str | Path) -> PeftModel:
     exactly the factors of the layers of `model` that it names (peft would leave the others as they are).
     """
     adapter = load_adapter(adapter_dir)
+    raise_file_problems(_training_problems(adapter))
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     raise_file_problems(_misfits(adapter, shapes, "the model"))
     file = Path(adapter_dir) / ADAPTER_CONFIG
@@ -96,6 +97,8 @@ def check_adapter_fits(adapter_dir: str | Path, model_dir: str | Path) -> list[s
     """Problems that show the adapter was made for another base: names, shapes or (if recorded) other weights."""
     try:
         adapter = load_adapter(adapter_dir)
+        if problems := _training_problems(adapter):
+            return problems
         problems = _misfits(adapter, read_shapes(model_dir), str(model_dir))
         problems = problems or fingerprint_problems(adapter_dir, model_dir)
     except (ValueError, OSError) as error:
@@ -103,6 +106,24 @@ def check_adapter_fits(adapter_dir: str | Path, model_dir: str | Path) -> list[s
     if len(problems) > 3:
         problems = [*problems[:3], f"... and {len(problems) - 3} more tensors"]
     return [f"{adapter_dir} is an adapter for another base: {p}" for p in problems]
+
+
+def _training_problems(adapter: LoraAdapter) -> list[str]:
+    """Why training cannot continue from an adapter that can be merged: it replaces whole modules.
+
+    peft wraps each of them in a module with two copies, which the model's head, the sharding and the weight sync do
+    not know.
+    """
+    saved = adapter.config.get("modules_to_save")
+    if not saved:
+        return []
+    base = adapter.config.get("base_model_name_or_path") or "BASE"
+    folder = str(adapter.folder).rstrip("/")
+    return [
+        f"{folder}/{ADAPTER_CONFIG}: modules_to_save is {saved}: these modules were trained as a whole, and training "
+        f"continues from LoRA factors only. Merge the adapter into its base (python vla-scripts/merge.py --vla_path "
+        f"{base} --adapter_dir {folder} --output_dir {folder}-merged), then train {folder}-merged"
+    ]
 
 
 def _misfits(

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prismatic.model_files import write_whole
+from prismatic.model_files import read_json_object, write_whole
 from utils.logging_utils import get_logger
 from utils.pipeline import SHOWN, Stage, StageError, TimeLimit, run_command
 
@@ -166,7 +166,7 @@ class Ledger:
 
     @staticmethod
     def _read(file: Path) -> dict[str, Any] | None:
-        return json.loads(file.read_text()) if file.exists() else None
+        return read_json_object(file) if file.exists() else None
 
 
 class OutOfTimeError(RuntimeError):

@@ -7,6 +7,7 @@ Only tensors go through torch.distributed.checkpoint, so its data files are read
 """
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -24,7 +25,13 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-from prismatic.model_files import weight_files, write_checksums
+from prismatic.finite_weights import nonfinite
+from prismatic.model_files import is_int, weight_files, write_checksums
+from prismatic.regular_files import check_file, open_file
+from utils.fsdp_utils import local_tensor
+
+# torch's index of the tensors: some 200 bytes a tensor, optimizer state and rank.
+MAX_INDEX_BYTES = 1 << 30
 
 # Where torch's index finds its parts: module and names.
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -66,7 +73,7 @@ class _Reader(dcp.FileSystemReader):
     """torch's reader, but for how the index is unpickled."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with open(Path(self.path) / ".metadata", "rb") as file:
+        with open_file(Path(self.path) / ".metadata", MAX_INDEX_BYTES) as file:
             metadata = _load_index(file)
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
@@ -74,18 +81,23 @@ class _Reader(dcp.FileSystemReader):
 
 
 def tensor_problems(folder: str | Path) -> list[str]:
-    """What keeps the tensors in `folder` from being loaded: a damaged index, files that lack or are too short."""
+    """Why the tensors in `folder` cannot be loaded: a damaged index, or files that are missing, odd or too short."""
     folder = Path(folder)
+    index = folder / ".metadata"
     try:
-        with (folder / ".metadata").open("rb") as file:
+        with open_file(index, MAX_INDEX_BYTES) as file:
             metadata = _load_index(file)
         needed: dict[str, int] = {}
         for info in metadata.storage_data.values():
-            needed[info.relative_path] = max(
-                needed.get(info.relative_path, 0), info.offset + info.length
-            )
+            end = info.offset + info.length
+            if not is_int(info.offset, 0, 1 << 62) or not is_int(info.length, 0, 1 << 62):
+                raise ValueError(f"a tensor lies at {info.offset} and has {info.length} bytes")
+            needed[info.relative_path] = max(needed.get(info.relative_path, 0), end)
+        _check_sizes(metadata, sum(needed.values()))
     except FileNotFoundError:
-        return [f"{folder} lacks its index .metadata"]
+        return [f"{folder} has no index .metadata: the checkpoint is half-written"]
+    except OSError as error:
+        return [str(error)]
     except (
         pickle.UnpicklingError,
         EOFError,
@@ -94,19 +106,37 @@ def tensor_problems(folder: str | Path) -> list[str]:
         ValueError,
         IndexError,
         KeyError,
+        OverflowError,
+        MemoryError,
     ) as error:
-        return [f"{folder / '.metadata'} cannot be read: {error}"]
+        return [f"{index} cannot be read: {error}"]
     problems = []
     for name, size in sorted(needed.items()):
         if Path(name).name != name:
-            problems.append(f"{folder / '.metadata'} names a file elsewhere: {name}")
-        elif not (folder / name).is_file():
-            problems.append(f"{folder} lacks {name}")
-        elif (folder / name).stat().st_size < size:
-            problems.append(
-                f"{folder / name} has {(folder / name).stat().st_size} bytes of at least {size}"
-            )
+            problems.append(f"{index} names a file elsewhere: {name}")
+            continue
+        if not os.path.lexists(folder / name):
+            problems.append(f"{folder / name} is missing: the checkpoint is half-written")
+            continue
+        try:
+            found = check_file(folder / name).st_size
+        except (OSError, ValueError) as error:
+            problems.append(str(error))
+            continue
+        if found < size:
+            problems.append(f"{folder / name} has {found} bytes of at least {size}")
     return problems
+
+
+def _check_sizes(metadata: Metadata, num_bytes: int) -> None:
+    """Raise ValueError if the index describes a tensor larger than the files, which hold `num_bytes` in all."""
+    for name, meta in metadata.state_dict_metadata.items():
+        if isinstance(meta, TensorStorageMetadata):
+            size, dtype = tuple(meta.size), meta.properties.dtype
+            if not all(is_int(extent, 0, 1 << 40) for extent in size):
+                raise ValueError(f"{name} has the shape {size}")
+            if math.prod(size) * dtype.itemsize > num_bytes:
+                raise ValueError(f"{name} of shape {size} does not fit into {num_bytes} bytes")
 
 
 # ---------------------------------------------------------------------------------------------- what is saved
@@ -133,7 +163,7 @@ def load_trained(
     """Load what `trained_tensors` named, in place, from a checkpoint of any number of ranks.
 
     Raises:
-        ValueError: the checkpoint's names or shapes are not this model's.
+        ValueError: the checkpoint's names or shapes are not this model's, or a value is not finite.
     """
     present = {
         key: shape for key, shape in saved_shapes(folder).items() if key.startswith(f"{prefix}.")
@@ -161,6 +191,10 @@ def load_trained(
             f"({present.get(key)} saved, {wanted.get(key)} here)"
         )
     load_tensors(folder, targets)
+    if found := nonfinite((key, local_tensor(tensor)) for key, tensor in targets.items()):
+        raise ValueError(
+            f"{folder}: {found[0]} holds values that are NaN or infinite: resume from an older checkpoint"
+        )
 
 
 def _trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

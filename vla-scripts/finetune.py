@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from prismatic.extern.hf.modeling_prismatic import load_model
 from prismatic.extern.hf.processing_prismatic import PrismaticProcessor, load_processor
+from prismatic.model_files import read_json_object
 from prismatic.vla.action_tokenizer import ActionTokenizer
 from prismatic.vla.datasets.dataset import ActionCollator, RLDSDataset, iterate_batches, load_specs
 from prismatic.vla.datasets.mixtures import check_mixture, resolve_mixture
@@ -382,7 +383,7 @@ class Finetuner:
 
 def config_of_type(args: Args) -> dict[str, Any]:
     """The base model's config.json with the type that is written."""
-    config = json.loads((Path(args.vla_path) / "config.json").read_text())
+    config = read_json_object(Path(args.vla_path) / "config.json")
     for name in [n for n in ("dtype", "torch_dtype") if n in config] or ["torch_dtype"]:
         config[name] = args.save_dtype
     return config

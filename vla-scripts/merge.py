@@ -30,6 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from prismatic.extern.hf.modeling_prismatic import load_model
 from prismatic.extern.hf.processing_prismatic import load_processor
+from prismatic.model_files import read_json_object
+from prismatic.regular_files import read_file
 from utils.checkpoint_utils import (
     atomic_directory,
     check_adapter_dir,
@@ -150,13 +152,13 @@ def merge(args: Args) -> dict[str, Any]:
 
 def _copy_files(args: Args, folder: Path) -> None:
     """Config with the new dtype; statistics of the adapter folder if it has them; all else from the base."""
-    config = json.loads((args.vla_path / "config.json").read_text())
+    config = read_json_object(args.vla_path / "config.json")
     for key in [k for k in ("dtype", "torch_dtype") if k in config] or ["torch_dtype"]:
         config[key] = args.dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     statistics = args.adapter_dir / "dataset_statistics.json"
     if statistics.exists():
-        (folder / statistics.name).write_bytes(statistics.read_bytes())
+        (folder / statistics.name).write_bytes(read_file(statistics))
     copied = copy_model_files(args.vla_path, folder)
     logger.info("copied from the base: %s", ", ".join(copied))
 

@@ -1,5 +1,6 @@
 """Action statistics of a model folder, normalisation, and the way to LIBERO's raw action."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,12 @@ from prismatic.model_files import (
     read_json_object,
 )
 from prismatic.vla.action_tokenizer import ActionTokenizer
+from prismatic.vla.datasets.schema import ACTION_DIM
 
 STATISTICS_FILES = ("config.json", "dataset_statistics.json")
+# Actions are metres, radians and gripper openings of one step. Larger quantiles are an overflow or another unit.
+MAX_ACTION = 1e6
+_REPAIR = "Compute the statistics again from the data"
 
 
 def load_norm_stats(model_dir: str | Path) -> dict[str, Any]:
@@ -30,7 +35,7 @@ def load_norm_stats(model_dir: str | Path) -> dict[str, Any]:
     stats: dict[str, Any] = {}
     for name in STATISTICS_FILES:
         file = model_dir / name
-        if name != "config.json" and not file.exists():
+        if name != "config.json" and not os.path.lexists(file):
             continue
         fields = read_json_object(file)
         found = (fields.get("norm_stats") or {}) if name == "config.json" else fields
@@ -42,32 +47,61 @@ def load_norm_stats(model_dir: str | Path) -> dict[str, Any]:
     return stats
 
 
-def statistics_problems(entry: Any) -> list[str]:
-    """What keeps one dataset's statistics from un-normalising actions: `action` needs q01 <= q99, one each dimension.
+def statistics_file_problems(file: str | Path) -> list[str]:
+    """What is wrong with a `dataset_statistics.json`; empty if nothing is, or there is no such file."""
+    if not os.path.lexists(file):
+        return []
+    try:
+        fields = read_json_object(file)
+    except (ValueError, OSError) as error:
+        return [str(error)]
+    return [
+        f"{file}: {key}{problem}"
+        for key, entry in fields.items()
+        for problem in statistics_problems(entry)
+    ]
 
-    `mask`, `min` and `max` may be absent.
+
+def statistics_problems(entry: Any) -> list[str]:
+    """Why one dataset's statistics cannot un-normalise actions; empty if they can.
+
+    `action` needs q01 and q99: finite, of the same length, q01 <= q99 (equal where a dimension never moves), and no
+    larger than MAX_ACTION. `mask`, `min`, `max`, `mean` and `std` may be absent.
     """
     action = entry.get("action") if isinstance(entry, dict) else None
     if not isinstance(action, dict):
-        return [" has no action statistics"]
-    low: Any = action.get("q01")
-    high: Any = action.get("q99")
+        return [" has no action statistics: it must be an object with q01 and q99 under action"]
+    for name in ("q01", "q99"):
+        if not action.get(name) or not is_list_of(action[name], is_number):
+            found = str(action.get(name))[:80]
+            return [f".action.{name} is {found}: it must be a list of finite numbers. {_REPAIR}"]
+    low, high = action["q01"], action["q99"]
+    if len(low) != len(high):
+        return [f".action has {len(low)} numbers in q01 and {len(high)} in q99. {_REPAIR}"]
+    problems = [
+        f".action has q01[{i}] {a} above q99[{i}] {b}. {_REPAIR}"
+        for i, (a, b) in enumerate(zip(low, high, strict=True))
+        if a > b
+    ]
+    problems += [
+        f".action.{name}[{i}] is {value}: an action of more than {MAX_ACTION:g} is none. {_REPAIR}"
+        for name, values in (("q01", low), ("q99", high))
+        for i, value in enumerate(values)
+        if abs(value) > MAX_ACTION
+    ]
     mask = action.get("mask", True)
-    if not (
-        is_list_of(low, is_number) and is_list_of(high, is_number) and low and len(low) == len(high)
-    ):
-        return [".action needs q01 and q99: lists of finite numbers of the same length"]
-    problems = (
-        [] if all(a <= b for a, b in zip(low, high, strict=True)) else [".action has q01 above q99"]
-    )
     if mask is not True and not is_list_of(mask, lambda m: isinstance(m, bool), len(low)):
-        problems.append(f".action.mask must be {len(low)} times true or false")
+        problems.append(
+            f".action.mask is {str(mask)[:80]}: it must be {len(low)} times true or false"
+        )
     for name in ("num_transitions", "num_trajectories"):
         if name in entry and not is_int(entry[name], 0, 1 << 62):
-            problems.append(f".{name} must be a count")
-    for name in ("min", "max"):
+            problems.append(f".{name} is {str(entry[name])[:40]}: it must be a count")
+    for name in ("min", "max", "mean", "std"):
         if name in action and not is_list_of(action[name], is_number, len(low)):
-            problems.append(f".action.{name} must be {len(low)} finite numbers")
+            problems.append(
+                f".action.{name} is {str(action[name])[:80]}: it must be {len(low)} finite numbers. {_REPAIR}"
+            )
     return problems
 
 
@@ -76,11 +110,17 @@ def resolve_unnorm_key(
 ) -> str:
     """Return the statistics' key: `unnorm_key` if given, else the suite's name, else `{suite_name}_no_noops`.
 
-    Raises ValueError naming the keys there are when none fits.
+    Raises ValueError naming the keys there are when none fits, or if the statistics are of another action.
     """
     candidates = [unnorm_key] if unnorm_key else [suite_name, f"{suite_name}_no_noops"]
     for key in candidates:
         if key in norm_stats:
+            action = norm_stats[key].get("action", {})
+            if "q01" in action and len(action["q01"]) != ACTION_DIM:
+                raise ValueError(
+                    f"the action statistics of {key!r} have {len(action['q01'])} dimensions, an action has "
+                    f"{ACTION_DIM}: use the key of another dataset, or compute the statistics again"
+                )
             return key
     have = (
         sorted(norm_stats)

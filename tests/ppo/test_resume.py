@@ -10,7 +10,9 @@ from torch.distributed import checkpoint as dcp
 
 import ppo_vllm_ray_fsdp_vla as driver
 from ppo import resume
+from ppo.batch import required_tensors
 from ppo.reporting import BestReturn
+from ppo.state_checks import WORKER_STATISTICS
 from ppo.utils.curriculum import Curriculum
 from prismatic.model_files import CHECKSUMS_NAME, write_checksums
 
@@ -19,7 +21,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 ARGS = driver.Args(exp_id="run")
 RUNNING = {"request": [1, None, 5], "next_request": [0, None, 6], "actions": "AACAPwAAgD8AAIA/AACAPwAAgD8AAIA/AACAPw==",
            "image": "0" * 16}  # fmt: skip
-WORLD = {"num_episodes": [2], "running": [RUNNING], "num_replaced": 0, "num_not_repeated": 0}
+NUM_ENVS = ARGS.local_rollout_batch_size
+WORLD = {
+    "num_episodes": [2] * NUM_ENVS,
+    "running": [RUNNING] * NUM_ENVS,
+    "num_replaced": 0,
+    "num_not_repeated": 0,
+}
 EPISODE = {
     "task_id": 0,
     "init_state_id": None,
@@ -30,7 +38,7 @@ EPISODE = {
 }
 ROLLOUT = {
     "episodes": [EPISODE],
-    "worker_stats": [{"policy_version": 2.0}],
+    "worker_stats": [dict.fromkeys(WORKER_STATISTICS, 2.0)],
     "metrics": {"sync/mib": 1.5},
 }
 
@@ -48,10 +56,15 @@ def write_checkpoint(exp_dir: Path, state: resume.RunState) -> Path:
     folder = exp_dir / state.name / resume.STATE_DIR
     folder.mkdir(parents=True)
     state.write(folder)
+    tensors, update = {"policy.weight.x": torch.arange(100)}, None
+    if state.num_minibatches is not None:
+        num_done = {"value": state.num_minibatches, "policy": 0}
+        update = {"num_done": num_done, "averages": {"sums": {}, "maxima": {}}}
+        tensors |= {f"rank_0.update.{name}": torch.zeros(2) for name in required_tensors()}
     (folder / "rank_0.json").write_text(
-        json.dumps({"optimizer_steps": {"policy": 1, "critic": 1}, "update": None})
+        json.dumps({"optimizer_steps": {"policy": 1, "critic": 1}, "update": update})
     )
-    dcp.save({"policy.weight.x": torch.arange(100)}, checkpoint_id=folder, no_dist=True)
+    dcp.save(tensors, checkpoint_id=folder, no_dist=True)
     return folder.parent
 
 
@@ -77,10 +90,10 @@ def test_a_state_is_read_as_it_was_written(tmp_path):
         (lambda s: s.update(step=-1), "damaged"),
         (lambda s: s.update(step="2"), "damaged"),
         (lambda s: s.update(num_minibatches=3), "an update under way needs its rollout"),
-        (lambda s: s["worlds"][0].pop("running"), "KeyError 'running'"),
+        (lambda s: s["worlds"][0].pop("running"), r"worlds\[0\] has no running"),
         (lambda s: s["worlds"][0]["running"][0].update(actions="AACA"), "damaged"),
-        (lambda s: s["best"].pop("ema"), "ema missing"),
-        (lambda s: s["curriculum"].update(extra=1), "extra missing or unknown"),
+        (lambda s: s["best"].pop("ema"), "best has no ema"),
+        (lambda s: s["curriculum"].update(extra=1), "curriculum has 'extra', which is unknown"),
         (lambda s: s.update(worlds=3), "damaged"),
     ],
 )

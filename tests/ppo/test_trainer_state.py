@@ -8,7 +8,9 @@ import torch.distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 
 from ppo import trainer_state
+from ppo.batch import required_tensors
 from ppo.learner import PPOLearner
+from ppo.progress import UpdateProgress
 from tests.distributed import in_ranks
 from tests.learners import B, T, flags, make_learner, make_rollout, weights
 from utils import fsdp_utils, training_state
@@ -232,3 +234,12 @@ def non_finite_numbers(rank: int, model_dir: str) -> None:
 
 def test_numbers_that_are_not_finite_are_named_on_every_rank(tiny_model_dir):
     in_ranks(2, non_finite_numbers, str(tiny_model_dir))
+
+
+def test_an_update_that_needs_no_images_any_more_can_be_restored():
+    """With a frozen vision backbone and the shared critic they are dropped, and are not in the checkpoint."""
+    tensors = {name: torch.zeros(2) for name in required_tensors()}
+    numbers = {"num_done": {"value": 1, "policy": 0}, "averages": {"sums": {}, "maxima": {}}}
+    restored = UpdateProgress.restore(tensors, numbers, torch.device("cpu"))
+    assert restored.batch.images_NHWC is None
+    assert restored.tensors().keys() == tensors.keys()

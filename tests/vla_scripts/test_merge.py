@@ -239,13 +239,12 @@ def test_statistics_of_the_adapter_win_and_missing_files_come_from_the_base(
     merge_script, tiny_model_dir, adapter, tmp_path
 ):
     folder = shutil.copytree(adapter[0], tmp_path / "adapter")
-    (folder / "dataset_statistics.json").write_text('{"from": "adapter"}')
+    statistics = {"from_the_adapter": {"action": {"q01": [0.0], "q99": [1.0]}}}
+    (folder / "dataset_statistics.json").write_text(json.dumps(statistics))
     base = shutil.copytree(tiny_model_dir, tmp_path / "base")
     (base / "special_notes.txt").write_text("kept")
     merge_script.merge(merge_script.Args(base, folder, tmp_path / "merged", check="weights"))
-    assert json.loads((tmp_path / "merged" / "dataset_statistics.json").read_text()) == {
-        "from": "adapter"
-    }
+    assert json.loads((tmp_path / "merged/dataset_statistics.json").read_text()) == statistics
     assert (tmp_path / "merged" / "special_notes.txt").read_text() == "kept"
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
 

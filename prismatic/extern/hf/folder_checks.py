@@ -4,6 +4,7 @@ transformers and timm take these files at their word: a field can name code of t
 classes), another file, another model, or sizes that no memory holds. Each check names the file, the field and the rule.
 """
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from prismatic.model_files import (
     reading,
     weight_files,
 )
+from prismatic.regular_files import folder_problems
 
 Rules = Mapping[str, tuple[Callable[[Any], bool], str]]
 
@@ -32,6 +34,8 @@ CONFIG_NAME, PREPROCESSOR_NAME, TOKENIZER_CONFIG_NAME = (
     "config.json", "preprocessor_config.json", "tokenizer_config.json",
 )  # fmt: skip
 ADAPTER_CONFIG_NAME = "adapter_config.json"
+PROCESSOR_NAME = "processor_config.json"
+ARCHITECTURE = "OpenVLAForActionPrediction"
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 # The tokenizers that OpenVLA checkpoints name, all of which read tokenizer.json.
 TOKENIZER_CLASSES = (
@@ -71,6 +75,10 @@ _TOKEN = _or_none(_int_rule(-1, MAX_WIDTH * 4))
 _DTYPE = _or_none(
     (lambda value: value in TORCH_DTYPE_NAMES, f"one of {', '.join(TORCH_DTYPE_NAMES)}")
 )
+_ROPE = (
+    lambda value: isinstance(value, dict) and all(map(_is_rope_value, value.values())),
+    "a JSON object of texts and of finite numbers above 0",
+)
 _VECTOR = (lambda value: is_list_of(value, is_number, 3), "3 finite numbers")
 
 TIMM_RULES: Rules = {
@@ -97,9 +105,9 @@ LLAMA_RULES: Rules = {
     "rms_norm_eps": _NUMBER,
     "initializer_range": _NUMBER,
     "attention_dropout": _NUMBER,
-    "rope_theta": _NUMBER,
-    "rope_parameters": _or_none(_OBJECT),
-    "rope_scaling": _or_none(_OBJECT),
+    "rope_theta": (lambda value: _NUMBER[0](value) and value > 0, "a positive number up to 1e9"),
+    "rope_parameters": _or_none(_ROPE),
+    "rope_scaling": _or_none(_ROPE),
     "attention_bias": _BOOL,
     "mlp_bias": _BOOL,
     "tie_word_embeddings": (lambda value: value is False, "false: OpenVLA's lm_head is its own"),
@@ -108,6 +116,8 @@ LLAMA_RULES: Rules = {
     "torch_dtype": _DTYPE,
 }
 CONFIG_RULES: Rules = {
+    # vLLM chooses its class by this name, from all that it knows.
+    "architectures": (lambda value: value == [ARCHITECTURE], f"[{ARCHITECTURE}]"),
     "n_action_bins": _int_rule(2, 1 << 16),
     "pad_to_multiple_of": _int_rule(0, 1 << 16),
     "llm_max_length": _WIDTH,
@@ -181,6 +191,15 @@ def _is_timm_model(name: Any) -> bool:
     )
 
 
+def _is_rope_value(value: Any) -> bool:
+    numbers = value if isinstance(value, list) else [value]
+    return (
+        value is None
+        or isinstance(value, str | bool)
+        or all(is_number(n) and n > 0 for n in numbers)
+    )
+
+
 def _is_resize(params: Any) -> bool:
     if not isinstance(params, dict) or not is_int(params.get("interpolation"), 0, 5):
         return False
@@ -247,6 +266,12 @@ def check_preprocessor(
     """Raise ValueError with all problems of preprocessor_config.json; `reserved`: names that no field may have."""
     file = Path(model_dir) / PREPROCESSOR_NAME
     fields = read_json_object(file)
+    other = file.with_name(PROCESSOR_NAME)
+    if os.path.lexists(other) and "image_processor" in read_json_object(other):
+        # transformers 5 prefers it; the engine and older readers do not know it.
+        raise ValueError(
+            f"{other}: image_processor would replace {PREPROCESSOR_NAME}, which an engine reads: remove it"
+        )
     problems = field_problems(fields, PREPROCESSOR_RULES)
     problems += [
         f"{name} is not a field"
@@ -280,7 +305,7 @@ def check_tokenizer_files(model_dir: str | Path) -> None:
             f"{folder / TOKENIZER_CONFIG_NAME}: tokenizer_class is {name!r}, known are {known}"
         )
     for name in ("tokenizer.json", "special_tokens_map.json", "added_tokens.json"):
-        if (folder / name).exists():
+        if os.path.lexists(folder / name):
             read_json_object(folder / name)
 
 
@@ -293,11 +318,11 @@ def check_model_files(
     the file, OSError if one cannot be opened.
     """
     folder = Path(model_dir)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise FileNotFoundError(
             f"{model_dir} is not a folder: give a model folder (config.json, safetensors)"
         )
-    problems = checksum_problems(folder, _decides_the_model)
+    problems = folder_problems(folder) or checksum_problems(folder, _decides_the_model)
     if (folder / ADAPTER_CONFIG_NAME).exists():
         # transformers would load the base that it names, from wherever that is.
         problems.append(

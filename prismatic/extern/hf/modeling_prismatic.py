@@ -31,6 +31,7 @@ from transformers.modeling_outputs import ModelOutput
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
 from prismatic.extern.hf.folder_checks import check_model_files
 from prismatic.extern.hf.processing_prismatic import PrismaticImageProcessor, PrismaticProcessor
+from prismatic.finite_weights import check_finite
 from prismatic.vla.action_normalization import load_norm_stats, unnormalize_action
 from prismatic.vla.action_tokenizer import ActionTokenizer
 
@@ -551,7 +552,8 @@ def load_model(
 
     `kwargs` go to `from_pretrained` (`attn_implementation="flash_attention_2"`, ...). Returned in evaluation mode.
     Tensors go to `device` one by one, cast there: no copy of the model is made in CPU memory.
-    The folder is untrusted: raises what `check_model_files` does, before anything large is read.
+    The folder is untrusted: raises what `check_model_files` does, before anything large is read, and ValueError naming
+    file and tensor if a weight is NaN or infinite.
     """
     register_openvla()
     check_model_files(model_dir, parameter_shapes)
@@ -569,5 +571,6 @@ def load_model(
     assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
         info
     )
+    check_finite(model_dir, model.named_parameters())
     model.norm_stats = load_norm_stats(model_dir)
     return model.to(device).eval()

@@ -22,6 +22,7 @@ from prismatic.extern.hf.folder_checks import (
     read_config,
 )
 from prismatic.model_files import checksum_problems, raise_file_problems, reading
+from prismatic.regular_files import folder_problems
 
 PROMPT_TEMPLATE = "In: What action should the robot take to {instruction}?\nOut:"
 EMPTY_PIECE = "▁"
@@ -268,6 +269,7 @@ def load_processor(model_dir: str | Path) -> PrismaticProcessor:
     The folder is untrusted: see `folder_checks`. Raises ValueError naming the file that is damaged, OSError if one is
     missing.
     """
+    raise_file_problems(folder_problems(model_dir))
     config = read_config(model_dir)
     raise_file_problems(
         checksum_problems(model_dir, lambda name: name.endswith((".json", ".model")))

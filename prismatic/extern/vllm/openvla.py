@@ -4,7 +4,6 @@ The ViTs and the projector are the Hugging Face ones (replicated on every tensor
 Parameter names are the checkpoint's. Shapes: B images, H W pixels, P patches, D hidden, N tokens.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +42,8 @@ from prismatic.extern.hf.modeling_prismatic import (
 )
 from prismatic.extern.vllm.inputs import IMAGE, PIXELS, ROW, action_request
 from prismatic.extern.vllm.vision import MAX_GRAPH_IMAGES, GraphedEncoder
+from prismatic.finite_weights import checked
+from prismatic.model_files import read_json_object
 
 
 def count_patches(config: OpenVLAConfig) -> int:
@@ -53,7 +54,7 @@ def count_patches(config: OpenVLAConfig) -> int:
 
 def read_pixel_statistics(model_dir: str | Path) -> tuple[Tensor, Tensor]:
     """Means and standard deviations (num_vits, 3) of `preprocessor_config.json`, for pixels scaled to [0, 1]."""
-    settings = json.loads((Path(model_dir) / "preprocessor_config.json").read_text())
+    settings = read_json_object(Path(model_dir) / "preprocessor_config.json")
     # openvla-7b was trained with its `tvf_normalize_params` (the means and stds rounded to bfloat16), not with `means`.
     rows = settings.get("tvf_normalize_params")
     means = [row["mean"] for row in rows] if rows else settings["means"]
@@ -174,6 +175,8 @@ class OpenVLAForActionPrediction(nn.Module, SupportsMultiModal):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         self.config = config = cast(OpenVLAConfig, vllm_config.model_config.hf_config)
+        # The model folder until its weights were loaded; those that a trainer sends are not looked at.
+        self._unchecked_dir: str | None = vllm_config.model_config.model
         means, stds = read_pixel_statistics(vllm_config.model_config.model)
         # Plain attributes: as buffers they would look to vLLM's weight reload like weights that never came.
         self._pixel_scale, self._pixel_shift = 1.0 / (255.0 * stds), -means / stds
@@ -280,5 +283,11 @@ class OpenVLAForActionPrediction(nn.Module, SupportsMultiModal):
         return logits
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load (a part of) a checkpoint by its own names."""
+        """Load (a part of) a checkpoint by its own names.
+
+        Raises ValueError naming file and tensor if the model folder's weights, which come first, are not finite.
+        """
+        if self._unchecked_dir is not None:
+            weights = checked(self._unchecked_dir, weights)
+            self._unchecked_dir = None
         return AutoWeightsLoader(self).load_weights(weights)

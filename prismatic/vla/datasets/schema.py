@@ -5,12 +5,14 @@ episode is `steps` (a nested dataset) and `episode_metadata`.
 """
 
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prismatic.model_files import checksum_problems, read_json_object
+from prismatic.regular_files import MAX_TEXT_BYTES, file_problems
 
 VERSION = "1.0.0"
 SPLIT = "train"
@@ -59,7 +61,7 @@ def read_features(dataset_dir: str | Path) -> dict[str, Feature]:
         _flatten(read_json_object(file), "", features)
     except FileNotFoundError as error:
         raise ValueError(f"{dataset_dir} lacks features.json") from error
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise ValueError(
             f"{file} is not a tfds features file ({error!r}): damaged or half-written"
         ) from error
@@ -104,10 +106,15 @@ def check_dataset_dir(path: str | Path) -> list[str]:
     two JSON files; imports no tensorflow.
     """
     folder = Path(path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return [
             f"{path} is not a directory: give <data_root_dir>/<dataset_name>/{VERSION} as tfds writes it"
         ]
+    texts = [p for p in folder.iterdir() if p.name.endswith((".json", ".txt", ".bib"))]
+    if problems := file_problems(sorted(texts), MAX_TEXT_BYTES) + file_problems(
+        shard_files(folder)
+    ):
+        return problems
     if problems := checksum_problems(folder, lambda name: name.endswith(".json")):
         return problems
     try:
@@ -168,7 +175,7 @@ def read_shard_lengths(dataset_dir: str | Path) -> dict[str, int]:
         lengths = [int(n) for n in splits[SPLIT].get("shardLengths", [])] if SPLIT in splits else []
     except FileNotFoundError as error:
         raise ValueError(f"{dataset_dir} lacks dataset_info.json: it is half-written") from error
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(
             f"{file} is not a tfds dataset_info file ({error!r}): damaged or half-written"
         ) from error

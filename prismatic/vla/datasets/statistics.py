@@ -7,13 +7,16 @@ transformed actions (and of the proprioception), and how many transitions and tr
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from prismatic.model_files import read_json_object, write_whole
+from prismatic.model_files import raise_file_problems, read_json_object, write_whole
+from prismatic.regular_files import open_file, read_file
+from prismatic.vla.action_normalization import statistics_problems
 from prismatic.vla.datasets.mixtures import check_mixture, dataset_dir, resolve_mixture
 from prismatic.vla.datasets.rlds import RawEpisode, iterate_episodes
 from prismatic.vla.datasets.schema import shard_files
@@ -35,11 +38,11 @@ def array_statistics(values_ND: np.ndarray) -> dict[str, list[float]]:
 
 
 def compute_statistics(
-    episodes: Iterable[RawEpisode], transform: DatasetTransform
+    episodes: Iterable[RawEpisode], transform: DatasetTransform, *, where: str = "the dataset"
 ) -> dict[str, Any]:
     """Statistics of whole episodes in OpenVLA's format: `action` (with its mask), `proprio`, the two counts.
 
-    Raises ValueError if there are no transitions or an action is not finite.
+    Raises ValueError if there are no transitions, or an action or a state is not finite.
     """
     actions, states = [], []
     for episode in episodes:
@@ -47,17 +50,23 @@ def compute_statistics(
         if episode.states_TS is not None:
             states.append(episode.states_TS)
     if not sum(map(len, actions)):
-        raise ValueError("the dataset holds no transitions: nothing can be learned from it")
+        raise ValueError(f"{where} holds no transitions: nothing can be learned from it")
     actions_N7 = np.concatenate(actions)
     if not np.isfinite(actions_N7).all():
         row = int(np.argwhere(~np.isfinite(actions_N7))[0, 0])
         raise ValueError(
-            f"transition {row} has a non-finite action {actions_N7[row].tolist()}: repair the dataset"
+            f"{where}: transition {row} has a non-finite action {actions_N7[row].tolist()}: repair the dataset"
         )
     statistics: dict[str, Any] = {"action": array_statistics(actions_N7)}
     statistics["action"]["mask"] = list(transform.action_mask)
     if states:
-        statistics["proprio"] = array_statistics(np.concatenate(states))
+        states_NS = np.concatenate(states)
+        if not np.isfinite(states_NS).all():
+            row = int(np.argwhere(~np.isfinite(states_NS))[0, 0])
+            raise ValueError(
+                f"{where}: transition {row} has a non-finite state {states_NS[row].tolist()}: repair it"
+            )
+        statistics["proprio"] = array_statistics(states_NS)
     return statistics | {"num_transitions": len(actions_N7), "num_trajectories": len(actions)}
 
 
@@ -69,14 +78,14 @@ def content_key(dataset_dir: str | Path, transform: DatasetTransform) -> str:
     """
     digest = hashlib.sha256(transform.name.encode())
     for name in ("features.json", "dataset_info.json"):
-        digest.update((Path(dataset_dir) / name).read_bytes())
+        digest.update(read_file(Path(dataset_dir) / name))
     for file in shard_files(dataset_dir):
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}".encode())
-        with file.open("rb") as data:
+        with open_file(file) as data:
+            size = os.fstat(data.fileno()).st_size
+            digest.update(f"{file.name}:{size}".encode())
             digest.update(data.read(1 << 16))
             data.seek(max(0, size - (1 << 16)))
-            digest.update(data.read())
+            digest.update(data.read(1 << 16))
     return digest.hexdigest()[:16]
 
 
@@ -91,9 +100,9 @@ def dataset_statistics(
     if (cached := _read_cache(cache)) is not None:
         return cached
     logger.info("computing the statistics of %s", dataset_dir)
-    statistics = compute_statistics(
-        iterate_episodes(dataset_dir, num_threads=num_threads), transform
-    )
+    episodes = iterate_episodes(dataset_dir, num_threads=num_threads)
+    statistics = compute_statistics(episodes, transform, where=str(dataset_dir))
+    raise_file_problems(f"{dataset_dir}: {p.lstrip('.')}" for p in statistics_problems(statistics))
     content = {"sha256": _digest(statistics), "statistics": statistics}
     try:
         write_whole(
@@ -110,15 +119,19 @@ def dataset_statistics(
 
 def _read_cache(file: Path) -> dict[str, Any] | None:
     """The statistics in a cache file; None if there is none, or it is not what was written (then it is made anew)."""
-    if not file.exists():
+    if not os.path.lexists(file):
         return None
     try:
         content = read_json_object(file)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         logger.warning("%s; the statistics are computed again", error)
         return None
     statistics = content.get("statistics")
-    if not isinstance(statistics, dict) or content.get("sha256") != _digest(statistics):
+    if (
+        not isinstance(statistics, dict)
+        or content.get("sha256") != _digest(statistics)
+        or statistics_problems(statistics)
+    ):
         logger.warning(
             "%s is damaged, or of another version: the statistics are computed again", file
         )

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from prismatic.model_files import read_json_object, write_whole
+from prismatic.model_files import read_json_object, reading, write_whole
+from prismatic.regular_files import check_file, file_problems
 from prismatic.vla.datasets.writer import EncodedDemonstration
 
 _ARRAYS = ("actions_T7", "states_T8", "joint_states_T7", "rewards_T")
@@ -69,9 +70,11 @@ class EpisodeStore:
     def opened(self) -> Iterator[None]:
         """Make the folder, claim it for this process, and remove it afterwards if it holds no episode.
 
-        Raises BlockingIOError when another process has it open.
+        Raises BlockingIOError when another process has it open, ValueError if the lock is no regular file.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(self.folder / "lock"):
+            check_file(self.folder / "lock")
         with (self.folder / "lock").open("w") as lock:
             try:
                 fcntl.flock(
@@ -97,7 +100,11 @@ class EpisodeStore:
         matches = [
             (path, _EPISODE_NAME.fullmatch(path.name)) for path in self.folder.glob("episode_*.npz")
         ]
-        return {int(match[1]) for path, match in matches if match and zipfile.is_zipfile(path)}
+        return {
+            int(match[1])
+            for path, match in matches
+            if match and not file_problems([path]) and zipfile.is_zipfile(path)
+        }
 
     def _path(self, index: int) -> Path:
         return self.folder / f"episode_{index:06d}.npz"
@@ -119,8 +126,10 @@ class EpisodeStore:
         partial.replace(self._path(index))
 
     def load(self, index: int) -> StoredEpisode:
-        """Read episode `index`. Raises FileNotFoundError if it is not there."""
-        with np.load(self._path(index), allow_pickle=False) as arrays:
+        """Read episode `index`. Raises FileNotFoundError if it is not there, ValueError naming it if it is damaged."""
+        path = self._path(index)
+        check_file(path)
+        with reading(path, "an episode"), np.load(path, allow_pickle=False) as arrays:
             meta = json.loads(str(arrays["meta"]))
             demo = EncodedDemonstration(
                 _unpacked("images", arrays),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
+from prismatic.regular_files import check_file, open_file
 from prismatic.vla.datasets.tensorflow_setup import load_tensorflow
 
 _HEADER_BYTES, _FOOTER_BYTES = 12, 4
@@ -40,7 +41,7 @@ def check_shards(files: Sequence[Path], num_records: Sequence[int]) -> None:
     Reads 12 bytes a record (an episode); the data's CRCs are TensorFlow's to check.
     """
     for file, wanted in zip(files, num_records, strict=True):
-        stat = file.stat()
+        stat = check_file(file)
         found = _count_records(str(file), stat.st_size, stat.st_mtime_ns)
         if found != wanted:
             raise ValueError(
@@ -52,7 +53,7 @@ def check_shards(files: Sequence[Path], num_records: Sequence[int]) -> None:
 def _count_records(file: str, size: int, modified_ns: int) -> int:
     """Number of records; the size and time are part of the cache's key."""
     position = count = 0
-    with open(file, "rb", buffering=0) as data:
+    with open_file(file) as data:
         while position < size:
             data.seek(position)
             header = data.read(_HEADER_BYTES)
