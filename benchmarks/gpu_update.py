@@ -224,9 +224,7 @@ def build_learner(case: Case, args: Args) -> PPOLearner:
         optimizer = torch.optim.AdamW(
             parameters, lr=learning_rate, weight_decay=0.0, fused=args.device == "cuda"
         )
-        return Trainable(
-            module, parameters, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0, 1)
-        )
+        return Trainable(module, parameters, optimizer, lambda place: learning_rate)
 
     policy = trainable(model, compute, 1e-6)
     if case.compile:

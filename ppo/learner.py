@@ -84,12 +84,21 @@ class Reference:
 
 @dataclass
 class Trainable:
-    """A sharded model with what trains it: `parameters` are those with requires_grad."""
+    """A sharded model, its parameters with requires_grad, their optimizer and their learning rate.
+
+    `learning_rate` maps the place of a minibatch in the run to a rate. The place counts all minibatches before it,
+    those that `max_approx_kl` skipped included, so that skipping does not delay the schedule.
+    """
 
     model: Any
     parameters: list[torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
-    scheduler: Any
+    learning_rate: Callable[[int], float]
+
+    def set_learning_rate(self, place: int) -> None:
+        """Give the optimizer the learning rate of the minibatch at `place`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(place)
 
 
 class PPOLearner:
@@ -169,8 +178,13 @@ class PPOLearner:
             return None
         self.progress = None
         metrics = averages.reduce(self.device)
-        metrics["train/learning_rate"] = self.policy.scheduler.get_last_lr()[0]
-        metrics["train/value_learning_rate"] = self.critic.scheduler.get_last_lr()[0]
+        for name, trained, purpose in (
+            ("learning_rate", self.policy, "policy"),
+            ("value_learning_rate", self.critic, "value"),
+        ):
+            metrics[f"train/{name}"] = trained.learning_rate(
+                self._first_place(batch, step + 1, purpose)
+            )
         return metrics | {f"time/trainer_{k}_s": v for k, v in self.timer.pop().items()}
 
     def check_stop(self) -> None:
@@ -401,9 +415,11 @@ class PPOLearner:
         args = self.args
         if args.value_model_type == "shared":  # reads features only
             batch = dataclasses.replace(batch, images_NHWC=None, features_NPD=None)
-        for _, indices in self._minibatch_indices(
-            len(batch), step, args.num_value_epochs or args.num_epochs, "value"
+        first_place = self._first_place(batch, step, "value")
+        for number, indices in self._minibatch_indices(
+            len(batch), step, self._num_epochs("value"), "value"
         ):
+            self.critic.set_learning_rate(first_place + number)
             normalizer = self._normalizer(batch, indices)
             total = torch.zeros((), device=self.device)
             for micro, is_last in self._training_passes(self.critic, batch, indices):
@@ -429,7 +445,11 @@ class PPOLearner:
     def update_policy(self, batch: Batch, step: int, averages: Averages) -> None:
         """`num_epochs` passes of clipped PPO over the rollout, or fewer where `max_approx_kl` is exceeded."""
         args = self.args
-        for number, indices in self._minibatch_indices(len(batch), step, args.num_epochs, "policy"):
+        first_place = self._first_place(batch, step, "policy")
+        for number, indices in self._minibatch_indices(
+            len(batch), step, self._num_epochs("policy"), "policy"
+        ):
+            self.policy.set_learning_rate(first_place + number)
             normalizer = self._normalizer(batch, indices)
             total = torch.zeros((), device=self.device)
             approx_kl = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -492,6 +512,19 @@ class PPOLearner:
         dist.all_reduce(value)
         return float(value) / self.world_size
 
+    def _num_epochs(self, purpose: Purpose) -> int:
+        args = self.args
+        return args.num_epochs if purpose == "policy" else args.num_value_epochs or args.num_epochs
+
+    def _first_place(self, batch: Batch, step: int, purpose: Purpose) -> int:
+        """Place in the run of the first minibatch of training step `step` (see Trainable).
+
+        The policy's places begin after the critic's warm-up.
+        """
+        steps_before = step - 1 - (self.args.value_init_steps if purpose == "policy" else 0)
+        num_minibatches = len(batch) // self.args.local_mini_batch_size
+        return max(steps_before, 0) * num_minibatches * self._num_epochs(purpose)
+
     def _minibatch_indices(
         self, num_samples: int, step: int, num_epochs: int, purpose: Purpose
     ) -> Iterator[tuple[int, Tensor]]:
@@ -529,7 +562,6 @@ class PPOLearner:
         averages.add({f"train/{group}_grad_norm": norm})
         trained.optimizer.step()
         trained.optimizer.zero_grad(set_to_none=True)
-        trained.scheduler.step()
 
 
 def largest_micro_batch(minibatch: int, limit: int = 32) -> int:

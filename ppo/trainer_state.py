@@ -1,4 +1,4 @@
-"""One trainer rank's part of a checkpoint: weights, optimizers, schedules, random states, and an update under way."""
+"""One trainer rank's part of a checkpoint: weights, optimizers, random states, and an update under way."""
 
 import json
 from collections.abc import Callable
@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.optim.lr_scheduler import LambdaLR
 
 from ppo.batch import Batch
 from ppo.learner import PPOLearner
@@ -36,13 +35,7 @@ def begin_saving(
     tensors = {f"rank_{learner.rank}.{name}": tensor for name, tensor in own.items()}
     for name, trained in (("policy", learner.policy), ("critic", learner.critic)):
         tensors |= training_state.trained_tensors(name, trained.model, trained.optimizer)
-    numbers = {
-        "optimizer_steps": {
-            "policy": learner.policy.scheduler.last_epoch,
-            "critic": learner.critic.scheduler.last_epoch,
-        },
-        "update": progress.numbers() if progress else None,
-    }
+    numbers = {"update": progress.numbers() if progress else None}
     training_state.write_json(folder / f"rank_{learner.rank}.json", numbers)
     writer.begin(folder, tensors, after)
 
@@ -60,7 +53,6 @@ def load(learner: PPOLearner, folder: Path, num_saved: int, seed: tuple[int, ...
     numbers = [json.loads((folder / f"rank_{r}.json").read_text()) for r in range(num_saved)]
     for name, trained in (("policy", learner.policy), ("critic", learner.critic)):
         training_state.load_trained(folder, name, trained.model, trained.optimizer)
-        set_schedule(trained.scheduler, numbers[0]["optimizer_steps"][name])
     is_same = num_saved == learner.world_size
     if is_same:
         states = training_state.load_prefixed(folder, f"rank_{rank}.random.")
@@ -85,15 +77,3 @@ def _load_update(
     ]
     size = learner.args.local_mini_batch_size
     return redistribute(batches, updates, learner.rank, learner.world_size, size)
-
-
-def set_schedule(scheduler: LambdaLR, num_steps: int) -> None:
-    """Put a schedule to where it is after `num_steps` optimizer steps; peak and shape are those of the flags now."""
-    scheduler.last_epoch = num_steps
-    rates = [
-        base * factor(num_steps)
-        for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-    ]
-    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    scheduler._last_lr = rates

@@ -108,9 +108,8 @@ def make_learner(
             torch.optim.AdamW(parameters, lr=1e-3, fused=device.type == "cuda") if adam else None
         )
         optimizer = fused or torch.optim.SGD(parameters, lr=0.1)
-        return Trainable(
-            module, parameters, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0, 1)
-        )
+        rate = optimizer.param_groups[0]["lr"]
+        return Trainable(module, parameters, optimizer, lambda place: rate)
 
     policy, value = trainable(model, dtype), trainable(critic.to(device), torch.float32)
     if compile_backend is not None:

@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import ppo_vllm_ray_fsdp_vla as driver
 from ppo.batch import Averages
+from ppo.models import make_trainable
 from tests.distributed import in_ranks
 from tests.learners import B, T, assert_same_update, flags, make_learner, make_rollout, weights
 
@@ -257,6 +259,53 @@ def compiled(rank: int, model_dir: str) -> None:
 
 def test_compiled_blocks_give_the_eager_update(tiny_model_dir):
     in_ranks(1, compiled, str(tiny_model_dir))
+
+
+def rates_of_a_run(model_dir: str, max_approx_kl: float | None) -> tuple[list[dict], list[list]]:
+    """Metrics of each of 5 training steps, and the policy's learning rate at each of their optimizer steps."""
+    num_steps, sizes = (
+        5,
+        {"num_epochs": 2, "local_mini_batch_size": T * B // 4, "value_init_steps": 2},
+    )
+    plan = driver.make_plan(
+        driver.Args(
+            total_episodes=num_steps * T * B, num_steps=T, local_rollout_batch_size=B, **sizes
+        ),
+        has_gpus=False,
+    )
+    learner = make_learner(model_dir, flags(max_approx_kl=max_approx_kl, **sizes), lora=True)
+    learner.policy = make_trainable(
+        learner.policy.model, 1e-3, "linear", 4, plan.policy_optimizer_steps
+    )
+    rates: list[list[float]] = []
+    learner.policy.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: rates[-1].append(optimizer.param_groups[0]["lr"])
+    )
+    metrics = []
+    for step in range(1, num_steps + 1):
+        rates.append([])
+        metrics.append(learner.update(make_rollout(model_dir, step), step))
+    return metrics, rates
+
+
+def schedules(rank: int, model_dir: str) -> None:
+    """Two steps of critic warm-up, then three of eight minibatches, of which the KL limit lets few be done."""
+    metrics, rates = rates_of_a_run(model_dir, None)
+    by_hand = [1e-3 * (k / 4 if k < 4 else (24 - k) / 20) for k in range(24)]
+    assert [len(of_step) for of_step in rates] == [0, 0, 8, 8, 8]
+    assert sum(rates, []) == pytest.approx(by_hand, rel=1e-12)
+    ends = [m["train/learning_rate"] for m in metrics]
+    assert ends == pytest.approx([0.0, 0.0, 0.8e-3, 0.4e-3, 0.0], rel=1e-12)
+
+    stopped_metrics, stopped_rates = rates_of_a_run(model_dir, 1e-7)
+    assert [m.get("train/stopped_by_kl") for m in stopped_metrics] == [None, None, 1.0, 1.0, 1.0]
+    for done, planned in zip(stopped_rates[2:], rates[2:], strict=True):
+        assert 0 < len(done) < 8 and done == planned[: len(done)]
+    assert [m["train/learning_rate"] for m in stopped_metrics] == ends
+
+
+def test_minibatches_skipped_by_the_kl_limit_do_not_delay_the_schedule(tiny_model_dir):
+    in_ranks(1, schedules, str(tiny_model_dir))
 
 
 def masters(rank: int, model_dir: str) -> None:

@@ -49,7 +49,7 @@ def write_checkpoint(exp_dir: Path, state: resume.RunState) -> Path:
     folder.mkdir(parents=True)
     state.write(folder)
     (folder / "rank_0.json").write_text(
-        json.dumps({"optimizer_steps": {"policy": 1, "critic": 1}, "update": None})
+        json.dumps({"update": None})
     )
     dcp.save({"policy.weight.x": torch.arange(100)}, checkpoint_id=folder, no_dist=True)
     return folder.parent
