@@ -269,6 +269,7 @@ def make_rollout(learner: PPOLearner, num_samples: int) -> Rollout:
         valid_TB=torch.ones(shape, dtype=torch.bool),
         last_images_BHWC=images[-1],
         last_task_id_B=torch.zeros(1, dtype=torch.long),
+        episode_step_B=torch.zeros(1, dtype=torch.long),
         final_images_KHWC=images[:0, 0],
         final_t_K=empty,
         final_b_K=empty,

@@ -32,6 +32,7 @@ from ppo.losses import (
     value_loss,
     weighted_mean,
 )
+from ppo.outcomes import EpisodeOutcomes
 from ppo.progress import Purpose, UpdateProgress, UpdateStopped
 from ppo.rollout import Rollout, minibatches
 from prismatic.vla.action_tokenizer import ActionTokenizer
@@ -131,6 +132,7 @@ class PPOLearner:
             ActionTokenizer.from_config(policy.model.config).action_token_ids[0]
         )
         self.timer = PhaseTimer()
+        self.outcomes = EpisodeOutcomes()
         self.progress: UpdateProgress | None = (
             None  # of the update under way, or of the one that was stopped
         )
@@ -252,6 +254,7 @@ class PPOLearner:
             self.device
         )
         self._log_prepared(batch, engine_logprob_NA[:num_samples], averages)
+        self._log_outcomes(rollout, value_TB, averages)
         fsdp_utils.free_gathered(self.policy.model)
         fsdp_utils.free_gathered(self.critic.model)
         return batch
@@ -360,8 +363,21 @@ class PPOLearner:
         explained = self._explained_variance(old_value_N[valid], return_N[valid])
         averages.add({"train/explained_variance": explained}, float(math.isfinite(explained)))
 
+    def _log_outcomes(self, rollout: Rollout, value_TB: Tensor, averages: Averages) -> None:
+        """Compare the outcomes of the episodes that ended with the values predicted along them.
+
+        Nothing may stop the update between here and the end of `prepare`: the rollout would be taken in twice.
+        """
+        ended = self.outcomes.add(rollout, value_TB, self.args.gamma)
+        explained = self._explained_variance(ended.value_M, ended.outcome_M)
+        num_episodes = torch.tensor(float(ended.num_episodes), device=self.device)
+        dist.all_reduce(num_episodes)
+        averages.add({"train/num_outcome_episodes": num_episodes})
+        is_defined = float(math.isfinite(explained))
+        averages.add({"train/explained_variance_outcome": explained}, is_defined)
+
     def _explained_variance(self, value_N: Tensor, return_N: Tensor) -> float:
-        """1 - Var(R - V) / Var(R) over the valid samples of all ranks; NaN where the returns are all equal."""
+        """1 - Var(R - V) / Var(R) over the given samples of all ranks; NaN where the returns are all equal."""
         sums_23 = torch.stack([moments(return_N - value_N), moments(return_N)]).to(self.device)
         dist.all_reduce(sums_23)
         return explained_variance_of_moments(sums_23[0], sums_23[1])

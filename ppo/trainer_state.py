@@ -30,6 +30,7 @@ def begin_saving(
         f"random.{name}": state
         for name, state in training_state.random_states(learner.device).items()
     }
+    own |= {f"running.{name}": tensor for name, tensor in learner.outcomes.tensors().items()}
     if progress is not None:
         own |= {f"update.{name}": tensor for name, tensor in progress.tensors().items()}
     tensors = {f"rank_{learner.rank}.{name}": tensor for name, tensor in own.items()}
@@ -43,8 +44,9 @@ def begin_saving(
 def load(learner: PPOLearner, folder: Path, num_saved: int, seed: tuple[int, ...]) -> None:
     """Load what `num_saved` ranks saved into `learner`; they may be more or fewer than now.
 
-    With as many ranks everything goes on to the last bit. With another number the random states begin from `seed`, and
-    an update under way goes on as `redistribute` says.
+    With as many ranks everything goes on to the last bit. With another number the random states begin from `seed`, an
+    update under way goes on as `redistribute` says, and the episodes under way do not count in
+    `train/explained_variance_outcome`.
 
     Raises:
         ValueError: the weights are of another model.
@@ -57,7 +59,9 @@ def load(learner: PPOLearner, folder: Path, num_saved: int, seed: tuple[int, ...
     if is_same:
         states = training_state.load_prefixed(folder, f"rank_{rank}.random.")
         training_state.set_random_states(states, learner.device)
+        learner.outcomes.load(training_state.load_prefixed(folder, f"rank_{rank}.running."))
     else:
+        learner.outcomes.load({})  # the environments are other ones
         torch.manual_seed(int(np.random.SeedSequence((*seed, rank)).generate_state(1)[0]))
     learner.progress = None
     if numbers[0]["update"] is not None:

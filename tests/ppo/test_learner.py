@@ -7,11 +7,21 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import ppo_vllm_ray_fsdp_vla as driver
 from ppo.batch import Averages
+from ppo.learner import PPOLearner
+from ppo.losses import explained_variance
 from ppo.models import make_trainable
 from tests.distributed import in_ranks
-from tests.learners import B, T, assert_same_update, flags, make_learner, make_rollout, weights
+from tests.learners import (
+    AFTER_ONE,
+    B,
+    T,
+    assert_same_update,
+    flags,
+    make_learner,
+    make_rollout,
+    weights,
+)
 
 
 def run_and_save(rank: int, model_dir: str, out: str, changes: dict, lora: bool) -> None:
@@ -261,8 +271,54 @@ def test_compiled_blocks_give_the_eager_update(tiny_model_dir):
     in_ranks(1, compiled, str(tiny_model_dir))
 
 
+def outcomes_of_two_rollouts(rank: int, model_dir: str) -> None:
+    """The metric against episodes listed by hand, with the values that the critic had before each update."""
+    world = dist.get_world_size()
+    learner = make_learner(model_dir, flags(local_mini_batch_size=T * B // world, vf_coef=5.0))
+    observer = PPOLearner(learner.args, learner.policy, learner.critic, learner.processor)
+    rollouts = [make_rollout(model_dir), make_rollout(model_dir, 1, AFTER_ONE)]
+    values, metrics = [], []
+    for step, rollout in enumerate(rollouts, 1):
+        share = rollout.shard(rank, world)
+        value_TB = observer.prepare(share, Averages()).old_value_N.view(T, -1)
+        of_ranks = [torch.empty_like(value_TB) for _ in range(world)]
+        dist.all_gather(of_ranks, value_TB)
+        values.append(torch.cat(of_ranks, dim=1))
+        metrics.append(learner.update(share, step))
+    # Environment, first and last step (counted over both rollouts), reward at the last one. Environment 2 has no end,
+    # environment 3 two dropped episodes, the second one begun in the first rollout.
+    episodes = {1: [(0, 0, 2, 1.0), (0, 3, 3, 0.0), (1, 0, 5, 0.0)],
+                2: [(0, 4, 8, 1.0), (0, 9, 9, 0.0), (1, 6, 11, 0.0)]}  # fmt: skip
+    value_SB = torch.cat(values)
+    for step, ended in episodes.items():
+        value = torch.cat([value_SB[first : last + 1, b] for b, first, last, _ in ended])
+        outcome = torch.tensor(
+            [reward * 0.9 ** (last - t) for _, first, last, reward in ended for t in range(first, last + 1)]
+        )  # fmt: skip
+        found = metrics[step - 1]
+        assert found["train/num_outcome_episodes"] == 3
+        assert found["train/explained_variance_outcome"] == pytest.approx(
+            explained_variance(value, outcome), rel=1e-5
+        )
+
+    # nothing ends: the count is 0, and the variance is absent
+    rollouts[0].terminated_TB[:], rollouts[0].truncated_TB[:] = False, False
+    metrics = learner.update(rollouts[0].shard(rank, world), 3)
+    assert metrics["train/num_outcome_episodes"] == 0
+    assert metrics["train/explained_variance_outcome"] is None
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_values_are_compared_with_what_came_of_episodes_over_two_rollouts(
+    tiny_model_dir, world_size
+):
+    in_ranks(world_size, outcomes_of_two_rollouts, str(tiny_model_dir))
+
+
 def rates_of_a_run(model_dir: str, max_approx_kl: float | None) -> tuple[list[dict], list[list]]:
     """Metrics of each of 5 training steps, and the policy's learning rate at each of their optimizer steps."""
+    import ppo_vllm_ray_fsdp_vla as driver  # seconds that the other tests' ranks need not take
+
     num_steps, sizes = (
         5,
         {"num_epochs": 2, "local_mini_batch_size": T * B // 4, "value_init_steps": 2},

@@ -48,9 +48,7 @@ def write_checkpoint(exp_dir: Path, state: resume.RunState) -> Path:
     folder = exp_dir / state.name / resume.STATE_DIR
     folder.mkdir(parents=True)
     state.write(folder)
-    (folder / "rank_0.json").write_text(
-        json.dumps({"update": None})
-    )
+    (folder / "rank_0.json").write_text(json.dumps({"update": None}))
     dcp.save({"policy.weight.x": torch.arange(100)}, checkpoint_id=folder, no_dist=True)
     return folder.parent
 

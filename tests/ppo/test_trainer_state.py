@@ -9,7 +9,7 @@ import torch.distributed as dist
 from ppo import trainer_state
 from ppo.learner import PPOLearner
 from tests.distributed import in_ranks
-from tests.learners import B, T, flags, make_learner, make_rollout, weights
+from tests.learners import AFTER_ONE, B, T, flags, make_learner, make_rollout, weights
 from utils import fsdp_utils, training_state
 from utils.training_state import BackgroundWriter
 
@@ -56,7 +56,10 @@ def train_metrics(metrics: dict) -> dict:
 
 def stopped_updates(rank: int, model_dir: str, folder: str) -> None:
     world_size = dist.get_world_size()
-    rollouts = [make_rollout(model_dir, seed).shard(rank, world_size) for seed in (0, 1)]
+    rollouts = [
+        make_rollout(model_dir, 0).shard(rank, world_size),
+        make_rollout(model_dir, 1, AFTER_ONE).shard(rank, world_size),
+    ]
 
     def update(learner: PPOLearner, *args) -> dict | None:
         torch.manual_seed(100 + rank)  # the same dropout, wherever the generator was before
@@ -65,6 +68,7 @@ def stopped_updates(rank: int, model_dir: str, folder: str) -> None:
     straight = make(model_dir)
     before = weights(straight)
     metrics = [update(straight, rollout, step) for step, rollout in enumerate(rollouts, 1)]
+    assert [m["train/num_outcome_episodes"] for m in metrics] == [3, 3]
     expected = state_of(straight)
     assert max(float((expected[n] - before[n]).abs().max()) for n in before) > 1e-4, (
         "nothing was trained"
@@ -117,6 +121,9 @@ def other_ranks(rank: int, model_dir: str, folder: str) -> None:
     metrics = learner.update(None, 1)
     # the means are over what both ranks had done and the two new epochs
     assert metrics["train/policy_loss"] is not None and metrics["train/value_mean"] is not None
+    # of three episodes that end next, one began before the ranks were others
+    second = make_rollout(model_dir, 1, AFTER_ONE).shard(rank, world_size)
+    assert learner.update(second, 2)["train/num_outcome_episodes"] == 2
     # four minibatches on two ranks are eight on one and two on four, and the schedule follows them
     assert metrics["train/learning_rate"] == 1.0 / (1 + 8 // world_size)
 
