@@ -111,6 +111,8 @@ class PPOLearner:
         critic: a ValueHead (`value_model_type` shared) or VLACritic, and its optimizer.
         processor: prompts and images of the model.
         reference: the initial policy, needed where `beta` > 0.
+        counted_tokens: positions of the action tokens that count in ratio, entropy and KL; None: all of them. The
+            others neither enter the loss nor get a gradient from it.
         dtype: compute precision of the images.
     """
 
@@ -123,11 +125,16 @@ class PPOLearner:
         *,
         reference: Reference | None = None,
         dtype: torch.dtype = torch.float32,
+        counted_tokens: Sequence[int] | None = None,
     ) -> None:
         self.args, self.policy, self.critic, self.processor = args, policy, critic, processor
         self.reference, self.dtype = reference, dtype
         self.device = fsdp_utils.compute_device(policy.model)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.counted_tokens = tuple(
+            range(NUM_ACTION_TOKENS) if counted_tokens is None else counted_tokens
+        )
+        self._counted_index = torch.tensor(self.counted_tokens, device=self.device)
         self.first_action_id = int(
             ActionTokenizer.from_config(policy.model.config).action_token_ids[0]
         )
@@ -222,6 +229,12 @@ class PPOLearner:
         index_BA = micro.action_ids_NA - self.first_action_id
         return action_logprobs(logits_BAV, index_BA, self.args.temperature)
 
+    def _counted(self, x_BA: Tensor) -> Tensor:
+        """The columns (of log-probs, or of logits with a further axis) of the tokens that count."""
+        if len(self.counted_tokens) == x_BA.shape[1]:
+            return x_BA
+        return x_BA[:, self._counted_index]
+
     @torch.no_grad()
     def prepare(self, rollout: Rollout, averages: Averages) -> Batch:
         """Old log-probs, values, GAE and normalised advantages of this rank's rollout, as flat samples."""
@@ -231,7 +244,9 @@ class PPOLearner:
         self._evaluate(batch)
         if self.args.async_depth > 0 and self.args.old_logprobs == "recompute":
             batch.importance_weight_N = truncated_importance_weight(
-                batch.old_logprob_NA, engine_logprob_NA, self.args.importance_weight_cap
+                self._counted(batch.old_logprob_NA),
+                self._counted(engine_logprob_NA),
+                self.args.importance_weight_cap,
             )
         assert batch.old_value_N is not None
         rest = (rollout.num_envs, len(rollout.final_t_K))
@@ -493,27 +508,31 @@ class PPOLearner:
         """Loss and statistics of a micro-batch, as shares of its minibatch's, and its largest |ratio - 1|."""
         args = self.args
         logits_BAV = self._forward(self.policy.model, micro).logits_BAV
-        logprob_BA = self._logprobs(logits_BAV, micro)
+        logprob_BA = self._counted(self._logprobs(logits_BAV, micro))
         assert micro.advantage_N is not None
         result = policy_loss(
-            logprob_BA, micro.old_logprob_NA, micro.advantage_N, clip_low=args.cliprange,
+            logprob_BA, self._counted(micro.old_logprob_NA), micro.advantage_N, clip_low=args.cliprange,
             clip_high=args.cliprange_high if args.cliprange_high is not None else args.cliprange,
             level=args.ratio_level, importance_weight_B=micro.importance_weight_N, weight_B=micro.weight_N,
             normalizer=normalizer,
         )  # fmt: skip
-        entropy_share = weighted_mean(
-            entropy(logits_BAV, args.temperature).sum(1), micro.weight_N, normalizer
-        )
+        entropy_BA = entropy(self._counted(logits_BAV), args.temperature)
+        entropy_share = weighted_mean(entropy_BA.sum(1), micro.weight_N, normalizer)
         loss = result.loss - args.entropy_coef * entropy_share
         shares = {
             "train/policy_loss": result.loss, "train/entropy": entropy_share,
             "train/clip_fraction": result.clip_fraction, "train/approx_kl_k3": result.approx_kl_k3,
             "train/ratio_mean": result.ratio_mean,
         }  # fmt: skip
+        for place, token in enumerate(self.counted_tokens):
+            share = weighted_mean(entropy_BA[:, place].detach(), micro.weight_N, normalizer)
+            shares[f"train/entropy_token_{token}"] = share
         if args.beta:
             assert micro.ref_logprob_NA is not None
             kl = weighted_mean(
-                kl_k3(logprob_BA, micro.ref_logprob_NA).sum(1), micro.weight_N, normalizer
+                kl_k3(logprob_BA, self._counted(micro.ref_logprob_NA)).sum(1),
+                micro.weight_N,
+                normalizer,
             )
             loss = loss + args.beta * kl
             shares["train/ref_kl_k3"] = kl

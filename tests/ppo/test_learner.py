@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ppo.batch import Averages
-from ppo.learner import PPOLearner
+from ppo.batch import Averages, Batch
+from ppo.learner import PPOLearner, Reference
 from ppo.losses import explained_variance
 from ppo.models import make_trainable
 from tests.distributed import in_ranks
@@ -269,6 +269,107 @@ def compiled(rank: int, model_dir: str) -> None:
 
 def test_compiled_blocks_give_the_eager_update(tiny_model_dir):
     in_ranks(1, compiled, str(tiny_model_dir))
+
+
+COUNTED, IGNORED = [0, 1, 2, 5, 6], [3, 4]
+
+
+def policy_results(learner: PPOLearner, micro: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+    """The gradient of the policy's loss on a micro-batch with respect to the logits, and the logged shares."""
+    logits_BAV, original = [], learner._forward
+
+    def forward(*args: Any) -> Any:
+        out = original(*args)
+        out.logits_BAV.retain_grad()
+        logits_BAV.append(out.logits_BAV)
+        return out
+
+    learner._forward = forward
+    loss, shares, deviation = learner._policy_loss(micro, torch.tensor(float(len(micro))))
+    loss.backward()
+    learner._forward = original
+    numbers = {name: float(share) for name, share in shares.items()}
+    return logits_BAV[0].grad, numbers | {"loss": float(loss), "deviation": float(deviation)}
+
+
+def ignored_tokens(rank: int, model_dir: str) -> None:
+    """Tokens that do not count: no gradient, no part in ratio, entropy or KL, whatever their log-probs are."""
+    rollout = make_rollout(model_dir)
+    for level in ("action", "token"):
+        learner = make_learner(
+            model_dir, flags(ratio_level=level, beta=0.3, entropy_coef=0.2, async_depth=1)
+        )
+        learner.reference = Reference(learner.policy.model)
+        some = PPOLearner(
+            learner.args, learner.policy, learner.critic, learner.processor,
+            reference=learner.reference, counted_tokens=COUNTED,
+        )  # fmt: skip
+        averages = Averages()
+        batch = some.prepare(rollout, averages)
+        micro = batch[torch.tensor([4, 5, 9])]
+        generator = torch.Generator().manual_seed(0)
+        noise_BA = 0.1 * torch.randn(micro.old_logprob_NA.shape, generator=generator)
+        logprob_BA = micro.old_logprob_NA.clone()
+        micro.old_logprob_NA = logprob_BA - noise_BA
+        micro.ref_logprob_NA = logprob_BA + noise_BA
+        gradient_BAV, numbers = policy_results(some, micro)
+        assert not gradient_BAV[:, IGNORED].any()
+        assert all(gradient_BAV[:, token].abs().max() > 1e-6 for token in COUNTED)
+
+        # by hand, from the log-ratios of the tokens that count
+        counted_BA = noise_BA[:, COUNTED]
+        ratio_BK = (counted_BA.sum(1, keepdim=True) if level == "action" else counted_BA).exp()
+        assert numbers["train/ratio_mean"] == pytest.approx(float(ratio_BK.mean()), rel=1e-4)
+        assert numbers["deviation"] == pytest.approx(float((ratio_BK - 1).abs().max()), rel=1e-3)
+        log_ratio_B = counted_BA.sum(1)
+        kl = float((log_ratio_B.exp() - 1 - log_ratio_B).mean())
+        assert numbers["train/approx_kl_k3"] == pytest.approx(kl, rel=1e-3)
+        ref_kl = float((counted_BA.exp() - 1 - counted_BA).sum(1).mean())
+        assert numbers["train/ref_kl_k3"] == pytest.approx(ref_kl, rel=1e-3)
+        surrogate_BK = torch.minimum(
+            ratio_BK * micro.advantage_N[:, None],
+            ratio_BK.clamp(0.8, 1.2) * micro.advantage_N[:, None],
+        )
+        surrogate = float((surrogate_BK.mean(1) * micro.importance_weight_N).mean())
+        assert numbers["train/policy_loss"] == pytest.approx(-surrogate, rel=1e-3)
+        assert numbers["loss"] == pytest.approx(
+            -surrogate - 0.2 * numbers["train/entropy"] + 0.3 * ref_kl, rel=1e-3
+        )
+        weight_B = (
+            (batch.old_logprob_NA - rollout.logprob_TBA.flatten(0, 1))[:, COUNTED].sum(1).exp()
+        )
+        torch.testing.assert_close(
+            batch.importance_weight_N, weight_B.clamp(max=2.0), rtol=1e-5, atol=1e-6
+        )
+
+        for name in ("old_logprob_NA", "ref_logprob_NA"):
+            getattr(micro, name)[:, IGNORED] = -50.0
+        assert policy_results(some, micro)[1] == numbers
+        everything = policy_results(learner, micro)[1]
+        assert everything["train/approx_kl_k3"] > 100 * numbers["train/approx_kl_k3"]
+
+        # entropy: the tokens' own add up to it, with all tokens and with some
+        for found, tokens in ((numbers, COUNTED), (everything, range(7))):
+            parts = {
+                name: x for name, x in found.items() if name.startswith("train/entropy_token_")
+            }
+            assert parts.keys() == {f"train/entropy_token_{token}" for token in tokens}
+            assert sum(parts.values()) == pytest.approx(found["train/entropy"], rel=1e-5)
+            assert min(parts.values()) > 1.0
+        assert numbers["train/entropy_token_6"] == everything["train/entropy_token_6"]
+
+        # engine and trainer are compared over all tokens
+        compared = {}
+        for name, which in (("some", some), ("all", learner)):
+            averages = Averages()
+            which.prepare(rollout, averages)
+            compared[name] = averages.reduce(torch.device("cpu"))
+        for name in ("train/engine_logprob_abs_diff", "train/engine_logprob_max_diff"):
+            assert compared["some"][name] == compared["all"][name] > 0
+
+
+def test_tokens_of_empty_dimensions_count_in_no_ratio_entropy_or_kl(tiny_model_dir):
+    in_ranks(1, ignored_tokens, str(tiny_model_dir))
 
 
 def outcomes_of_two_rollouts(rank: int, model_dir: str) -> None:
