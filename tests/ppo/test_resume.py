@@ -67,6 +67,16 @@ def test_a_state_is_read_as_it_was_written(tmp_path):
     assert resume.Collected.from_json(ROLLOUT).to_json()["metrics"] == ROLLOUT["metrics"]
 
 
+def test_a_checkpoint_that_counts_optimizer_steps_can_still_be_resumed(tmp_path):
+    checkpoint = write_checkpoint(tmp_path, make_state())
+    file = checkpoint / resume.STATE_DIR / "rank_0.json"
+    old = {"optimizer_steps": {"policy": 1, "critic": 1}, "update": None}
+    file.write_text(json.dumps(old))
+    assert resume.checkpoint_problems(checkpoint) == []
+    file.write_text(json.dumps({"optimizer_steps": {"policy": 1, "critic": 1}}))
+    assert "rank_0.json holds optimizer_steps" in resume.checkpoint_problems(checkpoint)[0]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
