@@ -2,7 +2,7 @@
 
     python benchmarks/empty_dimensions.py --vla_path runs/quickstart/sft                        two CPU cores, seed 0
     python benchmarks/empty_dimensions.py --vla_path DIR --gpus 0 1 2 3 --seeds 0 1 2           six runs, four at a time
-    python benchmarks/empty_dimensions.py --vla_path DIR --extra "--total_episodes 3072"        shorter
+    python benchmarks/empty_dimensions.py --vla_path DIR --extra="--total_episodes 6144"        shorter
 
 Each variant and seed is one run of the driver with the settings of scripts/train_tabletop_cpu.sh, from the supervised
 policy in --vla_path (scripts/quickstart.sh writes one to RUN_DIR/sft). In the demonstrations of tabletop the hand never
@@ -72,7 +72,7 @@ class Args:
     gpu_memory_utilization: float = 0.4
     """The engine's share of its GPU."""
     extra: str = ""
-    """Further flags of the driver for every run, as typed."""
+    """Further flags of the driver for every run, as typed: --extra="--lam 0.9"."""
     output: str = ""
     """JSON file for the results."""
 
