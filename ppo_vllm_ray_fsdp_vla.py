@@ -59,7 +59,7 @@ from ppo.collector import Collector
 from ppo.envs.base import ResetRequest, get_suite, split_options
 from ppo.envs.vector import VectorEnv
 from ppo.evaluation import EpisodeResult, EvaluationRun, evaluation_requests, run_episodes
-from ppo.inputs import action_statistics, check_files, choose_checkpoint
+from ppo.inputs import action_statistics, check_files, choose_checkpoint, counted_tokens
 from ppo.learner import PPOLearner
 from ppo.memory import check_memory
 from ppo.models import ModelBuilder, make_trainable
@@ -218,6 +218,9 @@ class Args:
     """Upper bound is 1 + this. Default: cliprange. DAPO: 0.28."""
     ratio_level: Literal["action", "token"] = "action"
     """One ratio per action (its 7 log-probs summed) or one per token."""
+    ignore_empty_dimensions: bool = False
+    """Leave out of ratio, entropy and KL the tokens of action dimensions with an empty range in the statistics
+    (q01 = q99): whichever token is sampled there, the action is the same."""
     gamma: float = 0.99
     """Discount per environment step, in [0, 1]."""
     lam: float = 0.95
@@ -399,9 +402,12 @@ def make_plan(args: Args, *, has_gpus: bool) -> Plan:
 class PolicyTrainer:
     """One FSDP rank: its shard of policy, critic and optimizer states; `ppo/learner.py` is the update itself."""
 
-    def __init__(self, args: Args, plan: Plan, rank: int) -> None:
+    def __init__(
+        self, args: Args, plan: Plan, rank: int, counted_tokens: Sequence[int] | None = None
+    ) -> None:
         torch.set_num_threads(args.trainer_num_threads)
         self.args, self.plan, self.rank = args, plan, rank
+        self.counted_tokens = counted_tokens
         if args.deterministic:
             torch.use_deterministic_algorithms(True)
 
@@ -443,6 +449,7 @@ class PolicyTrainer:
         self.learner = PPOLearner(
             args, self.policy, self.critic, load_processor(args.vla_path),
             reference=builder.reference(policy, self.adapter), dtype=self.dtype,
+            counted_tokens=self.counted_tokens,
         )  # fmt: skip
         prompts = [
             self.learner.processor.prompt_ids(t)
@@ -727,6 +734,9 @@ class Cluster:
         self.args, self.plan, self.stop = args, plan, stop
         self._stop_calls: list[ray.ObjectRef] = []
         self._statistics = action_statistics(args)
+        self._counted_tokens = counted_tokens(args)
+        if self._counted_tokens is not None:
+            logger.info(f"action tokens in ratio, entropy and KL: {self._counted_tokens}")
         self._placement = ray_utils.place_on_cluster(plan.demand)
         for line in self._placement.lines:
             logger.info(line)
@@ -751,7 +761,7 @@ class Cluster:
         return ray.remote(concurrency_groups={"control": 1})(PolicyTrainer).options(
             num_cpus=1, num_gpus=placement.trainer_gpus, runtime_env=ray_utils.actor_env(**env),
             scheduling_strategy=ray_utils.in_bundle(self._group, placement.trainer_bundles[rank]),
-        ).remote(args, self.plan, rank)  # fmt: skip
+        ).remote(args, self.plan, rank, self._counted_tokens)  # fmt: skip
 
     def _start_worker(self, index: int) -> Any:
         if spare := self.spares.take(index):

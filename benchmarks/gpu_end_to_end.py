@@ -97,12 +97,17 @@ def layout_flags(args: Args, case: Case) -> dict[str, Any]:
     return flags
 
 
+def script_flags() -> dict[str, Any]:
+    """The flags of the quick start's launch script; True for those without a value."""
+    script = (ROOT / "scripts/train_tabletop_cpu.sh").read_text()
+    words = re.findall(r"^    --(\w+)(?: (\S+))? \\$", script, flags=re.M)
+    return {name: value.strip('"') or True for name, value in words}
+
+
 def case_flags(args: Args, case: Case) -> dict[str, Any]:
     """Flags of one case."""
     if case == "learn":
-        script = (ROOT / "scripts/train_tabletop_cpu.sh").read_text()
-        words = re.findall(r"^    --(\w+)(?: (\S+))? \\$", script, flags=re.M)
-        flags: dict[str, Any] = {name: value or True for name, value in words}
+        flags = script_flags()
         # One trainer and one engine on a GPU do what two of each do there: the same samples in the same minibatches.
         mini, envs, processes = (
             int(flags["local_mini_batch_size"]),

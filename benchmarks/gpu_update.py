@@ -224,9 +224,7 @@ def build_learner(case: Case, args: Args) -> PPOLearner:
         optimizer = torch.optim.AdamW(
             parameters, lr=learning_rate, weight_decay=0.0, fused=args.device == "cuda"
         )
-        return Trainable(
-            module, parameters, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0, 1)
-        )
+        return Trainable(module, parameters, optimizer, lambda place: learning_rate)
 
     policy = trainable(model, compute, 1e-6)
     if case.compile:
@@ -271,6 +269,7 @@ def make_rollout(learner: PPOLearner, num_samples: int) -> Rollout:
         valid_TB=torch.ones(shape, dtype=torch.bool),
         last_images_BHWC=images[-1],
         last_task_id_B=torch.zeros(1, dtype=torch.long),
+        episode_step_B=torch.zeros(1, dtype=torch.long),
         final_images_KHWC=images[:0, 0],
         final_t_K=empty,
         final_b_K=empty,

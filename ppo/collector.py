@@ -152,7 +152,7 @@ class Collector:
         if self._images is None:
             self._images = self._start(tasks)
         self.generate_s = self.wait_env_s = 0.0
-        writer = _RolloutWriter(num_steps, self._images)
+        writer = _RolloutWriter(num_steps, self._images, [len(e.actions) for e in self._episodes])
         records: list[EpisodeResult] = []
         for t in range(num_steps):
             for group in self.groups:
@@ -213,7 +213,9 @@ def _result(step: VectorStep, row: int, request: ResetRequest) -> EpisodeResult:
 class _RolloutWriter:
     """Arrays of one rollout while it is collected."""
 
-    def __init__(self, num_steps: int, images_BHWC: np.ndarray) -> None:
+    def __init__(
+        self, num_steps: int, images_BHWC: np.ndarray, episode_step_B: Sequence[int]
+    ) -> None:
         num_envs = len(images_BHWC)
         shape = (num_steps, num_envs)
         self.images = np.empty((*shape, *images_BHWC.shape[1:]), dtype=np.uint8)
@@ -224,6 +226,7 @@ class _RolloutWriter:
         self.task_id = np.zeros(shape, dtype=np.int64)
         self.valid = np.ones(shape, dtype=bool)
         self.episode_start = np.zeros(num_envs, dtype=np.int64)
+        self.episode_step_B = torch.tensor(episode_step_B, dtype=torch.int64)
         self.final: list[tuple[int, int, np.ndarray]] = []
 
     def add_actions(
@@ -274,6 +277,7 @@ class _RolloutWriter:
             valid_TB=torch.from_numpy(self.valid),
             last_images_BHWC=torch.from_numpy(images.copy()),
             last_task_id_B=torch.from_numpy(task_ids.copy()),
+            episode_step_B=self.episode_step_B,
             final_images_KHWC=torch.from_numpy(np.asarray(final_images)),
             final_t_K=torch.tensor([t for t, _, _ in self.final], dtype=torch.int64),
             final_b_K=torch.tensor([b for _, b, _ in self.final], dtype=torch.int64),

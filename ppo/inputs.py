@@ -5,10 +5,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ppo.arguments import raise_problems, world_flags
 from ppo.envs.base import get_suite, split_options
 from ppo.resume import RunState, find_checkpoint, flag_problems, run_folder_problems
-from prismatic.vla.action_normalization import load_norm_stats, resolve_unnorm_key
+from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
+from prismatic.vla.action_normalization import (
+    constant_dimensions,
+    load_norm_stats,
+    resolve_unnorm_key,
+)
+from prismatic.vla.action_tokenizer import ActionTokenizer
 from utils import checkpoint_utils, peft_utils
 
 
@@ -54,10 +62,24 @@ def choose_checkpoint(args: Any, exp_dir: Path) -> Path | None:
 
 def _statistics_problems(args: Any) -> list[str]:
     try:
-        action_statistics(args)
+        counted = counted_tokens(args)
     except (ValueError, OSError) as error:
         return [str(error)]
+    if counted == []:
+        return [
+            "--ignore_empty_dimensions leaves no action token: every dimension of the action statistics has "
+            "q01 = q99. Choose other statistics with --dataset_name"
+        ]
     return []
+
+
+def counted_tokens(args: Any) -> list[int] | None:
+    """Positions of the action tokens that count in ratio, entropy and KL; None: all of them."""
+    statistics = action_statistics(args)
+    if not args.ignore_empty_dimensions:
+        return None
+    tokenizer = ActionTokenizer.from_config(OpenVLAConfig.from_pretrained(args.vla_path))
+    return np.flatnonzero(~constant_dimensions(tokenizer, statistics)).tolist()
 
 
 def action_statistics(args: Any) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from ppo.losses import (
     value_loss,
     weighted_mean,
 )
+from ppo.outcomes import EpisodeOutcomes
 from ppo.progress import Purpose, UpdateProgress, UpdateStopped
 from ppo.rollout import Rollout, minibatches
 from prismatic.vla.action_tokenizer import ActionTokenizer
@@ -84,12 +85,21 @@ class Reference:
 
 @dataclass
 class Trainable:
-    """A sharded model with what trains it: `parameters` are those with requires_grad."""
+    """A sharded model, its parameters with requires_grad, their optimizer and their learning rate.
+
+    `learning_rate` maps the place of a minibatch in the run to a rate. The place counts all minibatches before it,
+    those that `max_approx_kl` skipped included, so that skipping does not delay the schedule.
+    """
 
     model: Any
     parameters: list[torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
-    scheduler: Any
+    learning_rate: Callable[[int], float]
+
+    def set_learning_rate(self, place: int) -> None:
+        """Give the optimizer the learning rate of the minibatch at `place`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(place)
 
 
 class PPOLearner:
@@ -101,6 +111,8 @@ class PPOLearner:
         critic: a ValueHead (`value_model_type` shared) or VLACritic, and its optimizer.
         processor: prompts and images of the model.
         reference: the initial policy, needed where `beta` > 0.
+        counted_tokens: positions of the action tokens that count in ratio, entropy and KL; None: all of them. The
+            others neither enter the loss nor get a gradient from it.
         dtype: compute precision of the images.
     """
 
@@ -113,15 +125,21 @@ class PPOLearner:
         *,
         reference: Reference | None = None,
         dtype: torch.dtype = torch.float32,
+        counted_tokens: Sequence[int] | None = None,
     ) -> None:
         self.args, self.policy, self.critic, self.processor = args, policy, critic, processor
         self.reference, self.dtype = reference, dtype
         self.device = fsdp_utils.compute_device(policy.model)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.counted_tokens = tuple(
+            range(NUM_ACTION_TOKENS) if counted_tokens is None else counted_tokens
+        )
+        self._counted_index = torch.tensor(self.counted_tokens, device=self.device)
         self.first_action_id = int(
             ActionTokenizer.from_config(policy.model.config).action_token_ids[0]
         )
         self.timer = PhaseTimer()
+        self.outcomes = EpisodeOutcomes()
         self.progress: UpdateProgress | None = (
             None  # of the update under way, or of the one that was stopped
         )
@@ -169,8 +187,13 @@ class PPOLearner:
             return None
         self.progress = None
         metrics = averages.reduce(self.device)
-        metrics["train/learning_rate"] = self.policy.scheduler.get_last_lr()[0]
-        metrics["train/value_learning_rate"] = self.critic.scheduler.get_last_lr()[0]
+        for name, trained, purpose in (
+            ("learning_rate", self.policy, "policy"),
+            ("value_learning_rate", self.critic, "value"),
+        ):
+            metrics[f"train/{name}"] = trained.learning_rate(
+                self._first_place(batch, step + 1, purpose)
+            )
         return metrics | {f"time/trainer_{k}_s": v for k, v in self.timer.pop().items()}
 
     def check_stop(self) -> None:
@@ -206,6 +229,12 @@ class PPOLearner:
         index_BA = micro.action_ids_NA - self.first_action_id
         return action_logprobs(logits_BAV, index_BA, self.args.temperature)
 
+    def _counted(self, x_BA: Tensor) -> Tensor:
+        """The columns (of log-probs, or of logits with a further axis) of the tokens that count."""
+        if len(self.counted_tokens) == x_BA.shape[1]:
+            return x_BA
+        return x_BA[:, self._counted_index]
+
     @torch.no_grad()
     def prepare(self, rollout: Rollout, averages: Averages) -> Batch:
         """Old log-probs, values, GAE and normalised advantages of this rank's rollout, as flat samples."""
@@ -215,7 +244,9 @@ class PPOLearner:
         self._evaluate(batch)
         if self.args.async_depth > 0 and self.args.old_logprobs == "recompute":
             batch.importance_weight_N = truncated_importance_weight(
-                batch.old_logprob_NA, engine_logprob_NA, self.args.importance_weight_cap
+                self._counted(batch.old_logprob_NA),
+                self._counted(engine_logprob_NA),
+                self.args.importance_weight_cap,
             )
         assert batch.old_value_N is not None
         rest = (rollout.num_envs, len(rollout.final_t_K))
@@ -238,6 +269,7 @@ class PPOLearner:
             self.device
         )
         self._log_prepared(batch, engine_logprob_NA[:num_samples], averages)
+        self._log_outcomes(rollout, value_TB, averages)
         fsdp_utils.free_gathered(self.policy.model)
         fsdp_utils.free_gathered(self.critic.model)
         return batch
@@ -346,8 +378,21 @@ class PPOLearner:
         explained = self._explained_variance(old_value_N[valid], return_N[valid])
         averages.add({"train/explained_variance": explained}, float(math.isfinite(explained)))
 
+    def _log_outcomes(self, rollout: Rollout, value_TB: Tensor, averages: Averages) -> None:
+        """Compare the outcomes of the episodes that ended with the values predicted along them.
+
+        Nothing may stop the update between here and the end of `prepare`: the rollout would be taken in twice.
+        """
+        ended = self.outcomes.add(rollout, value_TB, self.args.gamma)
+        explained = self._explained_variance(ended.value_M, ended.outcome_M)
+        num_episodes = torch.tensor(float(ended.num_episodes), device=self.device)
+        dist.all_reduce(num_episodes)
+        averages.add({"train/num_outcome_episodes": num_episodes})
+        is_defined = float(math.isfinite(explained))
+        averages.add({"train/explained_variance_outcome": explained}, is_defined)
+
     def _explained_variance(self, value_N: Tensor, return_N: Tensor) -> float:
-        """1 - Var(R - V) / Var(R) over the valid samples of all ranks; NaN where the returns are all equal."""
+        """1 - Var(R - V) / Var(R) over the given samples of all ranks; NaN where the returns are all equal."""
         sums_23 = torch.stack([moments(return_N - value_N), moments(return_N)]).to(self.device)
         dist.all_reduce(sums_23)
         return explained_variance_of_moments(sums_23[0], sums_23[1])
@@ -401,9 +446,11 @@ class PPOLearner:
         args = self.args
         if args.value_model_type == "shared":  # reads features only
             batch = dataclasses.replace(batch, images_NHWC=None, features_NPD=None)
-        for _, indices in self._minibatch_indices(
-            len(batch), step, args.num_value_epochs or args.num_epochs, "value"
+        first_place = self._first_place(batch, step, "value")
+        for number, indices in self._minibatch_indices(
+            len(batch), step, self._num_epochs("value"), "value"
         ):
+            self.critic.set_learning_rate(first_place + number)
             normalizer = self._normalizer(batch, indices)
             total = torch.zeros((), device=self.device)
             for micro, is_last in self._training_passes(self.critic, batch, indices):
@@ -429,7 +476,11 @@ class PPOLearner:
     def update_policy(self, batch: Batch, step: int, averages: Averages) -> None:
         """`num_epochs` passes of clipped PPO over the rollout, or fewer where `max_approx_kl` is exceeded."""
         args = self.args
-        for number, indices in self._minibatch_indices(len(batch), step, args.num_epochs, "policy"):
+        first_place = self._first_place(batch, step, "policy")
+        for number, indices in self._minibatch_indices(
+            len(batch), step, self._num_epochs("policy"), "policy"
+        ):
+            self.policy.set_learning_rate(first_place + number)
             normalizer = self._normalizer(batch, indices)
             total = torch.zeros((), device=self.device)
             approx_kl = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -457,27 +508,31 @@ class PPOLearner:
         """Loss and statistics of a micro-batch, as shares of its minibatch's, and its largest |ratio - 1|."""
         args = self.args
         logits_BAV = self._forward(self.policy.model, micro).logits_BAV
-        logprob_BA = self._logprobs(logits_BAV, micro)
+        logprob_BA = self._counted(self._logprobs(logits_BAV, micro))
         assert micro.advantage_N is not None
         result = policy_loss(
-            logprob_BA, micro.old_logprob_NA, micro.advantage_N, clip_low=args.cliprange,
+            logprob_BA, self._counted(micro.old_logprob_NA), micro.advantage_N, clip_low=args.cliprange,
             clip_high=args.cliprange_high if args.cliprange_high is not None else args.cliprange,
             level=args.ratio_level, importance_weight_B=micro.importance_weight_N, weight_B=micro.weight_N,
             normalizer=normalizer,
         )  # fmt: skip
-        entropy_share = weighted_mean(
-            entropy(logits_BAV, args.temperature).sum(1), micro.weight_N, normalizer
-        )
+        entropy_BA = entropy(self._counted(logits_BAV), args.temperature)
+        entropy_share = weighted_mean(entropy_BA.sum(1), micro.weight_N, normalizer)
         loss = result.loss - args.entropy_coef * entropy_share
         shares = {
             "train/policy_loss": result.loss, "train/entropy": entropy_share,
             "train/clip_fraction": result.clip_fraction, "train/approx_kl_k3": result.approx_kl_k3,
             "train/ratio_mean": result.ratio_mean,
         }  # fmt: skip
+        for place, token in enumerate(self.counted_tokens):
+            share = weighted_mean(entropy_BA[:, place].detach(), micro.weight_N, normalizer)
+            shares[f"train/entropy_token_{token}"] = share
         if args.beta:
             assert micro.ref_logprob_NA is not None
             kl = weighted_mean(
-                kl_k3(logprob_BA, micro.ref_logprob_NA).sum(1), micro.weight_N, normalizer
+                kl_k3(logprob_BA, self._counted(micro.ref_logprob_NA)).sum(1),
+                micro.weight_N,
+                normalizer,
             )
             loss = loss + args.beta * kl
             shares["train/ref_kl_k3"] = kl
@@ -491,6 +546,19 @@ class PPOLearner:
         """The same number on every rank, so that every rank takes the same branch."""
         dist.all_reduce(value)
         return float(value) / self.world_size
+
+    def _num_epochs(self, purpose: Purpose) -> int:
+        args = self.args
+        return args.num_epochs if purpose == "policy" else args.num_value_epochs or args.num_epochs
+
+    def _first_place(self, batch: Batch, step: int, purpose: Purpose) -> int:
+        """Place in the run of the first minibatch of training step `step` (see Trainable).
+
+        The policy's places begin after the critic's warm-up.
+        """
+        steps_before = step - 1 - (self.args.value_init_steps if purpose == "policy" else 0)
+        num_minibatches = len(batch) // self.args.local_mini_batch_size
+        return max(steps_before, 0) * num_minibatches * self._num_epochs(purpose)
 
     def _minibatch_indices(
         self, num_samples: int, step: int, num_epochs: int, purpose: Purpose
@@ -529,7 +597,6 @@ class PPOLearner:
         averages.add({f"train/{group}_grad_norm": norm})
         trained.optimizer.step()
         trained.optimizer.zero_grad(set_to_none=True)
-        trained.scheduler.step()
 
 
 def largest_micro_batch(minibatch: int, limit: int = 32) -> int:

@@ -86,12 +86,14 @@ class ModelBuilder:
 def make_trainable(
     model: Any, learning_rate: float, schedule: str, warmup: int, total: int
 ) -> Trainable:
-    """AdamW without weight decay; the scheduler counts optimizer steps (`warmup` and `total` do too)."""
+    """AdamW without weight decay; the schedule's `warmup` and `total` count minibatches, done or skipped."""
     parameters = peft_utils.trainable_parameters(model)
     fused = fsdp_utils.compute_device(model).type == "cuda"
     optimizer = torch.optim.AdamW(
         parameters, lr=learning_rate, eps=1e-5, weight_decay=0.0, fused=fused
     )
     name = "constant_with_warmup" if schedule == "constant" else schedule
+    # Only the formula is taken from the scheduler: its own counter would lag behind wherever a minibatch is skipped.
     scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total)
-    return Trainable(model, parameters, optimizer, scheduler)
+    (peak,), (factor,) = scheduler.base_lrs, scheduler.lr_lambdas
+    return Trainable(model, parameters, optimizer, lambda place: peak * factor(place))

@@ -103,7 +103,7 @@ def progress_line(step: int, num_steps: int, metrics: dict[str, float], step_s: 
             + f" ({metrics['rollout/num_episodes']:.0f} ep)",
             show("train/approx_kl_k3", "kl", ".4f"),
             show("train/clip_fraction", "clip", ".3f"),
-            show("train/explained_variance", "ev", ".2f"),
+            show("train/explained_variance_outcome", "ev outcome", ".2f"),
             " ".join(f"{name} {seconds:.1f}" for name, seconds in phases.items()) + " s",
             f"{metrics['time/env_steps_per_s']:.0f} env steps/s",
             f"ETA {eta}",

@@ -31,6 +31,7 @@ class Rollout:
         valid_TB: bool; False for steps of an episode whose environment died, to be given weight 0.
         last_images_BHWC: (B, H, W, 3) uint8, the observations after the last step (after the reset, if one was due).
         last_task_id_B: int64, the tasks that those belong to.
+        episode_step_B: int64, steps that the running episodes had taken when the rollout began.
         final_images_KHWC: (K, H, W, 3) uint8, the real last observations of the truncated episodes.
         final_t_K: int64, their steps.
         final_b_K: int64, their environments.
@@ -48,6 +49,7 @@ class Rollout:
     valid_TB: Tensor
     last_images_BHWC: Tensor
     last_task_id_B: Tensor
+    episode_step_B: Tensor
     final_images_KHWC: Tensor
     final_t_K: Tensor
     final_b_K: Tensor

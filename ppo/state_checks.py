@@ -130,8 +130,7 @@ WORKER_STATISTICS = (
     "policy_version", "collect_s", "num_void_steps", "mem_gib", "generate_s", "wait_env_s", "num_replaced",
     "num_not_repeated", "envs_gib",
 )  # fmt: skip
-RANK: Rules = {"optimizer_steps": OBJECT, "update": _or_null(OBJECT)}
-OPTIMIZER_STEPS: Rules = {"policy": COUNT, "critic": COUNT}
+RANK: Rules = {"update": _or_null(OBJECT)}
 UPDATE: Rules = {"num_done": OBJECT, "averages": OBJECT}
 NUM_DONE: Rules = {"value": COUNT, "policy": COUNT}
 AVERAGES: Rules = {
@@ -257,12 +256,13 @@ def read_rank(folder: Path, rank: int) -> dict[str, Any]:
 
 
 def _rank_problems(content: Mapping[str, Any]) -> list[str]:
-    if problems := object_problems("rank", content, RANK):
+    # Older versions also counted optimizer steps, which nothing reads.
+    known = {name: value for name, value in content.items() if name != "optimizer_steps"}
+    if problems := object_problems("rank", known, RANK):
         return problems
-    problems = object_problems("optimizer_steps", content["optimizer_steps"], OPTIMIZER_STEPS)
-    update = content["update"]
-    if problems or update is None:
-        return problems
+    update = known["update"]
+    if update is None:
+        return []
     if problems := object_problems("update", update, UPDATE):
         return problems
     problems = object_problems("update.num_done", update["num_done"], NUM_DONE)

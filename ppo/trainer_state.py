@@ -1,4 +1,4 @@
-"""One trainer rank's part of a checkpoint: weights, optimizers, schedules, random states, and an update under way."""
+"""One trainer rank's part of a checkpoint: weights, optimizers, random states, and an update under way."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.optim.lr_scheduler import LambdaLR
 
 from ppo.batch import Batch
 from ppo.learner import PPOLearner
@@ -31,18 +30,13 @@ def begin_saving(
         f"random.{name}": state
         for name, state in training_state.random_states(learner.device).items()
     }
+    own |= {f"running.{name}": tensor for name, tensor in learner.outcomes.tensors().items()}
     if progress is not None:
         own |= {f"update.{name}": tensor for name, tensor in progress.tensors().items()}
     tensors = {f"rank_{learner.rank}.{name}": tensor for name, tensor in own.items()}
     for name, trained in (("policy", learner.policy), ("critic", learner.critic)):
         tensors |= training_state.trained_tensors(name, trained.model, trained.optimizer)
-    numbers = {
-        "optimizer_steps": {
-            "policy": learner.policy.scheduler.last_epoch,
-            "critic": learner.critic.scheduler.last_epoch,
-        },
-        "update": progress.numbers() if progress else None,
-    }
+    numbers = {"update": progress.numbers() if progress else None}
     training_state.write_json(folder / f"rank_{learner.rank}.json", numbers)
     writer.begin(folder, tensors, after)
 
@@ -50,8 +44,9 @@ def begin_saving(
 def load(learner: PPOLearner, folder: Path, num_saved: int, seed: tuple[int, ...]) -> None:
     """Load what `num_saved` ranks saved into `learner`; they may be more or fewer than now.
 
-    With as many ranks everything goes on to the last bit. With another number the random states begin from `seed`, and
-    an update under way goes on as `redistribute` says.
+    With as many ranks everything goes on to the last bit. With another number the random states begin from `seed`, an
+    update under way goes on as `redistribute` says, and the episodes under way do not count in
+    `train/explained_variance_outcome`.
 
     Raises:
         ValueError: the weights are of another model.
@@ -60,12 +55,13 @@ def load(learner: PPOLearner, folder: Path, num_saved: int, seed: tuple[int, ...
     numbers = [read_rank(folder, r) for r in range(num_saved)]
     for name, trained in (("policy", learner.policy), ("critic", learner.critic)):
         training_state.load_trained(folder, name, trained.model, trained.optimizer)
-        set_schedule(trained.scheduler, numbers[0]["optimizer_steps"][name])
     is_same = num_saved == learner.world_size
     if is_same:
         states = training_state.load_prefixed(folder, f"rank_{rank}.random.")
         training_state.set_random_states(states, learner.device)
+        learner.outcomes.load(training_state.load_prefixed(folder, f"rank_{rank}.running."))
     else:
+        learner.outcomes.load({})  # the environments are other ones
         torch.manual_seed(int(np.random.SeedSequence((*seed, rank)).generate_state(1)[0]))
     learner.progress = None
     if numbers[0]["update"] is not None:
@@ -85,15 +81,3 @@ def _load_update(
     ]
     size = learner.args.local_mini_batch_size
     return redistribute(batches, updates, learner.rank, learner.world_size, size)
-
-
-def set_schedule(scheduler: LambdaLR, num_steps: int) -> None:
-    """Put a schedule to where it is after `num_steps` optimizer steps; peak and shape are those of the flags now."""
-    scheduler.last_epoch = num_steps
-    rates = [
-        base * factor(num_steps)
-        for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-    ]
-    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    scheduler._last_lr = rates

@@ -32,7 +32,13 @@ def flags(**changes) -> SimpleNamespace:
     return SimpleNamespace(**(values | changes))
 
 
-def make_rollout(model_dir: str, seed: int = 0) -> Rollout:
+AFTER_ONE = (2, 0, 6, 4)
+"""Steps that the running episodes of `make_rollout` have taken at its end."""
+
+
+def make_rollout(
+    model_dir: str, seed: int = 0, episode_step_B: tuple[int, ...] = (0, 0, 0, 0)
+) -> Rollout:
     """Random observations and actions; an episode that ends well, two cut by the time limit, and a dropped one."""
     rng = np.random.default_rng(seed)
     first = OpenVLAConfig.from_pretrained(model_dir).first_action_token_id
@@ -60,6 +66,7 @@ def make_rollout(model_dir: str, seed: int = 0) -> Rollout:
         valid_TB=valid,
         last_images_BHWC=images(B),
         last_task_id_B=torch.tensor([0, 1, 1, 0]),
+        episode_step_B=torch.tensor(episode_step_B),
         final_images_KHWC=images(2),
         final_t_K=torch.tensor([3, 5]),
         final_b_K=torch.tensor([0, 1]),
@@ -108,9 +115,8 @@ def make_learner(
             torch.optim.AdamW(parameters, lr=1e-3, fused=device.type == "cuda") if adam else None
         )
         optimizer = fused or torch.optim.SGD(parameters, lr=0.1)
-        return Trainable(
-            module, parameters, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0, 1)
-        )
+        rate = optimizer.param_groups[0]["lr"]
+        return Trainable(module, parameters, optimizer, lambda place: rate)
 
     policy, value = trainable(model, dtype), trainable(critic.to(device), torch.float32)
     if compile_backend is not None:

@@ -412,12 +412,6 @@ CHECKPOINT = [
     Case("checkpoint", "rank's numbers are null", write(RANK, "null"), "not a JSON object"),
     Case("checkpoint", "rank's numbers are a pipe", fifo(RANK), "a named pipe"),
     Case("checkpoint", "rank's file is missing", lambda f: (f / RANK).unlink(), "rank_0.json"),
-    Case("checkpoint", "optimizer steps of a list", put(RANK, "optimizer_steps", [1, 2]), "optimizer_steps"),
-    Case("checkpoint", "optimizer steps of text", put(RANK, "optimizer_steps.policy", "1"), "policy is 1"),
-    Case("checkpoint", "optimizer steps NaN", put(RANK, "optimizer_steps.policy", float("nan")), "policy is nan"),
-    Case("checkpoint", "optimizer steps negative", put(RANK, "optimizer_steps.critic", -1), "critic is -1"),
-    Case("checkpoint", "optimizer steps huge", put(RANK, "optimizer_steps.critic", HUGE), "critic is 1000"),
-    Case("checkpoint", "no critic's steps", drop(RANK, "optimizer_steps.critic"), "no critic"),
     Case("checkpoint", "an update that the state does not know", put(RANK, "update", {
         "num_done": {"value": 1, "policy": 1}, "averages": {"sums": {}, "maxima": {}}}), "minibatches"),
     Case("update", "no update in a rank", put(RANK, "update", None), "minibatches"),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -240,6 +241,23 @@ def test_folders_and_engine_options_are_checked_before_anything_starts(tiny_mode
     assert "no_such_option" in str(error.value) and "0.26" in str(error.value)
     with pytest.raises(ValueError, match="not a folder"):
         driver.check_files(dataclasses.replace(good, vla_path="/nowhere"), tmp_path / "run")
+
+
+def test_empty_dimensions_of_the_statistics_are_ignored_on_request_unless_all_are_empty(
+    tiny_model_dir, tmp_path
+):
+    args = small_args(tiny_model_dir, tmp_path, ignore_empty_dimensions=False)
+    assert driver.counted_tokens(args) is None
+    args = dataclasses.replace(args, ignore_empty_dimensions=True)
+    assert driver.counted_tokens(args) == [0, 1, 2, 5, 6], "q01 = q99 = 0 in dimensions 3 and 4"
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model)
+    empty = {"q01": [0.0] * 7, "q99": [0.0] * 7}
+    (model / "dataset_statistics.json").write_text(json.dumps({"tabletop": {"action": empty}}))
+    args = dataclasses.replace(args, vla_path=str(model))
+    with pytest.raises(ValueError, match="ignore_empty_dimensions leaves no action token"):
+        driver.check_files(args, tmp_path / "run")
 
 
 def test_an_adapter_for_another_base_is_refused(tiny_model_dir, tmp_path):

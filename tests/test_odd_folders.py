@@ -150,7 +150,7 @@ def test_the_folders_that_are_damaged_are_right_before(kind, models, dataset, tm
 def test_an_older_checkpoint_is_taken_where_the_newest_is_odd(tmp_path):
     older, newer = (write_checkpoint(tmp_path / "run", make_state(step)) for step in (2, 3))
     rank = newer / "training_state" / "rank_0.json"
-    for content in ([1], {"optimizer_steps": {"policy": "1", "critic": 1}, "update": None}):
+    for content in ([1], {"update": {"num_done": {"value": "1", "policy": 1}}}):
         rank.write_text(json.dumps(content))
         assert resume.find_checkpoint("auto", tmp_path / "run") == (older, [])
     assert driver.Args is type(ARGS)

@@ -171,6 +171,7 @@ def rollouts(draw: st.DrawFn) -> tuple[Rollout, int]:
         valid_TB=random(*shape, below=2, dtype=torch.bool),
         last_images_BHWC=random(shape[1], 2, 2, 3, dtype=torch.uint8),
         last_task_id_B=random(shape[1], below=2),
+        episode_step_B=random(shape[1], below=100),
         final_images_KHWC=random(num_final, 2, 2, 3, dtype=torch.uint8),
         final_t_K=final_t_K,
         final_b_K=final_b_K,

@@ -153,6 +153,17 @@ def unnormalize_action(action: np.ndarray, stats: Mapping[str, Any]) -> np.ndarr
     return np.where(mask, 0.5 * (action + 1.0) * (high - low) + low, action).astype(np.float32)
 
 
+def constant_dimensions(tokenizer: ActionTokenizer, stats: Mapping[str, Any]) -> np.ndarray:
+    """Return which dimensions give the environment the same number whatever the token, (A,) bool.
+
+    Those are the dimensions with an empty range in the statistics (`q01 == q99` where `mask` is true).
+    """
+    num_dimensions = len(stats["q01"])
+    token_ids_VA = np.repeat(tokenizer.action_token_ids[:, None], num_dimensions, axis=1)
+    actions_VA = tokens_to_env_actions(token_ids_VA, tokenizer, stats)
+    return (actions_VA == actions_VA[0]).all(axis=0)
+
+
 def _bounds(stats: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     low, high = (
         np.asarray(stats["q01"], dtype=np.float64),

@@ -113,6 +113,11 @@ def test_two_rollouts_hold_what_serial_environments_do_and_each_episode_its_task
     played = {(r.task_id, r.seed) for r in records}
     assert played <= {(r.task_id, r.seed) for rs in requests.values() for r in rs}
     first, second = collected[0][0], collected[1][0]
+    assert first.episode_step_B.tolist() == [0] * B
+    since_end = [
+        T - 1 - max([-1, *first.done_TB[:, b].nonzero().flatten().tolist()]) for b in range(B)
+    ]
+    assert second.episode_step_B.tolist() == since_end == [3] * B
     np.testing.assert_array_equal(first.last_images_BHWC.numpy(), second.images_TBHWC[0].numpy())
     np.testing.assert_array_equal(first.last_task_id_B.numpy(), second.task_id_TB[0].numpy())
 

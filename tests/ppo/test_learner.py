@@ -7,9 +7,21 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ppo.batch import Averages
+from ppo.batch import Averages, Batch
+from ppo.learner import PPOLearner, Reference
+from ppo.losses import explained_variance
+from ppo.models import make_trainable
 from tests.distributed import in_ranks
-from tests.learners import B, T, assert_same_update, flags, make_learner, make_rollout, weights
+from tests.learners import (
+    AFTER_ONE,
+    B,
+    T,
+    assert_same_update,
+    flags,
+    make_learner,
+    make_rollout,
+    weights,
+)
 
 
 def run_and_save(rank: int, model_dir: str, out: str, changes: dict, lora: bool) -> None:
@@ -257,6 +269,200 @@ def compiled(rank: int, model_dir: str) -> None:
 
 def test_compiled_blocks_give_the_eager_update(tiny_model_dir):
     in_ranks(1, compiled, str(tiny_model_dir))
+
+
+COUNTED, IGNORED = [0, 1, 2, 5, 6], [3, 4]
+
+
+def policy_results(learner: PPOLearner, micro: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+    """The gradient of the policy's loss on a micro-batch with respect to the logits, and the logged shares."""
+    logits_BAV, original = [], learner._forward
+
+    def forward(*args: Any) -> Any:
+        out = original(*args)
+        out.logits_BAV.retain_grad()
+        logits_BAV.append(out.logits_BAV)
+        return out
+
+    learner._forward = forward
+    loss, shares, deviation = learner._policy_loss(micro, torch.tensor(float(len(micro))))
+    loss.backward()
+    learner._forward = original
+    numbers = {name: float(share) for name, share in shares.items()}
+    return logits_BAV[0].grad, numbers | {"loss": float(loss), "deviation": float(deviation)}
+
+
+def ignored_tokens(rank: int, model_dir: str) -> None:
+    """Tokens that do not count: no gradient, no part in ratio, entropy or KL, whatever their log-probs are."""
+    rollout = make_rollout(model_dir)
+    for level in ("action", "token"):
+        learner = make_learner(
+            model_dir, flags(ratio_level=level, beta=0.3, entropy_coef=0.2, async_depth=1)
+        )
+        learner.reference = Reference(learner.policy.model)
+        some = PPOLearner(
+            learner.args, learner.policy, learner.critic, learner.processor,
+            reference=learner.reference, counted_tokens=COUNTED,
+        )  # fmt: skip
+        averages = Averages()
+        batch = some.prepare(rollout, averages)
+        micro = batch[torch.tensor([4, 5, 9])]
+        generator = torch.Generator().manual_seed(0)
+        noise_BA = 0.1 * torch.randn(micro.old_logprob_NA.shape, generator=generator)
+        logprob_BA = micro.old_logprob_NA.clone()
+        micro.old_logprob_NA = logprob_BA - noise_BA
+        micro.ref_logprob_NA = logprob_BA + noise_BA
+        gradient_BAV, numbers = policy_results(some, micro)
+        assert not gradient_BAV[:, IGNORED].any()
+        assert all(gradient_BAV[:, token].abs().max() > 1e-6 for token in COUNTED)
+
+        # by hand, from the log-ratios of the tokens that count
+        counted_BA = noise_BA[:, COUNTED]
+        ratio_BK = (counted_BA.sum(1, keepdim=True) if level == "action" else counted_BA).exp()
+        assert numbers["train/ratio_mean"] == pytest.approx(float(ratio_BK.mean()), rel=1e-4)
+        assert numbers["deviation"] == pytest.approx(float((ratio_BK - 1).abs().max()), rel=1e-3)
+        log_ratio_B = counted_BA.sum(1)
+        kl = float((log_ratio_B.exp() - 1 - log_ratio_B).mean())
+        assert numbers["train/approx_kl_k3"] == pytest.approx(kl, rel=1e-3)
+        ref_kl = float((counted_BA.exp() - 1 - counted_BA).sum(1).mean())
+        assert numbers["train/ref_kl_k3"] == pytest.approx(ref_kl, rel=1e-3)
+        surrogate_BK = torch.minimum(
+            ratio_BK * micro.advantage_N[:, None],
+            ratio_BK.clamp(0.8, 1.2) * micro.advantage_N[:, None],
+        )
+        surrogate = float((surrogate_BK.mean(1) * micro.importance_weight_N).mean())
+        assert numbers["train/policy_loss"] == pytest.approx(-surrogate, rel=1e-3)
+        assert numbers["loss"] == pytest.approx(
+            -surrogate - 0.2 * numbers["train/entropy"] + 0.3 * ref_kl, rel=1e-3
+        )
+        weight_B = (
+            (batch.old_logprob_NA - rollout.logprob_TBA.flatten(0, 1))[:, COUNTED].sum(1).exp()
+        )
+        torch.testing.assert_close(
+            batch.importance_weight_N, weight_B.clamp(max=2.0), rtol=1e-5, atol=1e-6
+        )
+
+        for name in ("old_logprob_NA", "ref_logprob_NA"):
+            getattr(micro, name)[:, IGNORED] = -50.0
+        assert policy_results(some, micro)[1] == numbers
+        everything = policy_results(learner, micro)[1]
+        assert everything["train/approx_kl_k3"] > 100 * numbers["train/approx_kl_k3"]
+
+        # entropy: the tokens' own add up to it, with all tokens and with some
+        for found, tokens in ((numbers, COUNTED), (everything, range(7))):
+            parts = {
+                name: x for name, x in found.items() if name.startswith("train/entropy_token_")
+            }
+            assert parts.keys() == {f"train/entropy_token_{token}" for token in tokens}
+            assert sum(parts.values()) == pytest.approx(found["train/entropy"], rel=1e-5)
+            assert min(parts.values()) > 1.0
+        assert numbers["train/entropy_token_6"] == everything["train/entropy_token_6"]
+
+        # engine and trainer are compared over all tokens
+        compared = {}
+        for name, which in (("some", some), ("all", learner)):
+            averages = Averages()
+            which.prepare(rollout, averages)
+            compared[name] = averages.reduce(torch.device("cpu"))
+        for name in ("train/engine_logprob_abs_diff", "train/engine_logprob_max_diff"):
+            assert compared["some"][name] == compared["all"][name] > 0
+
+
+def test_tokens_of_empty_dimensions_count_in_no_ratio_entropy_or_kl(tiny_model_dir):
+    in_ranks(1, ignored_tokens, str(tiny_model_dir))
+
+
+def outcomes_of_two_rollouts(rank: int, model_dir: str) -> None:
+    """The metric against episodes listed by hand, with the values that the critic had before each update."""
+    world = dist.get_world_size()
+    learner = make_learner(model_dir, flags(local_mini_batch_size=T * B // world, vf_coef=5.0))
+    observer = PPOLearner(learner.args, learner.policy, learner.critic, learner.processor)
+    rollouts = [make_rollout(model_dir), make_rollout(model_dir, 1, AFTER_ONE)]
+    values, metrics = [], []
+    for step, rollout in enumerate(rollouts, 1):
+        share = rollout.shard(rank, world)
+        value_TB = observer.prepare(share, Averages()).old_value_N.view(T, -1)
+        of_ranks = [torch.empty_like(value_TB) for _ in range(world)]
+        dist.all_gather(of_ranks, value_TB)
+        values.append(torch.cat(of_ranks, dim=1))
+        metrics.append(learner.update(share, step))
+    # Environment, first and last step (counted over both rollouts), reward at the last one. Environment 2 has no end,
+    # environment 3 two dropped episodes, the second one begun in the first rollout.
+    episodes = {1: [(0, 0, 2, 1.0), (0, 3, 3, 0.0), (1, 0, 5, 0.0)],
+                2: [(0, 4, 8, 1.0), (0, 9, 9, 0.0), (1, 6, 11, 0.0)]}  # fmt: skip
+    value_SB = torch.cat(values)
+    for step, ended in episodes.items():
+        value = torch.cat([value_SB[first : last + 1, b] for b, first, last, _ in ended])
+        outcome = torch.tensor(
+            [reward * 0.9 ** (last - t) for _, first, last, reward in ended for t in range(first, last + 1)]
+        )  # fmt: skip
+        found = metrics[step - 1]
+        assert found["train/num_outcome_episodes"] == 3
+        assert found["train/explained_variance_outcome"] == pytest.approx(
+            explained_variance(value, outcome), rel=1e-5
+        )
+
+    # nothing ends: the count is 0, and the variance is absent
+    rollouts[0].terminated_TB[:], rollouts[0].truncated_TB[:] = False, False
+    metrics = learner.update(rollouts[0].shard(rank, world), 3)
+    assert metrics["train/num_outcome_episodes"] == 0
+    assert metrics["train/explained_variance_outcome"] is None
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_values_are_compared_with_what_came_of_episodes_over_two_rollouts(
+    tiny_model_dir, world_size
+):
+    in_ranks(world_size, outcomes_of_two_rollouts, str(tiny_model_dir))
+
+
+def rates_of_a_run(model_dir: str, max_approx_kl: float | None) -> tuple[list[dict], list[list]]:
+    """Metrics of each of 5 training steps, and the policy's learning rate at each of their optimizer steps."""
+    import ppo_vllm_ray_fsdp_vla as driver  # seconds that the other tests' ranks need not take
+
+    num_steps, sizes = (
+        5,
+        {"num_epochs": 2, "local_mini_batch_size": T * B // 4, "value_init_steps": 2},
+    )
+    plan = driver.make_plan(
+        driver.Args(
+            total_episodes=num_steps * T * B, num_steps=T, local_rollout_batch_size=B, **sizes
+        ),
+        has_gpus=False,
+    )
+    learner = make_learner(model_dir, flags(max_approx_kl=max_approx_kl, **sizes), lora=True)
+    learner.policy = make_trainable(
+        learner.policy.model, 1e-3, "linear", 4, plan.policy_optimizer_steps
+    )
+    rates: list[list[float]] = []
+    learner.policy.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: rates[-1].append(optimizer.param_groups[0]["lr"])
+    )
+    metrics = []
+    for step in range(1, num_steps + 1):
+        rates.append([])
+        metrics.append(learner.update(make_rollout(model_dir, step), step))
+    return metrics, rates
+
+
+def schedules(rank: int, model_dir: str) -> None:
+    """Two steps of critic warm-up, then three of eight minibatches, of which the KL limit lets few be done."""
+    metrics, rates = rates_of_a_run(model_dir, None)
+    by_hand = [1e-3 * (k / 4 if k < 4 else (24 - k) / 20) for k in range(24)]
+    assert [len(of_step) for of_step in rates] == [0, 0, 8, 8, 8]
+    assert sum(rates, []) == pytest.approx(by_hand, rel=1e-12)
+    ends = [m["train/learning_rate"] for m in metrics]
+    assert ends == pytest.approx([0.0, 0.0, 0.8e-3, 0.4e-3, 0.0], rel=1e-12)
+
+    stopped_metrics, stopped_rates = rates_of_a_run(model_dir, 1e-7)
+    assert [m.get("train/stopped_by_kl") for m in stopped_metrics] == [None, None, 1.0, 1.0, 1.0]
+    for done, planned in zip(stopped_rates[2:], rates[2:], strict=True):
+        assert 0 < len(done) < 8 and done == planned[: len(done)]
+    assert [m["train/learning_rate"] for m in stopped_metrics] == ends
+
+
+def test_minibatches_skipped_by_the_kl_limit_do_not_delay_the_schedule(tiny_model_dir):
+    in_ranks(1, schedules, str(tiny_model_dir))
 
 
 def masters(rank: int, model_dir: str) -> None:

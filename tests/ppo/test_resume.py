@@ -61,9 +61,7 @@ def write_checkpoint(exp_dir: Path, state: resume.RunState) -> Path:
         num_done = {"value": state.num_minibatches, "policy": 0}
         update = {"num_done": num_done, "averages": {"sums": {}, "maxima": {}}}
         tensors |= {f"rank_0.update.{name}": torch.zeros(2) for name in required_tensors()}
-    (folder / "rank_0.json").write_text(
-        json.dumps({"optimizer_steps": {"policy": 1, "critic": 1}, "update": update})
-    )
+    (folder / "rank_0.json").write_text(json.dumps({"update": update}))
     dcp.save(tensors, checkpoint_id=folder, no_dist=True)
     return folder.parent
 
@@ -80,6 +78,16 @@ def test_a_state_is_read_as_it_was_written(tmp_path):
         "step_3_minibatch_12",
     ]
     assert resume.Collected.from_json(ROLLOUT).to_json()["metrics"] == ROLLOUT["metrics"]
+
+
+def test_a_checkpoint_that_counts_optimizer_steps_can_still_be_resumed(tmp_path):
+    checkpoint = write_checkpoint(tmp_path, make_state())
+    file = checkpoint / resume.STATE_DIR / "rank_0.json"
+    old = {"optimizer_steps": {"policy": 1, "critic": 1}, "update": None}
+    file.write_text(json.dumps(old))
+    assert resume.checkpoint_problems(checkpoint) == []
+    file.write_text(json.dumps({"optimizer_steps": {"policy": 1, "critic": 1}}))
+    assert "has no update" in resume.checkpoint_problems(checkpoint)[0]
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ def make_rollout(num_steps=3, num_envs=4, *, offset=0, truncated=((0, 1), (2, 3)
         valid_TB=torch.ones(num_steps, num_envs, dtype=torch.bool),
         last_images_BHWC=images(10 * num_steps + b[0]),
         last_task_id_B=b[0] % 2,
+        episode_step_B=b[0] * 3,
         final_images_KHWC=images(final),
         final_t_K=torch.tensor([step for step, _ in truncated]),
         final_b_K=torch.tensor([env for _, env in truncated]),
@@ -122,7 +123,11 @@ def test_images_are_stored_as_bytes():
     rollout = make_rollout()
     assert rollout.images_TBHWC.dtype == torch.uint8
     images = (3 * 4 + 4 + 2) * 2 * 2 * 3
-    assert images < rollout.nbytes < images + 3 * 4 * (7 * (8 + 4) + 4 + 8 + 3) + 4 * 8 + 2 * 16 + 1
+    assert (
+        images
+        < rollout.nbytes
+        < images + 3 * 4 * (7 * (8 + 4) + 4 + 8 + 3) + 2 * 4 * 8 + 2 * 16 + 1
+    )
 
 
 def test_minibatches_are_a_fresh_partition_every_epoch_step_and_rank():

@@ -5,14 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch.optim.lr_scheduler import LambdaLR
 
 from ppo import trainer_state
 from ppo.batch import required_tensors
 from ppo.learner import PPOLearner
 from ppo.progress import UpdateProgress
 from tests.distributed import in_ranks
-from tests.learners import B, T, flags, make_learner, make_rollout, weights
+from tests.learners import AFTER_ONE, B, T, flags, make_learner, make_rollout, weights
 from utils import fsdp_utils, training_state
 from utils.training_state import BackgroundWriter
 
@@ -28,7 +27,7 @@ def make(model_dir: str, **changes) -> PPOLearner:
         model_dir, flags(**(values | changes)), lora=True, dropout=0.3, adam=True
     )
     for trained in (learner.policy, learner.critic):
-        trained.scheduler = LambdaLR(trained.optimizer, lambda step: 1.0 / (1.0 + step))
+        trained.learning_rate = lambda place: 1.0 / (1.0 + place)
     return learner
 
 
@@ -59,7 +58,10 @@ def train_metrics(metrics: dict) -> dict:
 
 def stopped_updates(rank: int, model_dir: str, folder: str) -> None:
     world_size = dist.get_world_size()
-    rollouts = [make_rollout(model_dir, seed).shard(rank, world_size) for seed in (0, 1)]
+    rollouts = [
+        make_rollout(model_dir, 0).shard(rank, world_size),
+        make_rollout(model_dir, 1, AFTER_ONE).shard(rank, world_size),
+    ]
 
     def update(learner: PPOLearner, *args) -> dict | None:
         torch.manual_seed(100 + rank)  # the same dropout, wherever the generator was before
@@ -68,6 +70,7 @@ def stopped_updates(rank: int, model_dir: str, folder: str) -> None:
     straight = make(model_dir)
     before = weights(straight)
     metrics = [update(straight, rollout, step) for step, rollout in enumerate(rollouts, 1)]
+    assert [m["train/num_outcome_episodes"] for m in metrics] == [3, 3]
     expected = state_of(straight)
     assert max(float((expected[n] - before[n]).abs().max()) for n in before) > 1e-4, (
         "nothing was trained"
@@ -120,7 +123,11 @@ def other_ranks(rank: int, model_dir: str, folder: str) -> None:
     metrics = learner.update(None, 1)
     # the means are over what both ranks had done and the two new epochs
     assert metrics["train/policy_loss"] is not None and metrics["train/value_mean"] is not None
-    assert learner.policy.scheduler.last_epoch == 1 + 8 // world_size
+    # of three episodes that end next, one began before the ranks were others
+    second = make_rollout(model_dir, 1, AFTER_ONE).shard(rank, world_size)
+    assert learner.update(second, 2)["train/num_outcome_episodes"] == 2
+    # four minibatches on two ranks are eight on one and two on four, and the schedule follows them
+    assert metrics["train/learning_rate"] == 1.0 / (1 + 8 // world_size)
 
 
 @pytest.mark.parametrize("world_size", [1, 4])

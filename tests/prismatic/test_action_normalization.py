@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from prismatic.vla.action_normalization import (
+    constant_dimensions,
     load_norm_stats,
     normalize_action,
     resolve_unnorm_key,
@@ -60,6 +61,16 @@ def test_tokens_to_env_actions() -> None:
     edge = 254 / 255
     np.testing.assert_allclose(env[0], [-edge, 0.25, 3.0, 0.0, 0.0, 0.5 * edge, -1.0], atol=1e-6)
     assert env[1, -1] == 1.0 and env.dtype == np.float32
+
+
+def test_a_dimension_is_constant_if_every_token_gives_the_environment_the_same_number() -> None:
+    tokenizer = ActionTokenizer(1000)
+    assert constant_dimensions(tokenizer, STATS).tolist() == [False] * 3 + [True] * 2 + [False] * 2
+    # what the mask keeps unscaled is not constant, whatever its quantiles; a gripper that never closes is
+    stats = STATS | {"q01": [0.3] * 7, "q99": [0.3] * 7}
+    assert constant_dimensions(tokenizer, stats).tolist() == [True] * 6 + [False]
+    stats = {"q01": [-1.0] * 6 + [0.6], "q99": [1.0] * 7}
+    assert constant_dimensions(tokenizer, stats).tolist() == [False] * 6 + [True]
 
 
 def test_dataset_statistics_override_norm_stats(tmp_path: Path) -> None:
