@@ -84,10 +84,10 @@ from utils.actors import (
 from utils.attempts import run_attempt, run_attempts, same_command
 from utils.logging_utils import PhaseTimer, add_log_file, get_logger
 from utils.placement import Demand, placement_problems
+from utils.reports.videos import EpisodeRecorder
 from utils.signals import StopRequested, StopSignal
 from utils.spares import SpareActors, spare_class
 from utils.training_state import BackgroundWriter
-from utils.video_utils import EpisodeRecorder
 from utils.vllm_utils import engine_env, import_engine
 from utils.weight_export import WeightExporter
 from utils.weight_sender import WeightSender

@@ -23,7 +23,7 @@ from ppo.run_results import (
 from utils.collecting import collect
 from utils.gpu_sampling import read_samples, summarize_samples
 from utils.logging_utils import read_metrics
-from utils.plots import CurvePoint
+from utils.reports.figures import CurvePoint
 from utils.stage_ledger import Ledger
 
 SUPERVISED = "supervised"
