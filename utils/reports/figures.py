@@ -155,7 +155,7 @@ def draw_learning_curves(
 
 def rate_bars(rates: Sequence[Rate], colours: Sequence[str]) -> Figure:
     """Plot success rates as bars with their 95 % intervals."""
-    figure, ax = _new_figure(max(4.0, 1.3 * len(rates)), 3.4)
+    figure, ax = _new_figure(max(8.0, 1.3 * len(rates)), 3.4)
     draw_rate_bars(ax, rates, colours)
     return figure
 
@@ -163,11 +163,12 @@ def rate_bars(rates: Sequence[Rate], colours: Sequence[str]) -> Figure:
 def draw_rate_bars(ax: Axes, rates: Sequence[Rate], colours: Sequence[str]) -> None:
     """Draw `rate_bars` into existing axes."""
     for i, (rate, colour) in enumerate(zip(rates, colours, strict=True)):
-        ax.bar(i, rate.value, width=0.6, color=colour)
+        ax.bar(i, rate.value, width=0.5, color=colour)
         error = [[rate.value - rate.low], [rate.high - rate.value]]
         ax.errorbar(i, rate.value, yerr=error, color=INK, capsize=3)
         ax.text(i, min(rate.high + 0.02, 1.0), percent(rate.value), ha="center", color=INK)
     ax.set_xticks(range(len(rates)), [rate.name for rate in rates])
+    ax.set_xlim(-0.6, max(len(rates), 4) - 0.4)
 
 
 def comparison(
