@@ -89,8 +89,8 @@ from utils.signals import StopRequested, StopSignal
 from utils.spares import SpareActors, spare_class
 from utils.training_state import BackgroundWriter
 from utils.vllm_utils import engine_env, import_engine
-from utils.weight_export import WeightExporter
-from utils.weight_sender import WeightSender
+from utils.weights.export import WeightExporter
+from utils.weights.sender import WeightSender
 
 logger = get_logger("driver")
 
@@ -640,7 +640,7 @@ class RolloutWorker:
 
     def join_channel(self, infos: Sequence[dict[str, Any] | None]) -> None:
         """Connect the engine to the trainer ranks' channels, `infos` by rank, while they wait in `connect`."""
-        from utils.weight_transfer import engine_info
+        from utils.weights.receiver import engine_info
 
         backend = self.plan.sync_backend
         info = engine_info(infos, backend, self.index, self.args.vllm_tensor_parallel_size)
