@@ -84,13 +84,13 @@ from utils.actors import (
 from utils.attempts import run_attempt, run_attempts, same_command
 from utils.logging_utils import PhaseTimer, add_log_file, get_logger
 from utils.placement import Demand, placement_problems
+from utils.reports.videos import EpisodeRecorder
 from utils.signals import StopRequested, StopSignal
 from utils.spares import SpareActors, spare_class
 from utils.training_state import BackgroundWriter
-from utils.video_utils import EpisodeRecorder
 from utils.vllm_utils import engine_env, import_engine
-from utils.weight_export import WeightExporter
-from utils.weight_sender import WeightSender
+from utils.weights.export import WeightExporter
+from utils.weights.sender import WeightSender
 
 logger = get_logger("driver")
 
@@ -647,7 +647,7 @@ class RolloutWorker:
 
     def join_channel(self, infos: Sequence[dict[str, Any] | None]) -> None:
         """Connect the engine to the trainer ranks' channels, `infos` by rank, while they wait in `connect`."""
-        from utils.weight_transfer import engine_info
+        from utils.weights.receiver import engine_info
 
         backend = self.plan.sync_backend
         info = engine_info(infos, backend, self.index, self.args.vllm_tensor_parallel_size)

@@ -33,7 +33,7 @@ from ppo.arguments import gpu_problems, world_flags
 from ppo.envs.base import TaskSuite, get_suite, split_options
 from ppo.evaluation import EVALUATION_SEED, evaluation_requests, run_episodes, summarize_run
 from utils.logging_utils import get_logger
-from utils.video_utils import EpisodeRecorder
+from utils.reports.videos import EpisodeRecorder
 
 logger = get_logger(__name__)
 

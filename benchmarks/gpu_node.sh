@@ -24,7 +24,7 @@ model() {
 
 tests() {
     timeout 400 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/prismatic/test_vllm_gpu.py \
-        tests/prismatic/test_vllm_tensor_parallel.py tests/utils/test_weight_channel.py tests/ppo/test_memory.py
+        tests/prismatic/test_vllm_tensor_parallel.py tests/utils/weights/test_channel.py tests/ppo/test_memory.py
 }
 
 # Some runs at a time: each takes little of a GPU. One log a row.

@@ -37,13 +37,13 @@ from torch.distributed.tensor import DTensor
 
 from prismatic.extern.hf.modeling_prismatic import load_model
 from prismatic.extern.hf.processing_prismatic import load_processor
-from prismatic.extern.vllm.weight_buckets import BucketLayout
-from prismatic.extern.vllm.weight_channel import ChannelAddress, ReceivingEnd
 from utils import fsdp_utils, peft_utils
 from utils.ray_utils import free_port
-from utils.weight_export import WeightExporter
-from utils.weight_sender import WeightSender
-from utils.weight_transfer import engine_info
+from utils.weights.buckets import BucketLayout
+from utils.weights.channel import ChannelAddress, ReceivingEnd
+from utils.weights.export import WeightExporter
+from utils.weights.receiver import engine_info
+from utils.weights.sender import WeightSender
 
 INSTRUCTIONS = (
     "pick up the red block",

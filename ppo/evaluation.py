@@ -3,7 +3,6 @@
 Shapes: B environments of a group, H W image.
 """
 
-import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ppo.envs.base import ResetRequest
+from utils.reports.statistics import wilson_interval
 
 # Everyone who compares success rates must use one seed: it decides an episode's actuation noise.
 EVALUATION_SEED = 7
@@ -248,24 +248,6 @@ def evaluation_requests(
         for task_id in task_ids
         for state in states
     ]
-
-
-def wilson_interval(
-    successes: int, episodes: int, z: float = 1.959963984540054
-) -> tuple[float, float]:
-    """Wilson score interval of a success rate (95 % by default; Wilson 1927).
-
-    Raises ValueError without episodes: a rate of nothing is undefined.
-    """
-    if not 0 <= successes <= episodes or episodes == 0:
-        raise ValueError(f"{successes} successes of {episodes} episodes have no rate")
-    rate, z2 = successes / episodes, z * z
-    centre = rate + z2 / (2 * episodes)
-    spread = z * math.sqrt(rate * (1 - rate) / episodes + z2 / (4 * episodes * episodes))
-    low, high = ((centre + sign * spread) / (1 + z2 / episodes) for sign in (-1, 1))
-    return (0.0 if successes == 0 else low), (
-        1.0 if successes == episodes else high
-    )  # exact, not 1e-18
 
 
 def summarize(episodes: Sequence[EpisodeResult]) -> dict[str, Any]:

@@ -3,15 +3,15 @@
 Rates are in 0..1, times in seconds. An evaluation made in parts (a share of the tasks each) reads as one.
 """
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ppo.envs.base import get_suite
 from ppo.evaluation import EpisodeResult, summarize
-from utils.plots import CurvePoint, Rate
-from utils.report import Evaluation
+from utils.reports.figures import CurvePoint, Rate
+from utils.reports.page import Evaluation
+from utils.reports.statistics import mcnemar_p, newcombe_interval
 
 Results = Mapping[str, Any]
 Episode = tuple[int, int]  # task, initial state
@@ -65,28 +65,9 @@ def read_evaluation(label: str, results: Results) -> Evaluation:
     return Evaluation(label, rate(label, results["overall"]), tasks)
 
 
-def difference_interval(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[float, float]:
-    """95 % interval of the difference of two rates, after - before (Newcombe 1998, method 10, from Wilson's limits).
-
-    It takes the two as independent; with the same initial states in both it is, if anything, too wide.
-    """
-    p, q = before["rate"], after["rate"]
-    (p_low, p_high), (q_low, q_high) = before["wilson_95"], after["wilson_95"]
-    return (
-        q - p - math.hypot(q - q_low, p_high - p),
-        q - p + math.hypot(q_high - q, p - p_low),
-    )
-
-
 def outcomes(results: Results) -> dict[tuple[int, int], bool]:
     """Success by (task, initial state)."""
     return {(e["task_id"], e["init_state_id"]): e["success"] for e in results["episodes"]}
-
-
-def mcnemar_p(num_won: int, num_lost: int) -> float:
-    """Two-sided p of McNemar's exact test: pairs that turned, one way and the other, if both ways were as likely."""
-    num = num_won + num_lost
-    return min(1.0, 2 * sum(math.comb(num, i) for i in range(min(num_won, num_lost) + 1)) / 2**num)
 
 
 def compare(before: Results, after: Results) -> dict[str, Any]:
@@ -97,7 +78,8 @@ def compare(before: Results, after: Results) -> dict[str, Any]:
         sum(new[key] > old[key] for key in both),
         sum(new[key] < old[key] for key in both),
     )
-    low, high = difference_interval(before["overall"], after["overall"])
+    rates = [(part["overall"]["rate"], part["overall"]["wilson_95"]) for part in (before, after)]
+    low, high = newcombe_interval(*rates[0], *rates[1])
     return {
         "gain_points": round(100 * (after["overall"]["rate"] - before["overall"]["rate"]), 2),
         "gain_points_95": [round(100 * low, 2), round(100 * high, 2)],

@@ -23,7 +23,7 @@ from prismatic.model_files import read_json
 from utils.collecting import collect
 from utils.gpu_sampling import read_samples, summarize_samples
 from utils.logging_utils import read_metrics
-from utils.plots import CurvePoint
+from utils.reports.figures import CurvePoint
 from utils.stage_ledger import Ledger
 
 SUPERVISED = "supervised"

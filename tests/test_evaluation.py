@@ -23,7 +23,7 @@ from ppo.evaluation import (
     summarize_run,
     wilson_interval,
 )
-from utils.video_utils import save_video
+from utils.reports.videos import save_video
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -304,23 +304,6 @@ def all_reduce_sums(values: dict[str, float], device: torch.device) -> dict[str,
     return dict(zip(names, packed.tolist(), strict=True))
 
 
-def bucketize(
-    tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int
-) -> Iterator[list[tuple[str, Tensor]]]:
-    """Group named tensors into lists of at most `bucket_bytes` (a single larger tensor is a bucket of its own)."""
-    bucket: list[tuple[str, Tensor]] = []
-    size = 0
-    for name, tensor in tensors:
-        num_bytes = tensor.numel() * tensor.element_size()
-        if bucket and size + num_bytes > bucket_bytes:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append((name, tensor))
-        size += num_bytes
-    if bucket:
-        yield bucket
-
-
 def peak_memory_gib(device: torch.device) -> float:
     """Peak memory of this process in GiB: the allocator's on a GPU, resident on a CPU."""
     if device.type == "cuda":

@@ -11,7 +11,7 @@ import copy
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -22,14 +22,12 @@ import torch
 
 from utils.checkpoint_utils import check_model_dir, read_shapes
 from utils.logging_utils import get_logger
-from utils.weight_transfer import (
-    BACKENDS,
-    OBJECT_STORE,
-    Bucket,
-    Manifest,
+from utils.weights.channel import BACKENDS
+from utils.weights.receiver import (
+    TRANSFER_ENGINE,
     WeightReceiver,
     WeightUpdateReport,
-    bucket_manifest,
+    register_transfer_engine,
 )
 
 logger = get_logger(__name__)
@@ -40,7 +38,7 @@ DTYPES = ("float32", "bfloat16")
 MAX_TEXT_TOKENS = 112
 # KV cache blocks; the CPU attention wants multiples of 32.
 BLOCK_SIZE = 32
-WORKER_EXTENSION = "prismatic.extern.vllm.worker.WorkerExtension"
+WORKER_EXTENSION = "utils.vllm_worker.WorkerExtension"
 # 64 requests of openvla-7b (at most 375 tokens each) in one prefill step.
 MAX_BATCHED_TOKENS = 32768
 # vLLM refuses more than 2 and silently raises what is below 0.01.
@@ -68,7 +66,7 @@ class EngineConfig:
     enforce_eager: no compilation and no CUDA graphs. max_num_seqs: requests in one step; more wait their turn.
     kv_cache_memory_bytes: None fits it to max_num_seqs on CPU and leaves it to gpu_memory_utilization on GPU.
     max_model_len: tokens of a sequence, None for patches + 112 text tokens + 7. num_threads: OpenMP threads on CPU.
-    weight_transfer_backend: object_store, gloo (CPUs), nccl (GPUs) or ipc (on the trainer's own GPU).
+    weight_transfer_backend: gloo (CPUs), nccl (GPUs) or ipc (on the trainer's own GPU); None: the weights never change.
     enable_sleep_mode: GPU memory can be given back between steps.
     extra: vLLM engine arguments by name, see `validate_engine_options`.
     """
@@ -83,7 +81,7 @@ class EngineConfig:
     seed: int = 0
     max_model_len: int | None = None
     num_threads: int = 1
-    weight_transfer_backend: str = "object_store"
+    weight_transfer_backend: str | None = None
     enable_sleep_mode: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -95,7 +93,7 @@ class EngineConfig:
                 problems.append(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.dtype not in DTYPES:
             problems.append(f"dtype is {self.dtype!r}: use one of {', '.join(DTYPES)}")
-        if self.weight_transfer_backend not in BACKENDS:
+        if self.weight_transfer_backend not in (None, *BACKENDS):
             problems.append(
                 f"weight_transfer_backend is {self.weight_transfer_backend!r}: use one of {', '.join(BACKENDS)}"
             )
@@ -221,6 +219,7 @@ class ActionEngine:
         from prismatic.extern.vllm.openvla import count_patches
 
         register()
+        register_transfer_engine()
         self._model_config = OpenVLAConfig.from_pretrained(config.model_dir)
         self._num_patches = count_patches(self._model_config)
         self._max_model_len = config.max_model_len or min(
@@ -393,27 +392,13 @@ class ActionEngine:
             one.seed = request_seed
         return seeded
 
-    def init_weight_transfer(self, backend: str, info: dict[str, Any] | None = None) -> None:
-        """Open the weight transfer; `info` is `weight_transfer.engine_info`'s for gloo, nccl and ipc.
+    def init_weight_transfer(self, backend: str, info: dict[str, Any]) -> None:
+        """Open the weight transfer; `info` is `utils.weights.receiver.engine_info`'s.
 
         The trainer ranks' `WeightSender.connect` must run at the same time; raises RuntimeError within the time-out
         when they do not. May be repeated after a failure.
         """
-        self._receiver.init(backend, info or {})
-
-    def update_weights(
-        self, buckets: Iterable[Bucket], version: int, manifest: Manifest | None = None
-    ) -> WeightUpdateReport:
-        """Load a complete state dict, in checkpoint names and any float dtype, from buckets of CPU tensors.
-
-        `manifest`: names and shapes of all that will come, so that `buckets` may be lazy; without it they are all
-        taken first. Raises WeightUpdateError (naming what is missing, unexpected or of a wrong shape) before anything
-        is overwritten; the engine then refuses to generate until a complete update.
-        """
-        if manifest is None:
-            buckets = list(buckets)
-            manifest = bucket_manifest(buckets)
-        return self._receiver.update(buckets, manifest, version)
+        self._receiver.init(backend, info)
 
     def receive_weights(self, version: int) -> WeightUpdateReport:
         """Receive a complete state dict over the opened channel while the trainer ranks' `WeightSender.send` runs.
@@ -453,9 +438,7 @@ def _prepare_process(config: EngineConfig, is_cpu: bool) -> None:
         torch._dynamo.config.disable = True
 
 
-def _weight_transfer_config(backend: str) -> Any:
+def _weight_transfer_config(backend: str | None) -> Any:
     from vllm.config import WeightTransferConfig
 
-    from prismatic.extern.vllm import CHANNEL
-
-    return WeightTransferConfig(backend=OBJECT_STORE if backend == OBJECT_STORE else CHANNEL)
+    return WeightTransferConfig(backend=TRANSFER_ENGINE) if backend else None

@@ -35,8 +35,22 @@ from ppo.run_results import (
 )
 from utils.logging_utils import format_duration, get_logger, read_metrics
 from utils.pipeline import SHOWN, Stage, StageError, flags, run_command
-from utils.plots import percent
-from utils.report import Clip, ReportData, render_report
+from utils.reports import figures
+from utils.reports.figures import Series, percent, to_svg
+from utils.reports.page import (
+    Clip,
+    Clips,
+    Key,
+    Page,
+    Plot,
+    Section,
+    TaskRates,
+    Tile,
+    TimeSplit,
+    rate_tiles,
+    render,
+    settings_table,
+)
 
 logger = get_logger(__name__)
 
@@ -45,6 +59,11 @@ SUITE = "tabletop"
 BASE_MODEL = ROOT / "assets" / "tabletop-base"
 MARKER = "quickstart.json"  # in every run's folder: only a folder with this file is ever replaced
 NUM_CLIP_PAIRS = 4
+CURVE_KEYS = (
+    Key("greedy, supervised", figures.BEFORE, is_dot=True),
+    Key("greedy, after PPO", figures.AFTER, is_dot=True),
+    Key("sampled, while training", figures.COLOURS[1]),
+)
 SHOWN_PPO_FLAGS = (
     "num_steps", "local_rollout_batch_size", "num_epochs", "local_mini_batch_size", "learning_rate",
     "value_learning_rate", "value_init_steps", "lora_rank", "temperature", "cliprange", "ratio_level", "gamma", "lam",
@@ -229,7 +248,7 @@ def replay(
         resolve_unnorm_key,
         to_env_action,
     )
-    from utils.video_utils import save_video
+    from utils.reports.videos import save_video
 
     disable_progress_bar()  # of loading a model
     suite, model, processor = get_suite(SUITE), load_model(model_dir), load_processor(model_dir)
@@ -250,7 +269,7 @@ def replay(
         env.close()
         file = work_dir / f"{model_dir.name}_{number}.mp4"
         save_video(file, frames, fps=5)
-        clips.append(Clip(label, instruction, step.success, file.read_bytes()))
+        clips.append(Clip(file.read_bytes(), label, instruction, step.success))
         if step.success != episode["success"]:
             logger.warning("%s: the replay of %s ended otherwise", label, file.name)
     return clips
@@ -281,24 +300,61 @@ def make_report(
         f"finetune {k}": v for k, v in FINETUNE.items()
     }
     settings |= {f"PPO {name}": ppo_args[name] for name in SHOWN_PPO_FLAGS}
-    return render_report(
-        ReportData(
+    before = read_evaluation("supervised", paths.results("sft"))
+    final = json.loads((paths.ppo / "eval_final.json").read_text())
+    after = read_evaluation("after PPO", final)
+    env_steps = summary["ppo_env_steps"]
+    warmup_steps = max((int(line["time/env_steps_total"]) for line in warmup), default=0)
+    greedy = (
+        (0.0, before.overall, figures.BEFORE),
+        (float(env_steps), after.overall, figures.AFTER),
+    )
+    points = curve_points(metrics, settling_steps(ppo_args))
+    curve = Series("sampled, while training", figures.COLOURS[1], points, greedy)
+    plot = figures.learning_curves([curve], max_x=env_steps, warmup_x=warmup_steps)
+    note = "The shaded steps train only the critic. " if warmup_steps else ""
+    note += "Training samples its actions, so its rate is not the greedy one."
+    merged = percent(summary["merged_success_rate"])
+    wall_s = format_duration(sum(stage_s.values()))
+    return render(
+        Page(
             title=f"PPO on a small OpenVLA policy: {SUITE}, seed {args.seed}",
-            lead=f"A supervised policy, improved by PPO with LoRA, then merged into one model. Success is greedy, on "
-            f"the same {summary['num_eval_episodes']} fixed episodes each time.",
-            before=read_evaluation("supervised", paths.results("sft")),
-            after=read_evaluation(
-                "after PPO", json.loads((paths.ppo / "eval_final.json").read_text())
-            ),
-            merged_success_rate=summary["merged_success_rate"],
-            curve=curve_points(metrics, settling_steps(ppo_args)),
-            warmup_env_steps=max((int(line["time/env_steps_total"]) for line in warmup), default=0),
-            ppo_env_steps=summary["ppo_env_steps"],
-            stage_s=stage_s,
-            ppo_phase_s=ppo_phases(metrics, stage_s[PPO_TITLE]),
-            clips=clips,
-            settings={"command": f"bash scripts/quickstart.sh --seed {args.seed}"}
-            | {name: str(value) for name, value in settings.items()},
+            lead="A supervised policy, improved by PPO with LoRA, then merged into one model. "
+            f"Success is greedy, on the same {summary['num_eval_episodes']} fixed episodes.",
+            tiles=[
+                *rate_tiles(before, after),
+                Tile(merged, "merged model", "as a plain model folder"),
+                Tile(wall_s, "whole run", f"{env_steps:,} environment steps of PPO"),
+            ],
+            sections=[
+                Section("Learning curve", [Plot(to_svg(plot, "learning curve"), CURVE_KEYS)], note),
+                Section(
+                    "Success per task",
+                    [TaskRates(before, after)],
+                    "Greedy actions on the fixed initial states, with 95 % Wilson intervals.",
+                ),
+                Section(
+                    "Episodes",
+                    [Clips(clips)] if clips else [],
+                    "The same initial states before and after PPO, greedy actions.",
+                ),
+                Section(
+                    "Where the time went",
+                    [
+                        TimeSplit("Whole run", stage_s),
+                        TimeSplit("PPO", ppo_phases(metrics, stage_s[PPO_TITLE])),
+                    ],
+                ),
+                Section(
+                    "How it was run",
+                    [
+                        settings_table(
+                            {"command": f"bash scripts/quickstart.sh --seed {args.seed}"}
+                            | {name: str(value) for name, value in settings.items()}
+                        )
+                    ],
+                ),
+            ],
         )
     )
 

@@ -1,18 +1,16 @@
 import pytest
 
-from ppo.evaluation import wilson_interval
 from ppo.run_results import (
     choose_columns,
     compare,
     curve_points,
-    difference_interval,
-    mcnemar_p,
     merge_results,
     piece_spans,
     ppo_phases,
     summarize_policy,
     summarize_ppo,
 )
+from utils.reports.statistics import wilson_interval
 
 
 def part(successes: dict[int, list[bool]], **changes) -> dict:
@@ -62,16 +60,6 @@ def test_parts_that_do_not_belong_together_are_refused():
         merge_results([part({1: [True]}), part({0: [True]}, checkpoint_fingerprint="x")])
 
 
-def test_difference_interval_equals_a_published_one():
-    # Newcombe 1998, Statistics in Medicine 17:873-890, table II, example (a): 56/70 - 48/80, method 10.
-    before, after = (
-        {"rate": k / n, "wilson_95": wilson_interval(k, n)} for k, n in ((48, 80), (56, 70))
-    )
-    low, high = difference_interval(before, after)
-    assert (round(low, 4), round(high, 4)) == (0.0524, 0.3339)
-    assert difference_interval(after, before) == pytest.approx((-high, -low))
-
-
 def test_a_gain_counts_the_states_that_turned_either_way():
     before, after = part({0: [True, False, False, False]}), part({0: [False, True, True, False]})
     gain = compare(before, after)
@@ -88,12 +76,6 @@ def test_a_gain_counts_the_states_that_turned_either_way():
     assert summary["per_task"][0][
         "instruction"
     ] == "do 0" and "gain_points" not in summarize_policy(before)
-
-
-def test_mcnemar_equals_hand_worked_cases():
-    assert mcnemar_p(5, 1) == mcnemar_p(1, 5) == pytest.approx(2 * (1 + 6) / 2**6)
-    assert mcnemar_p(0, 10) == pytest.approx(2 / 2**10)
-    assert mcnemar_p(0, 0) == mcnemar_p(3, 3) == 1.0
 
 
 def step(number: int, seconds: float, rate: float | None = None, **more) -> dict:

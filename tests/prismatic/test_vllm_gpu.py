@@ -12,7 +12,7 @@ import torch
 
 from prismatic.extern.hf.modeling_prismatic import load_model
 from prismatic.extern.hf.processing_prismatic import PrismaticProcessor, load_processor
-from utils.fsdp_utils import bucketize
+from tests.weights import send_to_engine
 from utils.ray_utils import start_ray
 from utils.vllm_utils import ActionEngine, EngineConfig, Generation, engine_env
 
@@ -50,6 +50,7 @@ def engine(tiny_model_dir: Path) -> Iterator[Any]:
         str(tiny_model_dir),
         dtype="bfloat16",
         enforce_eager=False,
+        weight_transfer_backend="ipc",
         max_num_seqs=12,
         enable_sleep_mode=True,
         kv_cache_memory_bytes=1 << 30,
@@ -153,7 +154,7 @@ def test_sleep_gives_memory_back_and_new_weights_wake_up(
     assert awake - asleep > 0.9 * (1 << 30)  # the KV cache at least
     ray.get(engine.wake_up.remote(["weights"]))
     weights = [(name, tensor.detach().clone()) for name, tensor in model.state_dict().items()]
-    ray.get(engine.update_weights.remote(list(bucketize(weights, 1 << 20)), round_trip))
+    send_to_engine(engine, weights, round_trip, backend="ipc", bucket_bytes=1 << 20)
     ray.get(engine.wake_up.remote(["kv_cache"]))
     new = generate(engine, inputs, temperature=1.0)
     assert logprob_gap(model, processor, inputs, new, 1.0) < TOLERANCE

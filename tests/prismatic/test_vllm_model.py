@@ -16,10 +16,11 @@ from torch import Tensor
 
 from prismatic.extern.hf.modeling_prismatic import load_model
 from prismatic.extern.hf.processing_prismatic import PrismaticProcessor, load_processor
-from utils.fsdp_utils import bucketize, iterate_merged_parameters
+from tests.weights import send_to_engine
+from utils.fsdp_utils import iterate_merged_parameters
 from utils.ray_utils import start_ray
 from utils.vllm_utils import ActionEngine, EngineConfig, Generation, engine_env
-from utils.weight_transfer import WeightUpdateError
+from utils.weights.receiver import WeightUpdateError
 
 INSTRUCTIONS = (
     "pick up the red block",
@@ -28,7 +29,6 @@ INSTRUCTIONS = (
     "put the mug on the plate",
 ) * 2
 TOLERANCE = 1e-4
-BUCKET_BYTES = 100_000
 
 
 class EngineActor(ActionEngine):
@@ -65,12 +65,6 @@ class EngineActor(ActionEngine):
             parts.append(openvla.OpenVLAForActionPrediction.compute_logits(rank, hidden))
         return parts
 
-    def update_from_broken_stream(
-        self, weights: list[tuple[str, Tensor]], num_sent: int, version: int
-    ) -> None:
-        manifest = [(name, tuple(tensor.shape)) for name, tensor in weights]
-        self.update_weights(iter([weights[:num_sent]]), version, manifest)
-
 
 @pytest.fixture(scope="module")
 def model_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -92,7 +86,9 @@ def engine(model_dir: Path) -> Iterator[Any]:
         sys.modules[__name__]
     )  # Ray's workers cannot import this module
     actor_class = ray.remote(num_cpus=1, runtime_env={"env_vars": engine_env("cpu")})(EngineActor)
-    actor = actor_class.remote(EngineConfig(str(model_dir), max_num_seqs=8))
+    actor = actor_class.remote(
+        EngineConfig(str(model_dir), max_num_seqs=8, weight_transfer_backend="gloo")
+    )
     yield actor
     ray.get(actor.close.remote())
     ray.shutdown()
@@ -157,16 +153,12 @@ def state_of(model: torch.nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, tensor.detach().clone()) for name, tensor in model.state_dict().items()]
 
 
-def send(engine: Any, weights: list[tuple[str, Tensor]], version: int) -> Any:
-    return ray.get(engine.update_weights.remote(list(bucketize(weights, BUCKET_BYTES)), version))
-
-
 @pytest.mark.parametrize(("temperature", "greedy"), [(1.0, True), (1.0, False), (1.5, False)])
 def test_engine_equals_trainer(
     engine, processor, prompts, images, model_dir, temperature, greedy
 ) -> None:
     model = load_model(model_dir)
-    send(engine, state_of(model), 1)
+    send_to_engine(engine, state_of(model), 1)
     generation = generate(engine, prompts, images, temperature=temperature, greedy=greedy, seed=3)
     logprobs, best = trainer_scores(model, processor, prompts, images, generation, temperature)
     np.testing.assert_allclose(generation.logprobs, logprobs, atol=TOLERANCE)
@@ -256,9 +248,9 @@ def test_usual_vllm_input_gives_the_same_tokens(engine, prompts, images) -> None
 
 def test_update_brings_every_parameter(engine, processor, prompts, images, model_dir) -> None:
     base, model = load_model(model_dir), perturbed_model(model_dir)
-    send(engine, state_of(base), 1)
+    send_to_engine(engine, state_of(base), 1)
     old = generate(engine, prompts, images, temperature=1.0, greedy=True)
-    report = send(engine, state_of(model), 2)
+    report = send_to_engine(engine, state_of(model), 2)
     new = generate(engine, prompts, images, temperature=1.0, greedy=True)
     logprobs, best = trainer_scores(model, processor, prompts, images, new, 1.0)
     np.testing.assert_allclose(new.logprobs, logprobs, atol=TOLERANCE)
@@ -283,7 +275,7 @@ def test_update_brings_lora_merged(engine, processor, prompts, images, model_dir
             if "lora_B" in name:
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     before = generate(engine, prompts, images, temperature=1.5, seed=4)
-    send(engine, list(iterate_merged_parameters(lora)), 3)
+    send_to_engine(engine, list(iterate_merged_parameters(lora)), 3)
     after = generate(engine, prompts, images, temperature=1.5, seed=4)
     model = lora.base_model.model
     logprobs = trainer_scores(model, processor, prompts, images, after, 1.5)[0]
@@ -296,22 +288,22 @@ def test_incomplete_update_is_refused_before_anything_changes(
     engine, prompts, images, model_dir
 ) -> None:
     base = state_of(load_model(model_dir))
-    send(engine, base, 4)
+    send_to_engine(engine, base, 4)
     expected = generate(engine, prompts, images, temperature=1.0, greedy=True)
     missing = "language_model.model.layers.1.self_attn.v_proj.weight"
     without = [
         (name, tensor) for name, tensor in state_of(perturbed_model(model_dir)) if name != missing
     ]
     with pytest.raises(WeightUpdateError, match=f"1 missing: {missing}"):
-        send(engine, without, 5)
+        send_to_engine(engine, without, 5)
     with pytest.raises(WeightUpdateError, match="1 unexpected: head.weight"):
-        send(engine, [*base, ("head.weight", torch.zeros(3))], 5)
+        send_to_engine(engine, [*base, ("head.weight", torch.zeros(3))], 5)
     with pytest.raises(WeightUpdateError, match=r"is \(3,\), not \("):
-        send(engine, [*without, (missing, torch.zeros(3))], 5)
+        send_to_engine(engine, [*without, (missing, torch.zeros(3))], 5)
     with pytest.raises(RuntimeError, match="version 5 failed .*send a complete update"):
         generate(engine, prompts, images, temperature=1.0)
     assert ray.get(engine.version.remote()) == 4
-    send(engine, base, 6)
+    send_to_engine(engine, base, 6)
     np.testing.assert_array_equal(
         generate(engine, prompts, images, temperature=1.0, greedy=True).logprobs, expected.logprobs
     )
@@ -322,15 +314,15 @@ def test_update_that_breaks_off_is_named_and_recovers(
 ) -> None:
     model = perturbed_model(model_dir, seed=1)
     weights = state_of(model)
-    # Between the parts of a fused layer, the worst place: vLLM has counted q but neither k nor v.
+    # Break off between the parts of a fused layer, after q and before k and v: one bucket a tensor.
     num_sent = 1 + [name for name, _ in weights].index(
         "language_model.model.layers.0.self_attn.q_proj.weight"
     )
-    with pytest.raises(WeightUpdateError, match="k_proj"):
-        ray.get(engine.update_from_broken_stream.remote(weights, num_sent, 7))
+    with pytest.raises(WeightUpdateError, match="version 7 failed.*sender"):
+        send_to_engine(engine, weights, 7, bucket_bytes=1, num_sent=num_sent)
     with pytest.raises(RuntimeError, match="version 7"):
         generate(engine, prompts, images, temperature=1.0)
-    send(engine, weights, 8)
+    send_to_engine(engine, weights, 8)
     generation = generate(engine, prompts, images, temperature=1.0, greedy=True)
     logprobs, best = trainer_scores(model, processor, prompts, images, generation, 1.0)
     np.testing.assert_allclose(generation.logprobs, logprobs, atol=TOLERANCE)

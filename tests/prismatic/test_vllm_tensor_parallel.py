@@ -10,7 +10,7 @@ import torch
 
 from prismatic.extern.hf.modeling_prismatic import load_model
 from prismatic.extern.hf.processing_prismatic import load_processor
-from utils.fsdp_utils import bucketize
+from tests.weights import send_to_engine
 from utils.ray_utils import start_ray
 from utils.vllm_utils import ActionEngine, EngineConfig, Generation, engine_env
 
@@ -51,9 +51,10 @@ def check_two_ranks(
     actor_class = ray.remote(num_cpus=2, num_gpus=num_gpus, runtime_env={"env_vars": env})(
         ActionEngine
     )
+    backend = "ipc" if device == "cuda" else "gloo"
     config = EngineConfig(
         str(tiny_model_dir), max_num_seqs=4, tensor_parallel_size=2, dtype=dtype, enforce_eager=device == "cpu",
-        gpu_memory_utilization=0.2,
+        gpu_memory_utilization=0.2, weight_transfer_backend=backend,
     )  # fmt: skip
     engine = actor_class.remote(config)
     try:
@@ -66,7 +67,7 @@ def check_two_ranks(
             (name, tensor.detach().to(getattr(torch, dtype)))
             for name, tensor in model.state_dict().items()
         ]
-        ray.get(engine.update_weights.remote(list(bucketize(weights, 100_000)), 1))
+        send_to_engine(engine, weights, 1, backend=backend, num_workers=2)
         new = ray.get(engine.generate.remote(prompts, images, temperature=1.5, seed=3))
         assert logprob_gap(model, processor, prompts, images, new) < tolerance
         assert logprob_gap(model, processor, prompts, images, old) > 5 * tolerance

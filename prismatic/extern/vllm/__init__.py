@@ -1,22 +1,15 @@
-"""OpenVLA in vLLM: the model class, its inputs and the weight transfer.
+"""OpenVLA in vLLM: the model class and its inputs.
 
 `register` is the entry point `vllm.general_plugins` of pyproject.toml, so that every process of an engine knows the
 class. It replaces vLLM's own `OpenVLAForActionPrediction`, which takes only 224-pixel images and the two 7B ViTs.
 """
 
 ARCHITECTURE = "OpenVLAForActionPrediction"
-# Names of our weight transfer engines; vLLM's own have `nccl` and `ipc`.
-OBJECT_STORE, CHANNEL = "object_store", "channel"
-TRANSFER_ENGINES = {
-    OBJECT_STORE: "ObjectStoreWeightTransferEngine",
-    CHANNEL: "ChannelWeightTransferEngine",
-}
 
 
 def register() -> None:
-    """Tell vLLM about the model, its configuration class and the weight transfers; may be repeated."""
+    """Tell vLLM about the model and its configuration class; may be repeated."""
     from vllm import ModelRegistry
-    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.platforms import current_platform
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
@@ -38,8 +31,3 @@ def register() -> None:
             AttentionBackendEnum.FLASH_ATTN,
             "prismatic.extern.vllm.attention.PromptFlashAttentionBackend",
         )
-    for name, class_name in TRANSFER_ENGINES.items():
-        if name not in WeightTransferEngineFactory._registry:
-            WeightTransferEngineFactory.register_engine(
-                name, "prismatic.extern.vllm.weight_transfer", class_name
-            )

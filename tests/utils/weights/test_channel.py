@@ -12,18 +12,18 @@ import pytest
 import torch
 from torch import nn
 
-from prismatic.extern.vllm.weight_buckets import BucketLayout
-from prismatic.extern.vllm.weight_channel import (
+from tests.distributed import PRELOAD, in_ranks
+from utils import fsdp_utils
+from utils.weights.buckets import BucketLayout
+from utils.weights.channel import (
     ChannelAddress,
     ChannelError,
     ReceivingEnd,
     SendingEnd,
 )
-from tests.distributed import PRELOAD, in_ranks
-from utils import fsdp_utils
-from utils.weight_export import WeightExporter
-from utils.weight_sender import WeightSender
-from utils.weight_transfer import engine_info
+from utils.weights.export import WeightExporter
+from utils.weights.receiver import engine_info
+from utils.weights.sender import WeightSender
 
 CPU = torch.device("cpu")
 NUM_ELEMENTS = 700  # larger than a bucket of 512 bytes

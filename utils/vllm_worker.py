@@ -1,4 +1,4 @@
-"""What our engine adds to vLLM's workers; importing it registers the model class, installed or not.
+"""What our engine adds to vLLM's workers; importing it registers the model class and the weight transfer.
 
 An engine with tensor parallelism starts a process for each GPU. vLLM's entry points tell them about the class, but only
 of an installed distribution; with the project on PYTHONPATH alone there are none. Every worker imports the module of
@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from prismatic.extern.vllm import register
+from utils.weights.receiver import register_transfer_engine
 
 register()
+register_transfer_engine()
 
 
 class WorkerExtension:

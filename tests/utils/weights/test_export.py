@@ -6,10 +6,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
-from prismatic.extern.vllm.weight_buckets import ALIGNMENT, BucketLayout, checksums
 from tests.distributed import in_ranks
 from utils import fsdp_utils, peft_utils
-from utils.weight_export import WeightExporter
+from utils.weights.buckets import ALIGNMENT, BucketLayout, checksums
+from utils.weights.export import WeightExporter
 
 TINY_BUCKET, HUGE_BUCKET = 1, 1 << 30
 
@@ -204,7 +204,7 @@ def test_checksums_see_values_and_places(monkeypatch):
     expected = [sum(words), sum(word * place for place, word in enumerate(words, start=1))]
     assert sums[0].tolist() == [(value + 2**63) % 2**64 - 2**63 for value in expected]
     assert sums[2].tolist() == [0, 0]
-    monkeypatch.setattr("prismatic.extern.vllm.weight_buckets.CHECKSUM_CHUNK", 64)
+    monkeypatch.setattr("utils.weights.buckets.CHECKSUM_CHUNK", 64)
     assert torch.equal(checksums(tensors), sums)  # the same in pieces
     exchanged = tensors[0].clone()
     exchanged[[3, 4]] = tensors[0][[4, 3]]

@@ -1,35 +1,27 @@
-"""Weight updates of a vLLM engine: the list of names is checked first, then weights are loaded, then counted.
+"""The engine's side of a weight sync: names are checked first, then weights are loaded, then counted.
 
-Two ways: `receive` takes a version from a trainer's channel (gloo, nccl, ipc; utils.weight_sender sends it), `update`
-takes tensors from the caller (object_store). Both use vLLM 0.26's native interface (`init_weight_transfer_engine`,
-`start_weight_update`, `update_weights`, `finish_weight_update`), which changed between 0.25 and 0.29: nothing outside
-this file calls it. It knows no PPO.
+`receive` takes a version from a trainer's channel, to which `utils.weights.sender` sends it. Nothing outside
+this file calls vLLM 0.26's transfer interface (`init_weight_transfer_engine`, `start_weight_update`,
+`update_weights`, `finish_weight_update`), which changed between 0.25 and 0.29.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import Tensor
-
-from prismatic.extern.vllm.weight_buckets import BucketLayout
-from prismatic.extern.vllm.weight_channel import BACKENDS as CHANNEL_BACKENDS
-from prismatic.extern.vllm.weight_channel import ChannelError
 from utils.logging_utils import get_logger
-
-if TYPE_CHECKING:
-    from vllm import LLM
+from utils.weights.buckets import BucketLayout
+from utils.weights.channel import ChannelError
 
 logger = get_logger(__name__)
 
-OBJECT_STORE = "object_store"
-BACKENDS = (OBJECT_STORE, *CHANNEL_BACKENDS)
+# Name of our transfer engine in vLLM, whose own are called `nccl` and `ipc`.
+TRANSFER_ENGINE = "channel"
 NUM_NAMES_SHOWN = 4
 # Old Llama checkpoints carry this buffer; no parameter of any model here.
 IGNORED_SUFFIX = "rotary_emb.inv_freq"
 
-Bucket = list[tuple[str, Tensor]]
 Manifest = Sequence[tuple[str, Sequence[int]]]
 
 
@@ -50,18 +42,8 @@ class WeightUpdateError(ValueError):
     """An update that was refused or broke off; the engine generates again only after a complete one."""
 
 
-def bucket_manifest(buckets: Iterable[Bucket]) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of all tensors in `buckets`, in order."""
-    return [(name, tuple(tensor.shape)) for bucket in buckets for name, tensor in bucket]
-
-
-def manifest_problems(
-    expected: Mapping[str, Sequence[int]], manifest: Manifest, *, complete: bool = True
-) -> list[str]:
-    """Everything that keeps `manifest` from being exactly the `expected` names and shapes; empty when it is.
-
-    With `complete=False` names may still be missing.
-    """
+def manifest_problems(expected: Mapping[str, Sequence[int]], manifest: Manifest) -> list[str]:
+    """Return every difference between `manifest` and the `expected` names and shapes."""
     counts = Counter(name for name, _ in manifest)
     wrong_shapes = [
         f"{name} is {tuple(shape)}, not {tuple(expected[name])}"
@@ -69,7 +51,7 @@ def manifest_problems(
         if name in expected and tuple(shape) != tuple(expected[name])
     ]
     groups = {
-        "missing": [name for name in expected if complete and name not in counts],
+        "missing": [name for name in expected if name not in counts],
         "unexpected": [name for name in counts if name not in expected],
         "sent more than once": [name for name, count in counts.items() if count > 1],
         "wrong shape": wrong_shapes,
@@ -105,13 +87,15 @@ def engine_info(
 
 
 class WeightReceiver:
-    """Brings one engine from policy version to policy version; owns the only calls of vLLM's transfer interface.
+    """Brings one engine from policy version to policy version.
 
     `expected` maps every parameter's checkpoint name to its shape. `problem` is None while the weights are those of
     `version`, else it says why not.
     """
 
-    def __init__(self, llm: "LLM", expected: Mapping[str, Sequence[int]], backend: str) -> None:
+    def __init__(
+        self, llm: Any, expected: Mapping[str, Sequence[int]], backend: str | None
+    ) -> None:
         self.llm = llm
         self.expected = {
             name: tuple(s) for name, s in expected.items() if not name.endswith(IGNORED_SUFFIX)
@@ -122,19 +106,17 @@ class WeightReceiver:
         self._manifest: list[tuple[str, tuple[int, ...]]] | None = None
 
     def init(self, backend: str, info: dict[str, Any]) -> None:
-        """Open the connection to the trainer; `info` is `engine_info`'s, nothing for object_store.
+        """Open the connection to the trainer; `info` is `engine_info`'s.
 
         Raises ValueError for another backend than the engine's, RuntimeError when the trainer is not reached.
         """
         if backend != self.backend:
             raise ValueError(
                 f"weight transfer backend {backend!r} was asked for, but the engine was built for {self.backend!r}: "
-                f"set EngineConfig.weight_transfer_backend (one of {', '.join(BACKENDS)})"
+                "set EngineConfig.weight_transfer_backend"
             )
         self._manifest = None
         self.llm.init_weight_transfer_engine({"init_info": info})
-        if backend == OBJECT_STORE:
-            return
         if problem := self._worker_problem():
             raise ChannelError(problem)
         self._manifest = BucketLayout.from_dict(info["layout"]).manifest
@@ -183,57 +165,12 @@ class WeightReceiver:
             self._refuse(version, "its workers disagree", [str(other) for other in reports])
         return report
 
-    def update(
-        self, buckets: Iterable[Bucket], manifest: Manifest, version: int
-    ) -> WeightUpdateReport:
-        """Run one update with tensors: check `manifest`, load every bucket, count, and set `version`.
-
-        Raises WeightUpdateError before anything is overwritten when the manifest is not exactly the model's
-        parameters, and when what comes is not what the manifest announced.
-        """
-        problems = manifest_problems(self.expected, manifest)
-        if problems:
-            self._refuse(version, "nothing was overwritten", problems)
-        self.problem = f"the update to version {version} broke off half-way"
-        num_bytes = self._load(buckets, dict(manifest), version)
-        self._accept(version)
-        return WeightUpdateReport(len(manifest), num_bytes, version)
-
     def _accept(self, version: int) -> None:
         # Prefix, image and encoder caches would hold results of the old weights.
         self.llm.reset_prefix_cache()
         self.llm.llm_engine.reset_mm_cache()
         self.llm.llm_engine.reset_encoder_cache()
         self.version, self.problem = version, None
-
-    def _load(
-        self, buckets: Iterable[Bucket], announced: Mapping[str, Sequence[int]], version: int
-    ) -> int:
-        received: list[tuple[str, tuple[int, ...]]] = []
-        problems: list[str] = []
-        num_bytes = 0
-        self.llm.start_weight_update()
-        is_open = True
-        try:
-            for bucket in buckets:
-                headers = bucket_manifest([bucket])
-                problems = manifest_problems(announced, received + headers, complete=False)
-                if problems:
-                    break
-                is_open = False  # vLLM ends the session itself when this call raises
-                self.llm.update_weights({"update_info": {"weights": bucket}})
-                is_open = True
-                received += headers
-                num_bytes += sum(tensor.numel() * tensor.element_size() for _, tensor in bucket)
-        finally:
-            if is_open:
-                self.llm.finish_weight_update()
-        problems = problems or manifest_problems(announced, received)
-        if problems:
-            self._refuse(
-                version, f"it ended after {len(received)} of {len(announced)} parameters", problems
-            )
-        return num_bytes
 
     def _refuse(self, version: int, state: str, problems: list[str]) -> None:
         self.problem = f"the weight update to version {version} failed ({state}): " + "; ".join(
@@ -252,3 +189,13 @@ def _problem_of(worker: Any) -> str | None:
 def _received_by(worker: Any) -> dict[str, int]:
     """What a worker's last update brought; runs in the worker."""
     return asdict(worker.weight_transfer_engine.received)
+
+
+def register_transfer_engine() -> None:
+    """Tell vLLM, in this process, about the engine that receives through channels; may be repeated."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    if TRANSFER_ENGINE not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(
+            TRANSFER_ENGINE, "utils.weights.vllm_engine", "ChannelWeightTransferEngine"
+        )

@@ -2,19 +2,40 @@
 
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from datetime import timedelta
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prismatic.extern.vllm.weight_sharing import open_shared_buffers, share_buffers
-
-if TYPE_CHECKING:
-    from prismatic.extern.vllm.weight_channel import ChannelEnd
+from utils.weights.buckets import BucketLayout
+from utils.weights.sharing import open_shared_buffers, share_buffers
 
 NUM_BUFFERS = 2
 SENDER = 0
+
+
+class End(Protocol):
+    """What a transport uses of its end of the channel; see `utils.weights.channel.ChannelEnd`."""
+
+    rank: int
+    layout: BucketLayout
+    device: torch.device
+    timeout: timedelta
+    store: Any
+
+    def attempt(self, what: str, action: Callable[[], Any]) -> Any:
+        """Run `action`, turn its errors into ChannelErrors."""
+
+    def start_signal(self, what: str, value: int) -> Callable[[], None]:
+        """Send `value` to the peer; the result waits until it is taken."""
+
+    def await_signal(self, what: str, value: int) -> None:
+        """Wait until the peer has sent `value`."""
+
+    def wait_for_device(self, what: str) -> None:
+        """Wait until the current stream is done."""
 
 
 class Transport(Protocol):
@@ -36,8 +57,8 @@ class Transport(Protocol):
 class Broadcast:
     """Buckets by broadcast from the sender: gloo waits on the host, NCCL makes the current stream wait."""
 
-    def __init__(self, end: "ChannelEnd", group: Any) -> None:
-        self.end, self.group = end, group
+    def __init__(self, end: End, group: Any, *, is_nccl: bool) -> None:
+        self.end, self.group, self.is_nccl = end, group, is_nccl
         size = end.layout.buffer_bytes
         self.buffers = [
             torch.empty(size, dtype=torch.uint8, device=end.device) for _ in range(NUM_BUFFERS)
@@ -70,7 +91,7 @@ class Broadcast:
 
     def close(self) -> None:
         """End the NCCL group, whatever it is doing; let go of the gloo group, whose connections live as long as it."""
-        if self.end.address.backend == "nccl":
+        if self.is_nccl:
             self.group.abort()
         self.group = None  # this object may live on, in an error's traceback
         self.works.clear()
@@ -95,7 +116,7 @@ class Broadcast:
 class SharedBuffers:
     """Buckets in memory that both ends map: the sender says which is ready, the receiver which is read."""
 
-    def __init__(self, end: "ChannelEnd") -> None:
+    def __init__(self, end: End) -> None:
         self.end = end
         self.num_read = 0
         # A signal is a rendezvous: waiting for it at once would stop both ends in their own.

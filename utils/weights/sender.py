@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prismatic.extern.vllm.weight_buckets import checksums
-from prismatic.extern.vllm.weight_channel import DEFAULT_TIMEOUT_S, ChannelError, SendingEnd
-from utils.weight_export import WeightExporter
+from utils.weights.buckets import checksums
+from utils.weights.channel import DEFAULT_TIMEOUT_S, ChannelError, SendingEnd
+from utils.weights.export import WeightExporter
 
 
 @dataclass(frozen=True)

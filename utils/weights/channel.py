@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prismatic.extern.vllm.weight_buckets import BucketLayout, checksums
-from prismatic.extern.vllm.weight_transports import SENDER, Broadcast, SharedBuffers, Transport
+from utils.weights.buckets import BucketLayout, checksums
+from utils.weights.transports import SENDER, Broadcast, SharedBuffers, Transport
 
 BACKENDS = ("gloo", "nccl", "ipc")
 DEFAULT_TIMEOUT_S = 300.0
@@ -120,15 +120,15 @@ class ChannelEnd:
     def _build_transport(self) -> Transport:
         if self.address.backend == "ipc":
             return SharedBuffers(self)
-        group = self._control
-        if self.address.backend == "nccl":
+        group, is_nccl = self._control, self.address.backend == "nccl"
+        if is_nccl:
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = 2 * self.timeout  # ours comes first: NCCL's ends the process
             group = dist.ProcessGroupNCCL(
                 dist.PrefixStore("bytes", self.store), self.rank, self.size, options
             )
             group.eager_connect_single_device(self.device)
-        return Broadcast(self, group)
+        return Broadcast(self, group, is_nccl=is_nccl)
 
     def agree(self, what: str, problem: str | None) -> None:
         """Return when every end has come here without a problem.

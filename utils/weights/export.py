@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from prismatic.extern.vllm.weight_buckets import BucketLayout
 from utils.fsdp_utils import checkpoint_name, full_tensor
+from utils.weights.buckets import BucketLayout
 
 DEFAULT_BUCKET_BYTES = 256 << 20
 # Elements between the shards of a packed buffer, so that each starts at an aligned address.

@@ -2,7 +2,7 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 
-from utils.video_grid import (
+from utils.reports.videos import (
     CAPTION,
     CELL,
     GAP,
@@ -11,8 +11,8 @@ from utils.video_grid import (
     distinct_words,
     read_video,
     save_grid,
+    save_video,
 )
-from utils.video_utils import save_video
 
 
 def clip(value: int, num_frames: int, size: int = 140) -> list[np.ndarray]:

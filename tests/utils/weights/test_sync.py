@@ -12,13 +12,13 @@ from torch import nn
 
 from prismatic.extern.hf.modeling_prismatic import load_model
 from prismatic.extern.hf.processing_prismatic import load_processor
-from prismatic.extern.vllm.weight_channel import ChannelError
 from utils import peft_utils
 from utils.ray_utils import start_ray
 from utils.vllm_utils import ActionEngine, EngineConfig, Generation, engine_env
-from utils.weight_export import WeightExporter
-from utils.weight_sender import WeightSender
-from utils.weight_transfer import WeightUpdateError, engine_info
+from utils.weights.channel import ChannelError
+from utils.weights.export import WeightExporter
+from utils.weights.receiver import WeightUpdateError, engine_info
+from utils.weights.sender import WeightSender
 
 TOLERANCE = 1e-4
 BUCKET_BYTES = 100_000
