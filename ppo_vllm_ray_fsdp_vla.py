@@ -468,7 +468,10 @@ class PolicyTrainer:
         Without shards an update that was stopped goes on.
         """
         metrics = self.learner.update(
-            Rollout.concat(ray.get(list(shard_refs))) if shard_refs else None, step
+            Rollout.concat(ray.get(list(shard_refs)), mixed_versions=self.args.async_depth > 0)
+            if shard_refs
+            else None,
+            step,
         )
         if metrics is None:
             return None
@@ -1067,7 +1070,7 @@ def train(args: Args, plan: Plan, cluster: Cluster, run: Run) -> None:
         episodes, stats, seconds = run.collected.episodes, run.collected.worker_stats, timer.pop()
         metrics = rollout_metrics(episodes, stats) | update | run.collected.metrics
         metrics |= time_metrics(seconds, stats, plan.samples_per_step)
-        metrics["train/policy_lag"] = step - 1 - stats[0]["policy_version"]
+        metrics["train/policy_lag"] = step - 1 - min(s["policy_version"] for s in stats)
         metrics["rollout/num_replaced_workers"] = float(cluster.pool.num_replaced)
         run.report(step, metrics, episodes)
         with timer.phase("checkpoint"):
