@@ -58,7 +58,8 @@ from ppo.arguments import (
 from ppo.collector import Collector
 from ppo.envs.base import ResetRequest, get_suite, split_options
 from ppo.envs.vector import VectorEnv
-from ppo.evaluation import EpisodeResult, EvaluationRun, evaluation_requests, run_episodes
+from ppo.episodes import TrainingEpisode
+from ppo.evaluation import EvaluationRun, evaluation_requests, run_episodes
 from ppo.inputs import action_statistics, check_files, choose_checkpoint
 from ppo.learner import PPOLearner
 from ppo.memory import check_memory
@@ -600,21 +601,9 @@ class RolloutWorker:
 
     def _build_collector(self) -> Collector:
         args = self.args
-        options = split_options(self.suite, **world_flags(args))[0]
-        vector = VectorEnv(
-            args.task_suite_name,
-            args.local_rollout_batch_size,
-            num_processes=self.plan.demand.num_env_processes,
-            image_size=self.processor.image_processor.image_size[0],
-            max_steps=args.max_env_length,
-            step_timeout_s=args.env_timeout_s,
-            center_crop=args.center_crop,
-            env_kwargs=self.suite.training_options(options),
-            first_gpu=self.index,
-        )
         prompts = [self.processor.prompt_ids(text) for text in self.suite.instructions]
         return Collector(
-            vector,
+            self._make_training_environments(),
             prompts,
             self._sample,
             self._decode,
@@ -622,6 +611,30 @@ class RolloutWorker:
             seed=(args.seed, self.index),
         )
 
+            time_limit=args.max_env_length or self.suite.max_steps,
+        )
+
+    def _make_training_environments(self) -> VectorEnv:
+        options = split_options(self.suite, **world_flags(self.args))[0]
+        return self._make_environments(
+            self.args.local_rollout_batch_size,
+            self.suite.training_options(options),
+            self.args.max_env_length,
+        )
+
+    def _make_environments(
+        self, num_envs: int, options: dict[str, Any], max_steps: int | None
+    ) -> VectorEnv:
+        return VectorEnv(
+            self.args.task_suite_name,
+            num_envs,
+            num_processes=min(self.plan.demand.num_env_processes, num_envs),
+            image_size=self.processor.image_processor.image_size[0],
+            max_steps=max_steps,
+            step_timeout_s=self.args.env_timeout_s,
+            center_crop=self.args.center_crop,
+            env_kwargs=options,
+            first_gpu=self.index,
     def policy_version(self) -> int:
         """Version of the engine's weights; answers once the engine is ready."""
         return self.engine.policy_version
@@ -655,8 +668,11 @@ class RolloutWorker:
 
     def collect(
         self, task_ids: list[int], step: int
-    ) -> tuple[list[ray.ObjectRef], list[EpisodeResult], dict[str, float], dict[str, Any]]:
-        """Act `num_steps` times everywhere; returns a shard per trainer, finished episodes, statistics, world state."""
+    ) -> tuple[list[ray.ObjectRef], list[TrainingEpisode], dict[str, float], dict[str, Any]]:
+        """Act `num_steps` times in every environment.
+
+        Returns a shard for each trainer, the episodes to report, statistics and the world state.
+        """
         self.sampling_rng = np.random.default_rng((self.args.seed, self.index, step))
         start = time.perf_counter()
         rollout, episodes = self.collector.collect(self.args.num_steps, iter(task_ids))
@@ -914,7 +930,7 @@ class Cluster:
         return self.workers[index].collect.remote(self._tasks[index], step)
 
     def finish_collecting(self, calls: list[ray.ObjectRef], step: int) -> Collected:
-        """Wait for the workers' rollouts and tell the curriculum how the episodes went."""
+        """Wait for the workers' rollouts and tell the curriculum how their episodes ended."""
         what = f"collecting the rollout of training step {step}"
         limits = {"poll": self.stop.check, "timeout_s": self.args.hang_timeout_s}
         results = self.pool.on_each(lambda index: self._collect(index, step), what, calls, **limits)
