@@ -50,6 +50,7 @@ from ppo.arguments import (
     CommandLineError,
     absolute_paths,
     default_exp_id,
+    evaluation_flags,
     parse_trainers_per_node,
     raise_problems,
     validate,
@@ -152,15 +153,16 @@ class Args:
     task_ids: tuple[int, ...] = ()
     """Tasks to train on, by index in the suite. Default: all."""
     num_steps_wait: int | None = None
-    """Settling steps after each reset, for worlds that have them. Default: the suite's own."""
+    """Settling steps after each reset in training, for suites with settling. Default: the suite's."""
     num_trials_per_task: int | None = None
     """Fixed initial states per task in evaluations by this driver (--eval_freq, --eval_final). Default: all."""
     max_env_length: int | None = None
-    """Time limit of an episode in steps. Default: the suite's own."""
+    """Time limit of a training episode in steps. Default: the suite's, which evaluations always use."""
     env_gpu_id: tuple[int, ...] = ()
     """GPUs (EGL's numbers) whose turns it is to draw the simulators. Default: what MUJOCO_GL says, else osmesa."""
     render_quality: Literal["fast", "eval"] | None = None
-    """LIBERO: eval, its own drawing, is the default where a GPU draws; fast lacks multisampling and reflections."""
+    """LIBERO, training: eval, its own drawing, is the default where a GPU draws; fast omits
+    multisampling and reflections. Evaluations by this driver always use eval."""
     center_crop: bool = False
     """Show the policy the central 0.9 of the image's area: for policies fine-tuned with random resized crops."""
     num_env_processes: int | None = None
@@ -609,8 +611,6 @@ class RolloutWorker:
             self._decode,
             num_groups=args.num_env_groups,
             seed=(args.seed, self.index),
-        )
-
             time_limit=args.max_env_length or self.suite.max_steps,
         )
 
@@ -635,6 +635,8 @@ class RolloutWorker:
             center_crop=self.args.center_crop,
             env_kwargs=options,
             first_gpu=self.index,
+        )
+
     def policy_version(self) -> int:
         """Version of the engine's weights; answers once the engine is ready."""
         return self.engine.policy_version
@@ -705,11 +707,18 @@ class RolloutWorker:
         """Take memory again: "weights" before new ones come, "kv_cache" after."""
         self.engine.wake_up([what])
 
-    def evaluate(self, requests: list[ResetRequest], video_dir: str | None = None) -> EvaluationRun:
-        """Run each request once, greedily; the training episodes in progress are given up.
+    def evaluate(
+        self, requests: list[ResetRequest], video_dir: str | None = None, *, restore: bool = True
+    ) -> EvaluationRun:
+        """Run each request once, greedily, with the suite's evaluation settings.
 
-        With `video_dir` the first success and the first failure of each task are written there as mp4.
+        The training environments are closed first, so that memory never holds both kinds. With
+        `restore` they are made again afterwards and their running episodes are replayed: training
+        continues as if there had been no evaluation. With `video_dir` the first success and the
+        first failure of each task are written there as mp4.
         """
+        if not requests:
+            return EvaluationRun()
 
         def act(images: np.ndarray, task_ids: np.ndarray) -> np.ndarray:
             prompts = [self.collector.prompts[i] for i in task_ids]
@@ -717,17 +726,24 @@ class RolloutWorker:
                 self.engine.generate(prompts, images, temperature=1.0, greedy=True).token_ids
             )
 
-        self.collector.restart()
         recorder = None
         if video_dir:
             texts = self.suite.instructions
             recorder = EpisodeRecorder(
                 Path(video_dir), ("success", "failure"), max_per_task=1, instructions=texts
             )
-        num_envs = self.args.local_rollout_batch_size
-        run = run_episodes(self.collector.vector, num_envs, act, requests, observer=recorder)
+        state = self.world_state()
+        self.collector.vector.close()
+        num_envs = min(self.args.local_rollout_batch_size, len(requests))
+        options = split_options(self.suite, **evaluation_flags(self.args))[0]
+        with self._make_environments(num_envs, options, max_steps=None) as vector:
+            run = run_episodes(vector, num_envs, act, requests, observer=recorder)
+            state["num_replaced"] += vector.num_replaced
         if recorder:
             recorder.save_contact_sheet()
+        if restore:
+            self.collector.vector = self._make_training_environments()
+            self.load_world(state)
         return run
 
     def close(self) -> None:
@@ -966,8 +982,11 @@ class Cluster:
         if not self.args.colocate:  # else the trainers have the memory that a new engine measures
             self.pool.start_for_dead("the trainers update")
 
-    def evaluate(self, video_dir: Path | None) -> EvaluationRun:
-        """Greedy episodes from every fixed initial state of the run's tasks, shared among the workers."""
+    def evaluate(self, video_dir: Path | None, *, restore: bool = True) -> EvaluationRun:
+        """Greedy episodes from every fixed initial state, shared among the workers.
+
+        `restore`: bring the training environments back afterwards, see `RolloutWorker.evaluate`.
+        """
         num_states = (
             self.args.num_trials_per_task or get_suite(self.args.task_suite_name).num_init_states
         )
@@ -976,17 +995,18 @@ class Cluster:
         folders = [str(video_dir / f"worker_{i}") if video_dir else None for i in range(workers)]
 
         def evaluate(index: int) -> ray.ObjectRef:
-            return self.workers[index].evaluate.remote(requests[index::workers], folders[index])
+            return self.workers[index].evaluate.remote(
+                requests[index::workers], folders[index], restore=restore
+            )
 
         total = EvaluationRun()
         for run in self.pool.on_each(evaluate, "evaluating", poll=self.stop.check):
             total.episodes += run.episodes
             total.void += run.void
             total.num_dropped += run.num_dropped
-        calls = [
-            w.world_state.remote() for w in self.workers
-        ]  # the episodes under way were given up
-        self.worlds = wait_all(calls, "asking for the environments' state")
+        if restore:  # the same states as before, except for episodes whose replay diverged
+            calls = [w.world_state.remote() for w in self.workers]
+            self.worlds = wait_all(calls, "asking for the environments' state")
         return total
 
     def save(self, folder: Path, metadata: dict[str, Any], *, overwrite: bool = False) -> None:

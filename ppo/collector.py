@@ -93,10 +93,6 @@ class Collector:
         seed = episode_seed(self.seed, env_id, episode)
         return ResetRequest(task_id=next(tasks), init_state_id=None, seed=seed)
 
-    def restart(self) -> None:
-        """Forget the running episodes: the next `collect` begins with fresh ones."""
-        self._images = None
-
     def _start(self, tasks: Iterator[int]) -> np.ndarray:
         env_ids = range(self.vector.num_envs)
         requests = [self._request(i, tasks) for i in env_ids]
@@ -114,26 +110,26 @@ class Collector:
         """
         running = None
         if self._images is not None:
-            "num_steps": self._num_steps,
             running = [
                 e.to_json(image) for e, image in zip(self._episodes, self._images, strict=True)
-            "ended": [asdict(episode) for episode in self._ended],
             ]
         return {
+            "num_steps": self._num_steps,
             "num_episodes": self._num_episodes.tolist(),
             "running": running,
+            "ended": [asdict(episode) for episode in self._ended],
             "num_replaced": self.vector.num_replaced,
             "num_not_repeated": self.num_not_repeated,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._num_steps = int(state["num_steps"])
         """Continue from `state_dict`'s result: the episodes under way are played again up to there.
-        self._ended = [TrainingEpisode(**content) for content in state["ended"]]
 
         One that does not come to the same image begins anew and is counted in `num_not_repeated`.
         """
+        self._num_steps = int(state["num_steps"])
         self._num_episodes = np.array(state["num_episodes"], dtype=np.int64)
+        self._ended = [TrainingEpisode(**content) for content in state["ended"]]
         self.num_not_repeated = int(state["num_not_repeated"])
         self._images = None
         if state["running"] is not None:
@@ -229,11 +225,11 @@ def _result(step: VectorStep, row: int, request: ResetRequest, end_step: int) ->
     return TrainingEpisode(
         task_id=request.task_id,
         init_state_id=request.init_state_id,
-        start_step=end_step - length,
         seed=request.seed,
         success=bool(step.success[row]),
         length=length,
         episode_return=float(step.episode_return[row]),
+        start_step=end_step - length,
     )
 
 

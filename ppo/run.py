@@ -166,23 +166,28 @@ class Run:
         self.writer.close()
         logger.info(f"stopped; the state is in {folder}: --resume {self.exp_dir} goes on")
 
-    def evaluate(self, step: int, file_name: str | None = None) -> dict[str, float]:
-        """Greedy evaluation on the fixed initial states; logged, and written to `file_name` if given."""
+    def evaluate(
+        self, step: int, file_name: str | None = None, *, restore: bool = True
+    ) -> dict[str, float]:
+        """Evaluate greedily on the fixed initial states, log it, and write it to `file_name`.
+
+        `restore`: bring the training environments back afterwards.
+        """
         start = time.perf_counter()
         suite = get_suite(self.args.task_suite_name)
         video_dir = self.exp_dir / "videos" / f"step_{step}" if self.args.save_video else None
         summary = summarize_run(
-            self.cluster.evaluate(video_dir), self.plan.task_ids, suite.instructions
+            self.cluster.evaluate(video_dir, restore=restore),
+            self.plan.task_ids,
+            suite.instructions,
         )
         overall = summary["overall"]
-        metrics = {
-            "time/eval_s": time.perf_counter() - start,
-            "eval/num_episodes": float(overall["episodes"]),
-        }
+        metrics = {"time/eval_s": time.perf_counter() - start}
         for name, part in [
             ("", overall),
             *((f"task_{t['task_id']}_", t) for t in summary["per_task"]),
         ]:
+            metrics[f"eval/{name}num_episodes"] = float(part["episodes"])
             metrics |= {f"eval/{name}success_rate": part["rate"]} if "rate" in part else {}
         if file_name:
             summary |= {"training_step": step, "remarks": suite.remarks()}
@@ -197,7 +202,7 @@ class Run:
         step = self.steps_done
         if self.args.eval_final:
             self.cluster.push_weights(step)
-            self.writer.write(step, dict(self.evaluate(step, "eval_final.json")))
+            self.writer.write(step, dict(self.evaluate(step, "eval_final.json", restore=False)))
         self.cluster.wait_for_checkpoint()
         final = self.exp_dir / ".final"
         self.cluster.save(final, self.metadata(step, self.episodes), overwrite=True)
