@@ -50,6 +50,7 @@ from ppo.arguments import (
     CommandLineError,
     absolute_paths,
     default_exp_id,
+    evaluation_flags,
     parse_trainers_per_node,
     raise_problems,
     validate,
@@ -58,7 +59,8 @@ from ppo.arguments import (
 from ppo.collector import Collector
 from ppo.envs.base import ResetRequest, get_suite, split_options
 from ppo.envs.vector import VectorEnv
-from ppo.evaluation import EpisodeResult, EvaluationRun, evaluation_requests, run_episodes
+from ppo.episodes import TrainingEpisode
+from ppo.evaluation import EvaluationRun, evaluation_requests, run_episodes
 from ppo.inputs import action_statistics, check_files, choose_checkpoint, counted_tokens
 from ppo.learner import PPOLearner
 from ppo.memory import check_memory
@@ -151,15 +153,16 @@ class Args:
     task_ids: tuple[int, ...] = ()
     """Tasks to train on, by index in the suite. Default: all."""
     num_steps_wait: int | None = None
-    """Settling steps after each reset, for worlds that have them. Default: the suite's own."""
+    """Settling steps after each reset in training, for suites with settling. Default: the suite's."""
     num_trials_per_task: int | None = None
     """Fixed initial states per task in evaluations by this driver (--eval_freq, --eval_final). Default: all."""
     max_env_length: int | None = None
-    """Time limit of an episode in steps. Default: the suite's own."""
+    """Time limit of a training episode in steps. Default: the suite's, which evaluations always use."""
     env_gpu_id: tuple[int, ...] = ()
     """GPUs (EGL's numbers) whose turns it is to draw the simulators. Default: what MUJOCO_GL says, else osmesa."""
     render_quality: Literal["fast", "eval"] | None = None
-    """LIBERO: eval, its own drawing, is the default where a GPU draws; fast lacks multisampling and reflections."""
+    """LIBERO, training: eval, its own drawing, is the default where a GPU draws; fast omits
+    multisampling and reflections. Evaluations by this driver always use eval."""
     center_crop: bool = False
     """Show the policy the central 0.9 of the image's area: for policies fine-tuned with random resized crops."""
     num_env_processes: int | None = None
@@ -475,7 +478,10 @@ class PolicyTrainer:
         Without shards an update that was stopped goes on.
         """
         metrics = self.learner.update(
-            Rollout.concat(ray.get(list(shard_refs))) if shard_refs else None, step
+            Rollout.concat(ray.get(list(shard_refs)), mixed_versions=self.args.async_depth > 0)
+            if shard_refs
+            else None,
+            step,
         )
         if metrics is None:
             return None
@@ -604,26 +610,38 @@ class RolloutWorker:
 
     def _build_collector(self) -> Collector:
         args = self.args
-        options = split_options(self.suite, **world_flags(args))[0]
-        vector = VectorEnv(
-            args.task_suite_name,
-            args.local_rollout_batch_size,
-            num_processes=self.plan.demand.num_env_processes,
-            image_size=self.processor.image_processor.image_size[0],
-            max_steps=args.max_env_length,
-            step_timeout_s=args.env_timeout_s,
-            center_crop=args.center_crop,
-            env_kwargs=self.suite.training_options(options),
-            first_gpu=self.index,
-        )
         prompts = [self.processor.prompt_ids(text) for text in self.suite.instructions]
         return Collector(
-            vector,
+            self._make_training_environments(),
             prompts,
             self._sample,
             self._decode,
             num_groups=args.num_env_groups,
             seed=(args.seed, self.index),
+            time_limit=args.max_env_length or self.suite.max_steps,
+        )
+
+    def _make_training_environments(self) -> VectorEnv:
+        options = split_options(self.suite, **world_flags(self.args))[0]
+        return self._make_environments(
+            self.args.local_rollout_batch_size,
+            self.suite.training_options(options),
+            self.args.max_env_length,
+        )
+
+    def _make_environments(
+        self, num_envs: int, options: dict[str, Any], max_steps: int | None
+    ) -> VectorEnv:
+        return VectorEnv(
+            self.args.task_suite_name,
+            num_envs,
+            num_processes=min(self.plan.demand.num_env_processes, num_envs),
+            image_size=self.processor.image_processor.image_size[0],
+            max_steps=max_steps,
+            step_timeout_s=self.args.env_timeout_s,
+            center_crop=self.args.center_crop,
+            env_kwargs=options,
+            first_gpu=self.index,
         )
 
     def policy_version(self) -> int:
@@ -659,8 +677,11 @@ class RolloutWorker:
 
     def collect(
         self, task_ids: list[int], step: int
-    ) -> tuple[list[ray.ObjectRef], list[EpisodeResult], dict[str, float], dict[str, Any]]:
-        """Act `num_steps` times everywhere; returns a shard per trainer, finished episodes, statistics, world state."""
+    ) -> tuple[list[ray.ObjectRef], list[TrainingEpisode], dict[str, float], dict[str, Any]]:
+        """Act `num_steps` times in every environment.
+
+        Returns a shard for each trainer, the episodes to report, statistics and the world state.
+        """
         self.sampling_rng = np.random.default_rng((self.args.seed, self.index, step))
         start = time.perf_counter()
         rollout, episodes = self.collector.collect(self.args.num_steps, iter(task_ids))
@@ -693,11 +714,18 @@ class RolloutWorker:
         """Take memory again: "weights" before new ones come, "kv_cache" after."""
         self.engine.wake_up([what])
 
-    def evaluate(self, requests: list[ResetRequest], video_dir: str | None = None) -> EvaluationRun:
-        """Run each request once, greedily; the training episodes in progress are given up.
+    def evaluate(
+        self, requests: list[ResetRequest], video_dir: str | None = None, *, restore: bool = True
+    ) -> EvaluationRun:
+        """Run each request once, greedily, with the suite's evaluation settings.
 
-        With `video_dir` the first success and the first failure of each task are written there as mp4.
+        The training environments are closed first, so that memory never holds both kinds. With
+        `restore` they are made again afterwards and their running episodes are replayed: training
+        continues as if there had been no evaluation. With `video_dir` the first success and the
+        first failure of each task are written there as mp4.
         """
+        if not requests:
+            return EvaluationRun()
 
         def act(images: np.ndarray, task_ids: np.ndarray) -> np.ndarray:
             prompts = [self.collector.prompts[i] for i in task_ids]
@@ -705,17 +733,24 @@ class RolloutWorker:
                 self.engine.generate(prompts, images, temperature=1.0, greedy=True).token_ids
             )
 
-        self.collector.restart()
         recorder = None
         if video_dir:
             texts = self.suite.instructions
             recorder = EpisodeRecorder(
                 Path(video_dir), ("success", "failure"), max_per_task=1, instructions=texts
             )
-        num_envs = self.args.local_rollout_batch_size
-        run = run_episodes(self.collector.vector, num_envs, act, requests, observer=recorder)
+        state = self.world_state()
+        self.collector.vector.close()
+        num_envs = min(self.args.local_rollout_batch_size, len(requests))
+        options = split_options(self.suite, **evaluation_flags(self.args))[0]
+        with self._make_environments(num_envs, options, max_steps=None) as vector:
+            run = run_episodes(vector, num_envs, act, requests, observer=recorder)
+            state["num_replaced"] += vector.num_replaced
         if recorder:
             recorder.save_contact_sheet()
+        if restore:
+            self.collector.vector = self._make_training_environments()
+            self.load_world(state)
         return run
 
     def close(self) -> None:
@@ -921,7 +956,7 @@ class Cluster:
         return self.workers[index].collect.remote(self._tasks[index], step)
 
     def finish_collecting(self, calls: list[ray.ObjectRef], step: int) -> Collected:
-        """Wait for the workers' rollouts and tell the curriculum how the episodes went."""
+        """Wait for the workers' rollouts and tell the curriculum how their episodes ended."""
         what = f"collecting the rollout of training step {step}"
         limits = {"poll": self.stop.check, "timeout_s": self.args.hang_timeout_s}
         results = self.pool.on_each(lambda index: self._collect(index, step), what, calls, **limits)
@@ -957,8 +992,11 @@ class Cluster:
         if not self.args.colocate:  # else the trainers have the memory that a new engine measures
             self.pool.start_for_dead("the trainers update")
 
-    def evaluate(self, video_dir: Path | None) -> EvaluationRun:
-        """Greedy episodes from every fixed initial state of the run's tasks, shared among the workers."""
+    def evaluate(self, video_dir: Path | None, *, restore: bool = True) -> EvaluationRun:
+        """Greedy episodes from every fixed initial state, shared among the workers.
+
+        `restore`: bring the training environments back afterwards, see `RolloutWorker.evaluate`.
+        """
         num_states = (
             self.args.num_trials_per_task or get_suite(self.args.task_suite_name).num_init_states
         )
@@ -967,17 +1005,18 @@ class Cluster:
         folders = [str(video_dir / f"worker_{i}") if video_dir else None for i in range(workers)]
 
         def evaluate(index: int) -> ray.ObjectRef:
-            return self.workers[index].evaluate.remote(requests[index::workers], folders[index])
+            return self.workers[index].evaluate.remote(
+                requests[index::workers], folders[index], restore=restore
+            )
 
         total = EvaluationRun()
         for run in self.pool.on_each(evaluate, "evaluating", poll=self.stop.check):
             total.episodes += run.episodes
             total.void += run.void
             total.num_dropped += run.num_dropped
-        calls = [
-            w.world_state.remote() for w in self.workers
-        ]  # the episodes under way were given up
-        self.worlds = wait_all(calls, "asking for the environments' state")
+        if restore:  # the same states as before, except for episodes whose replay diverged
+            calls = [w.world_state.remote() for w in self.workers]
+            self.worlds = wait_all(calls, "asking for the environments' state")
         return total
 
     def save(self, folder: Path, metadata: dict[str, Any], *, overwrite: bool = False) -> None:
@@ -1077,7 +1116,7 @@ def train(args: Args, plan: Plan, cluster: Cluster, run: Run) -> None:
         episodes, stats, seconds = run.collected.episodes, run.collected.worker_stats, timer.pop()
         metrics = rollout_metrics(episodes, stats) | update | run.collected.metrics
         metrics |= time_metrics(seconds, stats, plan.samples_per_step)
-        metrics["train/policy_lag"] = step - 1 - stats[0]["policy_version"]
+        metrics["train/policy_lag"] = step - 1 - min(s["policy_version"] for s in stats)
         metrics["rollout/num_replaced_workers"] = float(cluster.pool.num_replaced)
         run.report(step, metrics, episodes)
         with timer.phase("checkpoint"):

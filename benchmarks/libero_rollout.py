@@ -33,6 +33,7 @@ from ppo.envs.vector import VectorEnv  # noqa: E402
 
 Quality = Literal["none", "fast", "eval"]
 NUM_ACTION_TOKENS = 7
+TIME_LIMIT = 140
 ALL_CORES = os.sched_getaffinity(0)
 
 
@@ -143,13 +144,14 @@ def collecting(
     if quality != "none":
         options = {"env_gpu_id": args.env_gpu_id or None, "render_quality": quality}
     with VectorEnv(
-        args.task_suite_name, args.num_envs, num_processes=processes, image_size=args.image_size, max_steps=140,
+        args.task_suite_name, args.num_envs, num_processes=processes, image_size=args.image_size, max_steps=TIME_LIMIT,
         startup_timeout_s=300, step_timeout_s=300, env_kwargs=suite.training_options(options),
     ) as vector:  # fmt: skip
         keep_apart(args.num_reserved_cores)
         collector = Collector(
-            vector, prompts, policy.generate, policy.decode, num_groups=args.num_groups, seed=(0,)
-        )
+            vector, prompts, policy.generate, policy.decode, num_groups=args.num_groups, seed=(0,),
+            time_limit=TIME_LIMIT,
+        )  # fmt: skip
         tasks = cycle(range(suite.num_tasks))
         collector.collect(args.num_warmup, tasks)
         started = time.perf_counter()

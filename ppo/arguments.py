@@ -166,6 +166,15 @@ def world_flags(args: Any) -> dict[str, Any]:
     }
 
 
+def evaluation_flags(args: Any) -> dict[str, Any]:
+    """The flags that go to the environments of the driver's evaluations: only where to draw.
+
+    The others hold for training. Evaluations have the suite's defaults, as
+    `run_libero_eval_vllm.py` does.
+    """
+    return {"env_gpu_id": tuple(args.env_gpu_id) or None}
+
+
 def size_problems(args: Any, num_trainers: int) -> list[str]:
     """Batch sizes that do not divide among environments, ranks and minibatches."""
     problems = []

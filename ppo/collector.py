@@ -7,6 +7,7 @@ Shapes: T steps, B environments, A action tokens, H W image, K truncated episode
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,8 +15,7 @@ import torch
 
 from ppo.envs.base import ResetRequest
 from ppo.envs.vector import VectorEnv, VectorStep
-from ppo.episodes import RunningEpisode, play_again
-from ppo.evaluation import EpisodeResult
+from ppo.episodes import RunningEpisode, TrainingEpisode, play_again
 from ppo.rollout import Rollout
 from utils.logging_utils import get_logger
 
@@ -41,6 +41,11 @@ def episode_seed(seed: tuple[int, ...], env_id: int, episode: int) -> int:
 class Collector:
     """Steps `vector` with a policy and cuts what happens into rollouts of T steps; episodes go on across rollouts.
 
+    Episodes are reported in the order in which they started. Each waits until `time_limit` steps
+    have passed since its start, however early it ended: by then every episode that started at the
+    same time has ended, so that the choice does not depend on the outcome. In the order of their
+    ends the first episodes would all be successes, because a failure takes the whole time limit.
+
     Args:
         vector: the environments.
         prompts: token ids of every task's prompt, by task id.
@@ -48,6 +53,7 @@ class Collector:
         decode: action tokens (B, A) -> actions (B, 7) in the environments' convention.
         num_groups: how many groups the environments are split into.
         seed: of the episodes' resets; a tuple of integers (run, worker).
+        time_limit: most steps of an episode.
     """
 
     def __init__(
@@ -59,6 +65,7 @@ class Collector:
         *,
         num_groups: int,
         seed: tuple[int, ...],
+        time_limit: int,
     ) -> None:
         self.vector, self.prompts, self.generate, self.decode = (
             vector,
@@ -67,7 +74,7 @@ class Collector:
             decode,
         )
         self.groups = [g for g in np.array_split(np.arange(vector.num_envs), num_groups) if len(g)]
-        self.seed = seed
+        self.seed, self.time_limit = seed, time_limit
         self._num_episodes = np.zeros(vector.num_envs, dtype=np.int64)
         self.generate_s = self.wait_env_s = 0.0  # of the last collect
         self.num_not_repeated = (
@@ -76,6 +83,8 @@ class Collector:
         self._images: np.ndarray | None = None  # (B, H, W, 3) next observation to act on
         self._task_id_B = np.zeros(vector.num_envs, dtype=np.int64)
         self._episodes: list[RunningEpisode] = []
+        self._num_steps = 0  # of each environment, since the run's start
+        self._ended: list[TrainingEpisode] = []  # not reported yet
 
     def _request(self, env_id: int, tasks: Iterator[int]) -> ResetRequest:
         """The environment's next training episode: a random layout of the next task, with a seed of its own."""
@@ -83,10 +92,6 @@ class Collector:
         self._num_episodes[env_id] += 1
         seed = episode_seed(self.seed, env_id, episode)
         return ResetRequest(task_id=next(tasks), init_state_id=None, seed=seed)
-
-    def restart(self) -> None:
-        """Forget the running episodes: the next `collect` begins with fresh ones."""
-        self._images = None
 
     def _start(self, tasks: Iterator[int]) -> np.ndarray:
         env_ids = range(self.vector.num_envs)
@@ -99,15 +104,20 @@ class Collector:
         return images
 
     def state_dict(self) -> dict[str, Any]:
-        """Episodes under way and counters, of plain JSON types; between two calls of `collect`."""
+        """Episodes under way or not reported yet, and counters, as plain JSON types.
+
+        To be called between two calls of `collect`.
+        """
         running = None
         if self._images is not None:
             running = [
                 e.to_json(image) for e, image in zip(self._episodes, self._images, strict=True)
             ]
         return {
+            "num_steps": self._num_steps,
             "num_episodes": self._num_episodes.tolist(),
             "running": running,
+            "ended": [asdict(episode) for episode in self._ended],
             "num_replaced": self.vector.num_replaced,
             "num_not_repeated": self.num_not_repeated,
         }
@@ -117,7 +127,9 @@ class Collector:
 
         One that does not come to the same image begins anew and is counted in `num_not_repeated`.
         """
+        self._num_steps = int(state["num_steps"])
         self._num_episodes = np.array(state["num_episodes"], dtype=np.int64)
+        self._ended = [TrainingEpisode(**content) for content in state["ended"]]
         self.num_not_repeated = int(state["num_not_repeated"])
         self._images = None
         if state["running"] is not None:
@@ -142,26 +154,36 @@ class Collector:
             "envs_gib": self.vector.memory_gib(),
         }
 
-    def collect(self, num_steps: int, tasks: Iterator[int]) -> tuple[Rollout, list[EpisodeResult]]:
+    def collect(
+        self, num_steps: int, tasks: Iterator[int]
+    ) -> tuple[Rollout, list[TrainingEpisode]]:
         """Act `num_steps` times in every environment; `tasks` yields the task of each new episode.
 
         Returns:
-            The rollout, and the episodes that ended in it in order of their end. Episodes of environments that died
-            are not among them; their steps in this rollout have `valid_TB` False.
+            The rollout, and the episodes whose time limit passed in it, in the order of their
+            start. Episodes of environments that died are never among them; their steps in this
+            rollout have `valid_TB` False.
         """
         if self._images is None:
             self._images = self._start(tasks)
         self.generate_s = self.wait_env_s = 0.0
         writer = _RolloutWriter(num_steps, self._images, [len(e.actions) for e in self._episodes])
-        records: list[EpisodeResult] = []
         for t in range(num_steps):
             for group in self.groups:
                 if t > 0:
-                    records += self._receive(group, t - 1, writer, tasks)
+                    self._receive(group, t - 1, writer, tasks)
                 self._act(group, t, writer)
         for group in self.groups:
-            records += self._receive(group, num_steps - 1, writer, tasks)
-        return writer.finish(self.prompts, self._images, self._task_id_B), records
+            self._receive(group, num_steps - 1, writer, tasks)
+        self._num_steps += num_steps
+        return writer.finish(self.prompts, self._images, self._task_id_B), self._report()
+
+    def _report(self) -> list[TrainingEpisode]:
+        """Remove and return the episodes whose time limit has passed, in the order of their start."""
+        last_start = self._num_steps - self.time_limit
+        due = [episode for episode in self._ended if episode.start_step <= last_start]
+        self._ended = [episode for episode in self._ended if episode.start_step > last_start]
+        return sorted(due, key=lambda episode: episode.start_step)
 
     def _act(self, group: np.ndarray, t: int, writer: "_RolloutWriter") -> None:
         assert self._images is not None
@@ -177,36 +199,37 @@ class Collector:
 
     def _receive(
         self, group: np.ndarray, t: int, writer: "_RolloutWriter", tasks: Iterator[int]
-    ) -> list[EpisodeResult]:
+    ) -> None:
         assert self._images is not None
         started = time.perf_counter()
         step = self.vector.receive(group)
         self.wait_env_s += time.perf_counter() - started
         self._images[group] = step.images
         writer.add_results(t, group, step)
-        records = []
         for row, env_id in enumerate(group):
             if not step.reset_used[row]:
                 continue
             if not step.dropped[row]:
-                records.append(_result(step, row, self._episodes[env_id].request))
+                end_step = self._num_steps + t + 1
+                self._ended.append(_result(step, row, self._episodes[env_id].request, end_step))
             request = self._episodes[env_id].next_request
             self._task_id_B[env_id] = request.task_id
             self._episodes[env_id] = RunningEpisode(request, self._request(int(env_id), tasks))
-        return records
 
 
-def _result(step: VectorStep, row: int, request: ResetRequest) -> EpisodeResult:
+def _result(step: VectorStep, row: int, request: ResetRequest, end_step: int) -> TrainingEpisode:
     assert int(step.task_ids[row]) == request.task_id, (
         "an environment played another task than it was given"
     )
-    return EpisodeResult(
+    length = int(step.episode_length[row])
+    return TrainingEpisode(
         task_id=request.task_id,
         init_state_id=request.init_state_id,
         seed=request.seed,
         success=bool(step.success[row]),
-        length=int(step.episode_length[row]),
+        length=length,
         episode_return=float(step.episode_return[row]),
+        start_step=end_step - length,
     )
 
 

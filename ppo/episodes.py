@@ -14,6 +14,19 @@ import numpy as np
 
 from ppo.envs.base import ACTION_DIM, ResetRequest
 from ppo.envs.vector import VectorEnv
+from ppo.evaluation import EpisodeResult
+
+
+@dataclass(frozen=True)
+class TrainingEpisode(EpisodeResult):
+    """One finished training episode.
+
+    Attributes:
+        start_step: steps that its environment had taken since the run's start when it started.
+            Environments take their steps together, so that these are comparable among all of them.
+    """
+
+    start_step: int = 0
 
 
 @dataclass

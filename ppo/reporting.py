@@ -6,40 +6,91 @@ from typing import Any
 
 import numpy as np
 
-from ppo.evaluation import EpisodeResult
+from ppo.episodes import TrainingEpisode
 from utils.logging_utils import format_duration
+
+EMA_ALPHA = 0.99
+# The EMA averages over about 1 / (1 - alpha) episodes. With fewer, chance could set a mark that no
+# policy beats.
+MIN_EPISODES = 100
 
 
 @dataclass
 class BestReturn:
-    """EMA (0.99) of the episodic return, and when it has beaten its best by enough to be saved."""
+    """EMA of the episodic return, and whether it beats its best by enough to save the policy.
+
+    With returns R_1 .. R_n in the order in which the episodes started, and alpha = EMA_ALPHA:
+        average_n = alpha average_{n-1} + (1 - alpha) R_n,   average_0 = 0
+        ema_n     = average_n / (1 - alpha^n)
+    The division corrects the start at 0 (Kingma and Ba 2015, arXiv:1412.6980, section 3).
+
+    The EMA lags behind the policy that is saved: it averages over the last hundred episodes or so,
+    and the newest of them were played with the weights before the last update. `mean_step` says how
+    far.
+
+    Attributes:
+        min_delta: the EMA must beat its best by more than this.
+        patience: least number of training steps between two saves.
+        average: the EMA without its correction.
+        average_step: the same of the training steps in which the episodes started.
+        num_episodes: episodes taken in.
+        best: the EMA at the last save.
+        last_saved_step: training step of the last save.
+    """
 
     min_delta: float
     patience: int
-    ema: float | None = None
+    average: float = 0.0
+    average_step: float = 0.0
+    num_episodes: int = 0
     best: float | None = None
     last_saved_step: int | None = None
 
+    @property
+    def ema(self) -> float | None:
+        """The bias-corrected EMA of the return; None before the first episode."""
+        return self._corrected(self.average)
+
+    @property
+    def mean_step(self) -> float | None:
+        """Training step in which the EMA's episodes started, averaged with the EMA's weights."""
+        return self._corrected(self.average_step)
+
+    def _corrected(self, average: float) -> float | None:
+        return average / (1 - EMA_ALPHA**self.num_episodes) if self.num_episodes else None
+
     def state_dict(self) -> dict[str, Any]:
-        """What it has seen, of plain JSON types."""
-        return {"ema": self.ema, "best": self.best, "last_saved_step": self.last_saved_step}
+        """All but the two settings, as plain JSON types."""
+        return {name: getattr(self, name) for name in self.state_names()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`'s result."""
-        self.ema, self.best, self.last_saved_step = (
-            state["ema"],
-            state["best"],
-            state["last_saved_step"],
-        )
+        for name in self.state_names():
+            setattr(self, name, state[name])
 
-    def update(self, episode_returns: Sequence[float], step: int) -> bool:
-        """Take in the returns of the episodes that ended in this step; True if the policy is to be saved."""
-        for value in episode_returns:
-            self.ema = value if self.ema is None else 0.99 * self.ema + 0.01 * value
-        if self.ema is None or (
+    @staticmethod
+    def state_names() -> tuple[str, ...]:
+        """Keys of `state_dict`."""
+        return ("average", "average_step", "num_episodes", "best", "last_saved_step")
+
+    def update(self, episodes: Sequence[TrainingEpisode], step: int, num_steps: int) -> bool:
+        """Take in the episodes of training step `step`; True if the policy is to be saved.
+
+        Args:
+            episodes: in the order of their start.
+            step: training step, from 1 on.
+            num_steps: steps of each environment in a training step.
+        """
+        for episode in episodes:
+            start = episode.start_step // num_steps + 1
+            self.average = EMA_ALPHA * self.average + (1 - EMA_ALPHA) * episode.episode_return
+            self.average_step = EMA_ALPHA * self.average_step + (1 - EMA_ALPHA) * start
+        self.num_episodes += len(episodes)
+        if self.num_episodes < MIN_EPISODES or (
             self.last_saved_step is not None and step - self.last_saved_step < self.patience
         ):
             return False
+        assert self.ema is not None
         if self.best is not None and self.ema <= self.best + self.min_delta:
             return False
         self.best, self.last_saved_step = self.ema, step
@@ -47,9 +98,12 @@ class BestReturn:
 
 
 def rollout_metrics(
-    episodes: Sequence[EpisodeResult], worker_stats: Sequence[dict[str, float]]
+    episodes: Sequence[TrainingEpisode], worker_stats: Sequence[dict[str, float]]
 ) -> dict[str, float]:
-    """`rollout/` metrics of one step over all workers; success, return and length only if an episode ended."""
+    """`rollout/` metrics of one step over all workers.
+
+    Success, return and length are absent if no episode is reported.
+    """
     metrics = {
         "rollout/num_episodes": float(len(episodes)),
         "rollout/num_void_steps": sum(s["num_void_steps"] for s in worker_stats),

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ppo.batch import required_tensors
-from ppo.episodes import RunningEpisode
-from ppo.evaluation import EpisodeResult
+from ppo.episodes import RunningEpisode, TrainingEpisode
+from ppo.reporting import BestReturn
 from ppo.state_checks import read_rank, state_problems
 from prismatic.model_files import checksum_problems, is_int, read_json_object
 from prismatic.regular_files import file_problems, open_file
@@ -26,7 +26,7 @@ from utils.training_state import saved_shapes, tensor_problems, write_json
 
 logger = get_logger("driver")
 
-FORMAT = 1
+FORMAT = 2  # 1 is read, too
 STATE_DIR, STATE_FILE = "training_state", "state.json"
 # 100,000 steps of 200 metrics.
 MAX_METRICS_BYTES = 1 << 30
@@ -69,13 +69,13 @@ class Collected:
 
     Attributes:
         shards: of each trainer rank, as handed to it; none where the trainers have them already.
-        episodes: those that ended.
+        episodes: those that it reports (see `Collector`).
         worker_stats: the workers' statistics.
         metrics: of the weight sync and the evaluation before.
     """
 
     shards: list[list[Any]]
-    episodes: list[EpisodeResult]
+    episodes: list[TrainingEpisode]
     worker_stats: list[dict[str, float]]
     metrics: dict[str, float]
 
@@ -87,7 +87,7 @@ class Collected:
     @staticmethod
     def from_json(content: dict[str, Any]) -> "Collected":
         """The result of `to_json`, without shards."""
-        episodes = [EpisodeResult(**episode) for episode in content["episodes"]]
+        episodes = [TrainingEpisode(**episode) for episode in content["episodes"]]
         return Collected([], episodes, content["worker_stats"], content["metrics"])
 
 
@@ -136,8 +136,8 @@ class RunState:
             content = read_json_object(file)
         except (OSError, ValueError) as error:
             raise ValueError(f"{file} cannot be read: {error}") from error
-        if content.get("format") != FORMAT:
-            raise ValueError(f"{file} is not of format {FORMAT}, which this version reads")
+        if content.get("format") not in (1, FORMAT):
+            raise ValueError(f"{file} is not of format 1 or {FORMAT}, which this version reads")
         wanted = {field.name for field in dataclasses.fields(RunState)}
         if content.keys() != wanted:
             raise ValueError(
@@ -145,10 +145,28 @@ class RunState:
             )
         state = RunState(**content)
         try:
+            if state.format == 1:
+                state.upgrade()
             state.check()
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} is damaged: {type(error).__name__} {error}") from error
         return state
+
+    def upgrade(self) -> None:
+        """Bring a state of format 1 to the present one.
+
+        There every episode was reported when it ended, and the EMA of the return began with the
+        first ones, which are all successes. That EMA and its best are therefore forgotten: the
+        resumed run measures them from here on.
+        """
+        num_steps = self.flags["num_steps"] * (self.step + (self.rollout is not None))
+        for world in self.worlds:
+            world |= {"num_steps": num_steps, "ended": []}
+        for episode in self.rollout["episodes"] if self.rollout is not None else []:
+            # When it ended was not noted.
+            episode["start_step"] = max(0, num_steps - episode["length"])
+        self.best = BestReturn(0.0, 0).state_dict()
+        self.format = FORMAT
 
     def check(self) -> None:
         """Raise ValueError, KeyError or TypeError if a part is not what it should be."""
@@ -168,7 +186,7 @@ class RunState:
                 RunningEpisode.from_json(content)
         if self.rollout is not None:
             Collected.from_json(self.rollout)
-        missing = {"ema", "best", "last_saved_step"} ^ self.best.keys()
+        missing = set(BestReturn.state_names()) ^ self.best.keys()
         missing |= {
             "task_ids",
             "ema",

@@ -6,6 +6,7 @@ Shapes: T steps, B environments, A action tokens, H W image, K truncated episode
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 @dataclass
 class Rollout:
-    """T consecutive steps of B environments under one policy; tensors on the CPU, images as uint8.
+    """T consecutive steps of B environments; tensors on the CPU, images as uint8.
 
     Each prompt is stored once per task, and a final observation only where a time limit ended an episode: everywhere
     else the next observation is `images_TBHWC[t + 1]`, or `last_images_BHWC` after the last step.
@@ -35,7 +36,7 @@ class Rollout:
         final_images_KHWC: (K, H, W, 3) uint8, the real last observations of the truncated episodes.
         final_t_K: int64, their steps.
         final_b_K: int64, their environments.
-        policy_version: which weights chose the actions.
+        policy_version: which weights chose the actions; the oldest ones of joined rollouts.
     """
 
     prompts: list[list[int]]
@@ -140,23 +141,29 @@ class Rollout:
         return dataclasses.replace(self, **shares)  # type: ignore[arg-type]
 
     @staticmethod
-    def concat(rollouts: Sequence["Rollout"]) -> "Rollout":
+    def concat(rollouts: Sequence["Rollout"], *, mixed_versions: bool = False) -> "Rollout":
         """Return the rollouts side by side as one with all their environments, in order.
 
+        With `mixed_versions` their policy versions may differ, and the result has the oldest. That
+        is right where each action is weighted by its own engine log-probs: with `--async_depth 1`,
+        where a replaced engine collects again with newer weights than the others had.
+
         Raises:
-            ValueError: none given, or they differ in steps, prompts or policy version.
+            ValueError: none given, or they differ in steps, prompts or (without `mixed_versions`)
+                policy version.
         """
         if not rollouts:
             raise ValueError("no rollout to concatenate")
-        kinds = {(r.num_steps, r.policy_version, str(r.prompts)) for r in rollouts}
-        if len(kinds) > 1:
+        versions = {r.policy_version for r in rollouts}
+        kinds = {(r.num_steps, str(r.prompts)) for r in rollouts}
+        if len(kinds) > 1 or (len(versions) > 1 and not mixed_versions):
             described = [(r.num_steps, r.policy_version, len(r.prompts)) for r in rollouts]
             raise ValueError(
                 f"rollouts differ in (steps, policy version, prompts), {described}: join those of one training step"
             )
         if len(rollouts) == 1:
             return rollouts[0]
-        joined: dict[str, Tensor] = {}
+        joined: dict[str, Any] = {"policy_version": min(versions)}
         for field in dataclasses.fields(Rollout):
             values = [getattr(r, field.name) for r in rollouts]
             if isinstance(values[0], Tensor):
@@ -165,7 +172,7 @@ class Rollout:
         joined["final_b_K"] = torch.cat(
             [r.final_b_K + offset for r, offset in zip(rollouts, offsets, strict=True)]
         )
-        return dataclasses.replace(rollouts[0], **joined)  # type: ignore[arg-type]
+        return dataclasses.replace(rollouts[0], **joined)
 
 
 def minibatches(num_samples: int, size: int, *, seed: Sequence[int]) -> Iterator[Tensor]:

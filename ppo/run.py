@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from ppo.envs.base import get_suite
-from ppo.evaluation import EpisodeResult, summarize_run
+from ppo.episodes import TrainingEpisode
+from ppo.evaluation import summarize_run
 from ppo.reporting import BestReturn, progress_line
 from ppo.resume import (
     STATE_DIR,
@@ -50,7 +51,7 @@ class Run:
         self.best = BestReturn(args.best_min_delta, args.best_patience)
         self.steps_done = 0
         self.collected: Collected | None = None
-        self.episodes: list[EpisodeResult] = []
+        self.episodes: list[TrainingEpisode] = []
         for remark in get_suite(args.task_suite_name).remarks():
             logger.warning(remark)
         if checkpoint is not None:
@@ -77,13 +78,23 @@ class Run:
         self.cluster.load(checkpoint / STATE_DIR, state)
         logger.info(f"going on from {checkpoint}: {state.step} training steps are done")
 
-    def metadata(self, step: int, episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
-        """What a checkpoint says about itself."""
+    def metadata(self, step: int, episodes: Sequence[TrainingEpisode]) -> dict[str, Any]:
+        """What a checkpoint says about itself.
+
+        Its weights are those after the update of training step `step`, of which `policy_updates`
+        trained the policy: at 0 it is the initial one. The returns are of episodes that earlier
+        weights played: `current_return` of those that the step reports, `ema_return` of
+        `ema_num_episodes` episodes that started in training step `ema_mean_training_step` on
+        average.
+        """
         returns = [e.episode_return for e in episodes]
         return {
             "timestamp": datetime.now().astimezone().isoformat(timespec="seconds"),
             "ema_return": self.best.ema,
+            "ema_num_episodes": self.best.num_episodes,
+            "ema_mean_training_step": self.best.mean_step,
             "current_return": float(np.mean(returns)) if returns else None,
+            "policy_updates": max(0, step - self.args.value_init_steps),
             "training_step": step,
             "global_step": step * self.plan.samples_per_step,
             "exp_id": self.exp_dir.name,
@@ -93,11 +104,11 @@ class Run:
         }
 
     def report(
-        self, step: int, metrics: dict[str, float | None], episodes: Sequence[EpisodeResult]
+        self, step: int, metrics: dict[str, float | None], episodes: Sequence[TrainingEpisode]
     ) -> None:
         """Write a finished training step's metrics and line, the curriculum, and a best-return checkpoint if due."""
         self.steps_done, self.collected, self.episodes = step, None, list(episodes)
-        is_best = self.best.update([e.episode_return for e in episodes], step)
+        is_best = self.best.update(episodes, step, self.args.num_steps)
         metrics["rollout/ema_return"] = self.best.ema
         metrics["time/env_steps_total"] = float(step * self.plan.samples_per_step)
         tasks = self.cluster.curriculum_stats()
@@ -155,23 +166,28 @@ class Run:
         self.writer.close()
         logger.info(f"stopped; the state is in {folder}: --resume {self.exp_dir} goes on")
 
-    def evaluate(self, step: int, file_name: str | None = None) -> dict[str, float]:
-        """Greedy evaluation on the fixed initial states; logged, and written to `file_name` if given."""
+    def evaluate(
+        self, step: int, file_name: str | None = None, *, restore: bool = True
+    ) -> dict[str, float]:
+        """Evaluate greedily on the fixed initial states, log it, and write it to `file_name`.
+
+        `restore`: bring the training environments back afterwards.
+        """
         start = time.perf_counter()
         suite = get_suite(self.args.task_suite_name)
         video_dir = self.exp_dir / "videos" / f"step_{step}" if self.args.save_video else None
         summary = summarize_run(
-            self.cluster.evaluate(video_dir), self.plan.task_ids, suite.instructions
+            self.cluster.evaluate(video_dir, restore=restore),
+            self.plan.task_ids,
+            suite.instructions,
         )
         overall = summary["overall"]
-        metrics = {
-            "time/eval_s": time.perf_counter() - start,
-            "eval/num_episodes": float(overall["episodes"]),
-        }
+        metrics = {"time/eval_s": time.perf_counter() - start}
         for name, part in [
             ("", overall),
             *((f"task_{t['task_id']}_", t) for t in summary["per_task"]),
         ]:
+            metrics[f"eval/{name}num_episodes"] = float(part["episodes"])
             metrics |= {f"eval/{name}success_rate": part["rate"]} if "rate" in part else {}
         if file_name:
             summary |= {"training_step": step, "remarks": suite.remarks()}
@@ -186,7 +202,7 @@ class Run:
         step = self.steps_done
         if self.args.eval_final:
             self.cluster.push_weights(step)
-            self.writer.write(step, dict(self.evaluate(step, "eval_final.json")))
+            self.writer.write(step, dict(self.evaluate(step, "eval_final.json", restore=False)))
         self.cluster.wait_for_checkpoint()
         final = self.exp_dir / ".final"
         self.cluster.save(final, self.metadata(step, self.episodes), overwrite=True)

@@ -125,8 +125,10 @@ def settling_steps(ppo_args: Mapping[str, Any]) -> int:
 def curve_points(metrics: Metrics, settled_at: int = 0) -> tuple[CurvePoint, ...]:
     """Success of the sampled training episodes, by environment steps and by seconds of training steps.
 
-    What ends before `settled_at` (`settling_steps`) counts with the first point from there on:
-    all environments begin at once, and what ends first are successes, for failures take the time limit.
+    What is reported before `settled_at` (`settling_steps`) counts with the first point from there
+    on. Runs report episodes in the order of their start (`ppo.collector`), so that nothing is.
+    Older ones did so in the order of their end and began with successes alone, because failures
+    take the whole time limit.
     """
     points, seconds, early, early_successes = [], 0.0, 0, 0.0
     for line in training_lines(metrics):

@@ -88,7 +88,9 @@ STATE: Rules = {
     "rollout": _or_null(OBJECT),
 }
 BEST: Rules = {
-    "ema": _or_null(NUMBER),
+    "average": NUMBER,
+    "average_step": NUMBER,
+    "num_episodes": COUNT,
     "best": _or_null(NUMBER),
     "last_saved_step": _or_null(COUNT),
 }
@@ -100,6 +102,8 @@ CURRICULUM: Rules = {
     "rng": OBJECT,
 }
 WORLD: Rules = {
+    "num_steps": COUNT,
+    "ended": _list(OBJECT),
     "num_episodes": _list(COUNT),
     "running": _or_null(_list(OBJECT)),
     "num_replaced": COUNT,
@@ -124,6 +128,7 @@ EPISODE: Rules = {
     "length": _int(1, MAX_COUNT),
     "episode_return": NUMBER,
     "num_dropped": COUNT,
+    "start_step": COUNT,
 }
 # What the driver reads of a worker's statistics; others may be there.
 WORKER_STATISTICS = (
@@ -202,6 +207,7 @@ def _contradictions(content: Mapping[str, Any]) -> list[str]:
     ]
     tasks = {request[0] for request in requests}
     tasks |= {episode["task_id"] for episode in (content["rollout"] or {}).get("episodes", [])}
+    tasks |= {episode["task_id"] for world in worlds for episode in world["ended"]}
     known = content["curriculum"]["task_ids"]
     if unknown := sorted(tasks - set(known)):
         problems.append(f"episodes are of tasks {unknown[:5]}, the curriculum has {known[:20]}")
@@ -228,14 +234,21 @@ def _world_problems(where: str, world: Mapping[str, Any]) -> list[str]:
         )
     for i, episode in enumerate(running or []):
         problems += object_problems(f"{where}.running[{i}]", episode, RUNNING)
-    return problems
+    return problems + _episodes_problems(f"{where}.ended", world["ended"])
+
+
+def _episodes_problems(where: str, episodes: list[Mapping[str, Any]]) -> list[str]:
+    return [
+        problem
+        for i, episode in enumerate(episodes)
+        for problem in object_problems(f"{where}[{i}]", episode, EPISODE, ("num_dropped",))
+    ]
 
 
 def _rollout_problems(rollout: Mapping[str, Any]) -> list[str]:
     if problems := object_problems("rollout", rollout, ROLLOUT):
         return problems
-    for i, episode in enumerate(rollout["episodes"]):
-        problems += object_problems(f"rollout.episodes[{i}]", episode, EPISODE, ("num_dropped",))
+    problems += _episodes_problems("rollout.episodes", rollout["episodes"])
     if not rollout["worker_stats"]:
         problems.append("rollout.worker_stats is empty: there are some for each engine")
     return problems + [

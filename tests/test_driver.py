@@ -182,6 +182,35 @@ def test_the_next_rollout_is_collected_during_the_update(tiny_model_dir, tmp_pat
         )
 
 
+def test_the_final_evaluation_is_that_of_the_evaluation_script_episode_by_episode(
+    tiny_model_dir, tmp_path
+):
+    """Training has a shorter time limit and its own physics, and only training has them."""
+    args = small_args(
+        tiny_model_dir, tmp_path, task_suite_name="tests.worlds:DRIFT_SUITE", total_episodes=2 * 64, value_init_steps=0,
+        max_env_length=3, eval_final=True, actor_num_gpus_per_node="[1]", local_mini_batch_size=32,
+    )  # fmt: skip
+    run_driver(args)
+    words = [
+        sys.executable, "run_libero_eval_vllm.py", "--pretrained_checkpoint", str(tmp_path / "run"),
+        "--task_suite_name", args.task_suite_name, "--num_trials_per_task", "20", "--unnorm_key", "tabletop",
+        "--num_envs", "8", "--local_log_dir", str(tmp_path / "logs"),
+    ]  # fmt: skip
+    done = subprocess.run(
+        words, cwd=ROOT, capture_output=True, text=True, timeout=500, env=run_environment(args)
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
+    (file,) = (tmp_path / "logs").glob("*/results.json")
+    expected = [
+        {name: value for name, value in episode.items() if name != "video"}
+        for episode in json.loads(file.read_text())["episodes"]
+    ]
+    found = json.loads((tmp_path / "run" / "eval_final.json").read_text())["episodes"]
+    assert found == expected and len(found) == 40
+    assert len({e["length"] for e in found}) > 5 and 5 < sum(e["success"] for e in found) < 35
+    assert max(e["length"] for e in found) == 30, "the suite's limit"
+
+
 def test_every_problem_of_a_command_line_is_reported_at_once(tmp_path):
     args = driver.Args(
         task_suite_name="table", local_mini_batch_size=48, per_device_train_batch_size=9, num_steps=32,

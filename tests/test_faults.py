@@ -212,17 +212,23 @@ def test_a_run_survives(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("num_engines", [1, 2])
 def test_a_rollout_that_died_with_its_engine_is_collected_again(
-    tiny_model_dir: Path, tmp_path: Path
+    num_engines: int, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """Its engine collects ahead of the update and dies after it has reported: the images have died with it."""
-    fault = Fault(
-        "ray::RolloutWorker",
-        UPDATE,
-        "rollout worker 0 is replaced; it failed while the trainers update",
-    )
-    run_through([fault], fault_args(tiny_model_dir, tmp_path, "run", async_depth=1), tmp_path)
+    """Its engine collects ahead of the update and dies after it has reported: the images have died with it.
+
+    With two engines the one that lives has collected with the version before, and the two rollouts
+    are joined.
+    """
+    fault = Fault("ray::RolloutWorker", UPDATE, "is replaced; it failed while the trainers update")
+    changes = {"vllm_num_engines": num_engines, "local_rollout_batch_size": 8 // num_engines}
+    args = fault_args(tiny_model_dir, tmp_path, "run", async_depth=1, **changes)
+    run_through([fault], args, tmp_path)
     assert "going on from" not in (tmp_path / "run.log").read_text()
+    lags = [m["train/policy_lag"] for m in read_metrics(tmp_path / "run")]
+    # What the only engine collects again is of the present version. Of two, the other's is older.
+    assert lags.count(0) == (2 if num_engines == 1 else 1) and set(lags) == {0, 1}
 
 
 @pytest.mark.timeout(

@@ -124,6 +124,17 @@ def test_a_run_stopped_within_an_update_goes_on_to_the_last_bit(runs, tiny_model
     )
 
 
+def test_evaluations_leave_training_as_it_is(straight_run, tiny_model_dir, tmp_path, monkeypatch):
+    """Episodes of 5 steps are under way after each rollout of 8, when the evaluation begins."""
+    monkeypatch.setenv("PPO_VLA_TEST_STEPS", str(tmp_path / "steps"))
+    run_driver(run_args(tiny_model_dir, tmp_path, "evaluated", eval_freq=1, num_trials_per_task=3))
+    steps = metrics_by_step(tmp_path / "evaluated")
+    assert [steps[step]["eval/num_episodes"] for step in steps] == [6] * NUM_STEPS
+    assert all(steps[step]["rollout/num_not_repeated"] == 0 for step in steps)
+    not_compared = ("time/", "mem/", "eval/")
+    assert_equal_runs(straight_run, tmp_path / "evaluated", NUM_STEPS, not_compared)
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_trainers(runs, tiny_model_dir):
     straight, other = runs / "straight", runs / "other"

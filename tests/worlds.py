@@ -80,3 +80,71 @@ class Counted(PushRight):
 
 
 COUNTED_SUITE = TaskSuite("counted", SUITE.instructions, LENGTH, 5, Counted)
+
+
+class Sprint(PushRight):
+    """Succeeds after as many actions to the right as the seed says: 1, 2, or more than the limit."""
+
+    def step(self, action: np.ndarray) -> StepResult:
+        result = super().step(action)
+        success = self.num_right == self.num_needed
+        truncated = self.num_steps >= self.max_steps and not success
+        return StepResult(result.image, float(success), success, truncated, success)
+
+    def reset(self, request: ResetRequest) -> np.ndarray:
+        self.num_needed = (1, 2, 9)[request.seed % 3]
+        return super().reset(request)
+
+
+SPRINT_SUITE = TaskSuite("sprint", SUITE.instructions, LENGTH, 5, Sprint)
+
+
+class Lottery(PushRight):
+    """An episode's first action sets its probability of success; lengths are like LIBERO's.
+
+    Whether it succeeds, and after how many steps (72 on average, deviation 14), depends on the seed
+    and on that probability. A failure lasts until the time limit.
+    """
+
+    def reset(self, request: ResetRequest) -> np.ndarray:
+        rng = np.random.default_rng(request.seed)
+        self.ticket, self.num_needed = rng.random(), max(1, round(rng.normal(72, 14)))
+        return super().reset(request)
+
+    def step(self, action: np.ndarray) -> StepResult:
+        if self.num_steps == 0:
+            self.wins = self.ticket < action[0]
+        self.num_steps += 1
+        success = self.wins and self.num_steps == min(self.num_needed, self.max_steps)
+        ended = not success and self.num_steps == self.max_steps
+        return StepResult(self._image(), float(success), success, ended, success)
+
+
+LOTTERY_SUITE = TaskSuite("lottery", SUITE.instructions[:1], 220, 5, Lottery)
+
+
+class Drift(PushRight):
+    """The policy and noise push a point: a success at 1. Training is quicker than evaluation."""
+
+    def __init__(
+        self, image_size: int, max_steps: int | None = None, seed: int = 0, *, quick: bool = False
+    ) -> None:
+        super().__init__(image_size, max_steps or 30, seed)
+        self.speed = 3.0 if quick else 1.0
+
+    def reset(self, request: ResetRequest) -> np.ndarray:
+        self.place = -0.5
+        return super().reset(request)
+
+    def step(self, action: np.ndarray) -> StepResult:
+        self.num_steps += 1
+        self.place += self.speed * (0.05 * float(action[0]) + 0.2 * self.rng.normal())
+        success = self.place >= 1.0
+        truncated = self.num_steps >= self.max_steps and not success
+        return StepResult(self._image(), float(success), success, truncated, success)
+
+
+DRIFT_SUITE = TaskSuite(
+    "drift", SUITE.instructions, 30, 20, Drift,
+    training_options=lambda options: {"quick": True, **options},
+)  # fmt: skip

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ppo.collector import Collector
-from ppo.envs.base import ResetRequest
+from ppo.envs.base import ResetRequest, get_suite
 from ppo.envs.vector import VectorEnv
 from prismatic.extern.hf.modeling_prismatic import load_model
 from prismatic.extern.hf.processing_prismatic import load_processor
@@ -20,6 +20,16 @@ from tests.worlds import UNSEEN_SUITE, PushRight
 
 SIZE, T, B = 8, 7, 5
 PROMPTS = [[1, 2], [1, 3, 4]]
+
+
+def make_collector(
+    suite: str, num_envs: int = B, image_size: int = SIZE, seed: int = 11, num_groups: int = 2
+) -> Collector:
+    vector = VectorEnv(suite, num_envs, num_processes=2, image_size=image_size)
+    return Collector(
+        vector, PROMPTS, generate, decode, num_groups=num_groups, seed=(seed, 0),
+        time_limit=get_suite(suite).max_steps,
+    )  # fmt: skip
 
 
 def token_for(prompt: list[int], image: np.ndarray) -> int:
@@ -41,8 +51,9 @@ def decode(token_ids):
 
 @pytest.fixture
 def collector():
-    with VectorEnv("tests.worlds:SUITE", B, num_processes=2, image_size=SIZE) as vector:
-        yield Collector(vector, PROMPTS, generate, decode, num_groups=2, seed=(11, 0))
+    collector = make_collector("tests.worlds:SUITE")
+    with collector.vector:
+        yield collector
 
 
 def expected_steps(requests: list[ResetRequest], num_steps: int):
@@ -142,7 +153,9 @@ def test_the_policy_is_given_image_and_instruction_and_nothing_of_the_simulators
 
     def play(seed):
         with VectorEnv("tests.worlds:UNSEEN_SUITE", 4, num_processes=1, image_size=28) as vector:
-            collector = Collector(vector, prompts, act, decode, num_groups=2, seed=(seed, 0))
+            collector = Collector(
+                vector, prompts, act, decode, num_groups=2, seed=(seed, 0), time_limit=4
+            )
             return collector.collect(T, itertools.cycle([0, 1]))[0]
 
     seen, rewards = [], []
@@ -158,11 +171,14 @@ def test_the_policy_is_given_image_and_instruction_and_nothing_of_the_simulators
 
 
 def test_a_dropped_episode_is_invalid_from_its_start_and_reported_nowhere():
-    with VectorEnv("tests.worlds:MORTAL_SUITE", 2, num_processes=2, image_size=SIZE) as vector:
-        collector = Collector(vector, PROMPTS, generate, decode, num_groups=1, seed=(0, 0))
+    collector = make_collector("tests.worlds:MORTAL_SUITE", num_envs=2, seed=0, num_groups=1)
+    with collector.vector:
         rollout, records = collector.collect(12, itertools.repeat(0))
         statistics = collector.statistics()
-    assert statistics["num_replaced"] == vector.num_replaced >= 1 and statistics["envs_gib"] > 0.02
+    assert (
+        statistics["num_replaced"] == collector.vector.num_replaced >= 1
+        and statistics["envs_gib"] > 0.02
+    )
     void = ~rollout.valid_TB
     assert void.any() and not void.all()
     for b in range(2):
@@ -175,8 +191,8 @@ def test_a_dropped_episode_is_invalid_from_its_start_and_reported_nowhere():
 
 def next_rollout(suite: str, state: dict | None, first_steps: int) -> tuple[dict, list]:
     """A collector's state after `first_steps` (or after loading `state`), with the rollout and records that follow."""
-    with VectorEnv(suite, B, num_processes=2, image_size=16) as vector:
-        collector = Collector(vector, PROMPTS, generate, decode, num_groups=2, seed=(3, 0))
+    collector = make_collector(suite, image_size=16, seed=3)
+    with collector.vector:
         if state is None:
             collector.collect(first_steps, itertools.cycle([0, 1]))
         else:
@@ -186,11 +202,12 @@ def next_rollout(suite: str, state: dict | None, first_steps: int) -> tuple[dict
         return now, [rollout, records, collector]
 
 
-@pytest.mark.parametrize("suite", ["tests.worlds:SUITE", "tabletop"])
+@pytest.mark.parametrize("suite", ["tests.worlds:SUITE", "tests.worlds:SPRINT_SUITE", "tabletop"])
 def test_episodes_under_way_go_on_in_another_process_as_if_nothing_had_happened(suite):
     state, (rollout, records, _) = next_rollout(suite, None, 6)
     state = json.loads(json.dumps(state))
     assert any(content["actions"] for content in state["running"]), "no episode is under way"
+    assert bool(state["ended"]) == (suite == "tests.worlds:SPRINT_SUITE"), "some end early there"
     loaded, (again, records_again, collector) = next_rollout(suite, state, 0)
     assert loaded == state and records == records_again and collector.num_not_repeated == 0
     for field in dataclasses.fields(rollout):
@@ -221,11 +238,33 @@ def test_an_episode_that_does_not_repeat_itself_begins_anew_and_is_counted(caplo
     )
 
 
-def test_a_collector_that_has_not_begun_or_was_restarted_has_no_episodes(collector):
-    assert collector.state_dict()["running"] is None
-    collector.collect(2, itertools.repeat(0))
-    collector.restart()
+def test_a_collector_that_has_not_begun_has_no_episodes(collector):
     state = collector.state_dict()
-    assert state["running"] is None and state["num_episodes"] == [2] * B
+    assert state["running"] is None and state["num_episodes"] == [0] * B
     collector.load_state_dict(state)
     assert collector.collect(1, itertools.repeat(0))[0].images_TBHWC.shape[:2] == (1, B)
+
+
+def test_episodes_are_reported_when_all_that_started_with_them_have_ended():
+    """Sprints of 1 to 4 steps under a limit of 4, in rollouts of 3: an episode's start decides."""
+    collector = make_collector("tests.worlds:SPRINT_SUITE")
+    ended: list[tuple[int, int, bool]] = []  # start, length, success of what the environments did
+    reported: list[tuple[int, int, bool]] = []
+    starts = [0] * B
+    with collector.vector:
+        for number in range(1, 9):
+            rollout, records = collector.collect(3, itertools.repeat(0))
+            for t, b in (rollout.done_TB).nonzero().tolist():
+                end = 3 * (number - 1) + t + 1
+                ended.append((starts[b], end - starts[b], bool(rollout.terminated_TB[t, b])))
+                starts[b] = end
+            found = [(r.start_step, r.length, r.success) for r in records]
+            assert [start for start, *_ in found] == sorted(start for start, *_ in found)
+            reported += found
+            due = [episode for episode in ended if episode[0] + 4 <= 3 * number]
+            assert sorted(reported) == sorted(due)
+    assert len({length for _, length, success in ended if success}) > 1
+    early = [e for e in ended if e[0] + e[1] <= 3]
+    assert early and all(success for *_, success in early), "what ends in step 1 are successes"
+    first = [success for start, _, success in reported if start == 0]
+    assert len(first) == B and not all(first)

@@ -22,13 +22,14 @@ ARGS = driver.Args(exp_id="run")
 RUNNING = {"request": [1, None, 5], "next_request": [0, None, 6], "actions": "AACAPwAAgD8AAIA/AACAPwAAgD8AAIA/AACAPw==",
            "image": "0" * 16}  # fmt: skip
 NUM_ENVS = ARGS.local_rollout_batch_size
-WORLD = {
+OLD_WORLD = {
     "num_episodes": [2] * NUM_ENVS,
     "running": [RUNNING] * NUM_ENVS,
     "num_replaced": 0,
     "num_not_repeated": 0,
 }
 EPISODE = {
+    "start_step": 9,
     "task_id": 0,
     "init_state_id": None,
     "seed": 1,
@@ -36,6 +37,7 @@ EPISODE = {
     "length": 3,
     "episode_return": 1.0,
 }
+WORLD = OLD_WORLD | {"num_steps": 24, "ended": [EPISODE]}
 ROLLOUT = {
     "episodes": [EPISODE],
     "worker_stats": [dict.fromkeys(WORKER_STATISTICS, 2.0)],
@@ -93,14 +95,18 @@ def test_a_checkpoint_that_counts_optimizer_steps_can_still_be_resumed(tmp_path)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.update(format=99), "not of format 1"),
+        (lambda s: s.update(format=99), "not of format 1 or 2"),
+        (lambda s: s["worlds"][0].pop("ended"), r"worlds\[0\] has no ended"),
+        (lambda s: s["worlds"][0].update(ended=[{"task_id": 0}]), r"ended\[0\] has no seed"),
+        (lambda s: s["worlds"][0].update(num_steps=-1), "num_steps is -1"),
+        (lambda s: s.update(format=1, worlds=[None]), "damaged: TypeError"),
         (lambda s: s.pop("worlds"), "worlds missing or unknown"),
         (lambda s: s.update(step=-1), "damaged"),
         (lambda s: s.update(step="2"), "damaged"),
         (lambda s: s.update(num_minibatches=3), "an update under way needs its rollout"),
         (lambda s: s["worlds"][0].pop("running"), r"worlds\[0\] has no running"),
         (lambda s: s["worlds"][0]["running"][0].update(actions="AACA"), "damaged"),
-        (lambda s: s["best"].pop("ema"), "best has no ema"),
+        (lambda s: s["best"].pop("average"), "best has no average"),
         (lambda s: s["curriculum"].update(extra=1), "curriculum has 'extra', which is unknown"),
         (lambda s: s.update(worlds=3), "damaged"),
     ],
@@ -114,6 +120,30 @@ def test_a_damaged_state_is_refused_with_its_name(tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as error:
         resume.RunState.read(checkpoint)
     assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize("num_minibatches", [None, 3])
+def test_a_state_of_format_1_is_read_without_its_ema_which_began_with_successes(
+    tmp_path, num_minibatches
+):
+    checkpoint = write_checkpoint(tmp_path, make_state(2, num_minibatches))
+    file = checkpoint / resume.STATE_DIR / resume.STATE_FILE
+    content = json.loads(file.read_text()) | {"format": 1, "worlds": [OLD_WORLD]}
+    content["best"] = {"ema": 1.0, "best": 1.0, "last_saved_step": 2}
+    if content["rollout"] is not None:
+        content["rollout"]["episodes"][0].pop("start_step")
+    file.write_text(json.dumps(content))
+    state = resume.RunState.read(checkpoint)
+    num_steps = ARGS.num_steps * (2 if num_minibatches is None else 3)
+    assert state.worlds == [OLD_WORLD | {"num_steps": num_steps, "ended": []}]
+    best = BestReturn(0.1, 3)
+    best.load_state_dict(state.best)
+    assert best == BestReturn(0.1, 3), "a best of 1.0 would never be beaten"
+    if state.rollout is not None:
+        (episode,) = resume.Collected.from_json(state.rollout).episodes
+        assert episode.start_step == num_steps - EPISODE["length"]
+    state.write(file.parent)
+    assert resume.RunState.read(checkpoint) == state
 
 
 @pytest.mark.parametrize("damage", ["state.json", "rank_0.json", ".metadata", "__0_0.distcp"])

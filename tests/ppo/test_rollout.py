@@ -72,10 +72,23 @@ def test_concat_puts_workers_side_by_side_and_moves_the_final_observations():
     assert joined.reward_TB[0].tolist() == list(range(8))
     assert joined.final_b_K.tolist() == [1, 3, 4]
     assert joined.final_images_KHWC[2].unique().tolist() == [114]
-    with pytest.raises(ValueError, match="policy version"):
-        Rollout.concat([make_rollout(), make_rollout(version=6)])
+    other = make_rollout(version=6)
+    for wrong in ([make_rollout(), other], [other, make_rollout()]):
+        with pytest.raises(ValueError, match="policy version"):
+            Rollout.concat(wrong)
     with pytest.raises(ValueError, match="no rollout"):
         Rollout.concat([])
+
+
+def test_rollouts_of_a_replaced_engine_are_joined_and_the_oldest_version_is_kept():
+    old, new = make_rollout(), make_rollout(offset=4, truncated=((1, 0),), version=6)
+    for rollouts in ([old, new], [new, old]):
+        joined = Rollout.concat(rollouts, mixed_versions=True)
+        assert joined.policy_version == old.policy_version == 5
+        expected = torch.cat([r.logprob_TBA for r in rollouts], dim=1)
+        assert torch.equal(joined.logprob_TBA, expected), "each action keeps its engine's log-probs"
+    with pytest.raises(ValueError, match="prompts"):
+        Rollout.concat([old, dataclasses.replace(new, prompts=[[1]])], mixed_versions=True)
 
 
 def test_uneven_shards_are_refused():
