@@ -157,7 +157,8 @@ class Args:
     max_env_length: int | None = None
     """Time limit of an episode in steps. Default: the suite's own."""
     env_gpu_id: tuple[int, ...] = ()
-    """GPUs (EGL's numbers) whose turns it is to draw the simulators. Default: what MUJOCO_GL says, else osmesa."""
+    """GPUs that draw the simulators with EGL, by nvidia-smi's numbers whatever CUDA_VISIBLE_DEVICES says; environment
+    processes take turns on them. Default: with MUJOCO_GL=egl each engine's own GPU, else the CPU (OSMesa)."""
     render_quality: Literal["fast", "eval"] | None = None
     """LIBERO: eval, its own drawing, is the default where a GPU draws; fast lacks multisampling and reflections."""
     center_crop: bool = False
@@ -607,7 +608,7 @@ class RolloutWorker:
             step_timeout_s=args.env_timeout_s,
             center_crop=args.center_crop,
             env_kwargs=self.suite.training_options(options),
-            first_gpu=self.index,
+            first_turn=self.index * self.plan.demand.num_env_processes,
         )
         prompts = [self.processor.prompt_ids(text) for text in self.suite.instructions]
         return Collector(

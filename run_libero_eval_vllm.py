@@ -65,7 +65,8 @@ class Args:
     num_steps_wait: int | None = None
     """Settling steps after each reset, not counted in the limit; default: the suite's (LIBERO: 10)."""
     env_gpu_id: tuple[int, ...] = ()
-    """GPUs (EGL's numbers) whose turns it is to draw the simulators; default: what MUJOCO_GL says, else osmesa."""
+    """GPUs that draw the simulators with EGL, by nvidia-smi's numbers whatever CUDA_VISIBLE_DEVICES says; environment
+    processes take turns on them. Default: with MUJOCO_GL=egl those in CUDA_VISIBLE_DEVICES, else the CPU (OSMesa)."""
     render_quality: Literal["eval", "fast"] | None = None
     """LIBERO: eval (the default) is its own drawing, fast leaves out multisampling and reflections."""
     num_envs: int | None = None

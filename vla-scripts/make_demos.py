@@ -82,7 +82,8 @@ class Args:
     quick_physics: bool = False
     """LIBERO only: simulate as PPO's environments do, in a quarter of the time: states differ by rounding."""
     env_gpu_id: int | None = None
-    """LIBERO only: GPU that draws, with EGL, >= 0; None: what MUJOCO_GL says, else the CPU with OSMesa."""
+    """LIBERO only: GPU that draws with EGL, >= 0, by nvidia-smi's number. Default: with MUJOCO_GL=egl the GPUs in
+    CUDA_VISIBLE_DEVICES, on which processes take turns, else the CPU (OSMesa)."""
     max_env_length: int | None = None
     """Time limit of an episode in environment steps, >= 1; None: the suite's own."""
     keep_failures: bool = False

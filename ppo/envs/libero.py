@@ -10,14 +10,23 @@ while the process would wait for an action: a reset then costs nothing. H, W: im
 """
 
 import functools
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
 
 from ppo.envs import libero_install
-from ppo.envs.base import ResetRequest, StepResult, TaskSuite, check_request, checked_action
+from ppo.envs.base import (
+    ResetRequest,
+    StepResult,
+    TaskSuite,
+    check_request,
+    checked_action,
+    options_of_process,
+)
 from ppo.envs.images import policy_image
+from ppo.envs.libero_install import visible_gpus
 from ppo.envs.libero_pool import SimulatorPool
 from ppo.envs.libero_simulator import RENDER_SIZE, SETTLING_ACTION, Simulator
 
@@ -36,7 +45,7 @@ class LiberoEnv:
         max_steps: time limit in steps after settling; None: the suite's.
         seed: added to every request's seed, so that runs can differ.
         num_steps_wait: settling steps after each reset, not counted in the limit.
-        env_gpu_id: draw on this GPU with EGL; None: what MUJOCO_GL says, else osmesa.
+        env_gpu_id: draw on this GPU with EGL (EGL's number); None: what MUJOCO_GL says, else osmesa.
         render_quality: `eval`: LIBERO's own drawing; `fast`: without multisampling and reflections.
         exact_physics: robosuite's own controller and redundant solver passes, so that states are LIBERO's bit for bit;
             without, a step takes a quarter of the time (drawing apart). None: with `eval` only.
@@ -257,6 +266,18 @@ def training_options(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"exact_physics": False, **drawing, **given}
 
 
+def process_options(options: Mapping[str, Any], turn: int) -> dict[str, Any]:
+    """Options of one process; without `env_gpu_id`, EGL draws on the GPUs that this process may use, in turns.
+
+    Those are the GPUs in CUDA_VISIBLE_DEVICES: in a rollout worker the GPU of its engine. A MUJOCO_EGL_DEVICE_ID
+    that the user has set wins.
+    """
+    is_open = options.get("env_gpu_id") is None and "MUJOCO_EGL_DEVICE_ID" not in os.environ
+    if is_open and libero_install.choose_gl(None) == "egl" and (gpus := visible_gpus()):
+        options = {**options, "env_gpu_id": gpus}
+    return options_of_process(options, turn)
+
+
 def _find_problems(
     env_gpu_id: tuple[int, ...] | int | None = None, images: bool = True, **_options: object
 ) -> list[str]:
@@ -275,6 +296,7 @@ def _suite(name: str) -> TaskSuite:
         num_init_states=libero_install.NUM_INIT_STATES,
         make_env=functools.partial(LiberoEnv, name),
         find_problems=_find_problems,
+        process_options=process_options,
         own_process=True,
         training_options=training_options,
         remarks=libero_install.asset_remarks,

@@ -16,7 +16,7 @@ import numpy as np
 from ppo.envs import libero_install
 from ppo.envs.libero_arm import Arm, QuickArm
 
-with libero_install.osmesa_kept_apart(os.environ.get("MUJOCO_GL", "")):
+with libero_install.mujoco_without_gl():
     import mujoco
 
 RENDER_SIZE = 256
@@ -43,7 +43,9 @@ class Drawing:
     def __init__(self, env_gpu_id: int | None, is_fast: bool) -> None:
         self.backend = libero_install.choose_gl(env_gpu_id)
         self.is_fast = is_fast
-        module = libero_install.load_gl(self.backend, env_gpu_id)
+        module = libero_install.load_gl(self.backend)
+        if env_gpu_id is not None:  # read when the process makes its first context
+            os.environ["MUJOCO_EGL_DEVICE_ID"] = str(env_gpu_id)
         try:
             self._gl = module.GLContext(640, 480)
             self.use()

@@ -86,6 +86,18 @@ def _first_time(path):
     return True
 
 
+class DrawingEnv(ToyEnv):
+    """Its image is of one colour, the number of the GPU that it draws on; 255: none."""
+
+    def __init__(self, image_size, max_steps=None, *, env_gpu_id=None):
+        super().__init__(image_size, max_steps)
+        self.colour = 255 if env_gpu_id is None else env_gpu_id
+
+    def render(self, size):
+        return np.full((size, size, 3), self.colour, np.uint8)
+
+
+DRAWING = TaskSuite("drawing", ("draw",), 5, 50, DrawingEnv)
 SUITE = TaskSuite("toy", tuple(f"do {i}" for i in range(6)), 5, 50, ToyEnv)
 TOY = f"{__name__}:SUITE"
 
@@ -534,12 +546,15 @@ def test_suites_are_found_by_name_or_by_module():
         get_suite(f"{__name__}:ToyEnv")
 
 
-def test_processes_take_turns_on_several_gpus():
-    from ppo.envs.vector import _kwargs_of
-
-    drawn_on = [
-        _kwargs_of({"env_gpu_id": (4, 7), "images": True}, turn)["env_gpu_id"]
-        for turn in range(1, 4)
-    ]
-    assert drawn_on == [7, 4, 7]
-    assert _kwargs_of({"env_gpu_id": 2}, 1) == {"env_gpu_id": 2} and _kwargs_of({}, 1) == {}
+@pytest.mark.parametrize(
+    ("given", "first_turn", "expected"),
+    [((4, 7), 0, [4, 7, 4]), ((4, 7), 3, [7, 4, 7]), (2, 1, [2, 2, 2]), (None, 1, [255] * 3)],
+)
+def test_processes_take_turns_on_several_gpus(given, first_turn, expected):
+    options = {} if given is None else {"env_gpu_id": given}
+    with VectorEnv(
+        f"{__name__}:DRAWING", 3, num_processes=3, image_size=SIZE, first_turn=first_turn, env_kwargs=options
+    ) as vector:  # fmt: skip
+        images = vector.reset(range(3), requests(0, 0, 0))
+        assert images[:, 0, 0, 0].tolist() == expected
+        assert vector.drawing_gpus == tuple(sorted(set(expected) - {255}))
