@@ -15,6 +15,7 @@ import numpy as np
 
 from ppo.envs import libero_install
 from ppo.envs.libero_arm import Arm, QuickArm
+from ppo.envs.libero_textures import share_textures
 
 with libero_install.mujoco_without_gl():
     import mujoco
@@ -193,6 +194,7 @@ class Simulator:
             not is_exact
         ):  # the wrist's force sensors, which nobody reads, cost a pass over all bodies
             self.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_SENSOR
+        self._textures = share_textures(self.model)
         _trim_heap()
 
     def close(self) -> None:
@@ -202,7 +204,7 @@ class Simulator:
         rare, for it counts few small objects where a model has 100 MB.
         """
         vars(self.domain).clear()
-        for name in ("domain", "model", "data", "_arm"):
+        for name in ("domain", "model", "data", "_arm", "_textures"):
             vars(self).pop(name, None)
 
     @property
