@@ -59,7 +59,7 @@ class Args:
     vla_path: Path | None = None
     """Model folder with action statistics for libero_spatial. Default: a random one of 25 M parameters."""
     flags: str = ""
-    """More flags of the driver for all layouts, in one string."""
+    """More flags of the driver for all layouts, as one word: --flags="--num_env_processes 4"."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from ray.cluster_utils import Cluster
 
 from tests.test_driver import ROOT, command_line, metrics_by_step, small_args
 from utils import ray_utils
-from utils.placement import Demand, Node, place
+from utils.machine import num_cores
+from utils.placement import Demand, place
 
 SECOND_ADDRESS = "127.0.0.2"
 
@@ -51,6 +52,8 @@ def run_on(cluster: Cluster, cwd: Path, **changes) -> tuple[int, str, float]:
 
 def test_nodes_of_a_cluster_and_bundles_pinned_to_them(cluster, connected):
     here, other = ray_utils.cluster_nodes()
+    for node in ray_utils.with_machines([here, other]):  # both are this machine
+        assert node.cores == num_cores() and node.memory_gib > 0
     assert (here.gpus, here.cpus, other.gpus, other.cpus, other.name) == (
         0,
         8,
@@ -172,7 +175,9 @@ def test_trainers_and_engine_on_two_nodes_train_together(cluster, tiny_model_dir
 
 def test_local_node_offers_the_slots_that_the_run_asks_for():
     demand = Demand((1,), 2, num_env_processes=100)
-    assert ray_utils.local_node(3, demand) == Node(3, max(203, os.cpu_count() or 1))
+    node = ray_utils.local_node(3, demand)
+    assert (node.gpus, node.cpus) == (3, max(203, os.cpu_count() or 1))
+    assert node.cores == num_cores() and node.memory_gib > 0
     assert ray_utils.local_node(3, Demand((1,), 1, device="cpu")).gpus == 0
 
 

@@ -13,6 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from ppo.envs.sizing import MemoryCost
+
 ACTION_DIM = 7
 
 _LIBERO = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
@@ -113,7 +115,8 @@ class TaskSuite:
             anything starts (a missing simulator, library or file).
         process_options: `(options, turn) -> options`: make_env's options for the environments of one process, the
             `turn`-th of those that share the GPUs; see `options_of_process`.
-        own_process: an environment is so slow or large that each wants a process of its own.
+        memory_cost: `(options) -> MemoryCost` of environments made with these options of make_env, where they are so
+            large or slow that they get one process per core, memory permitting; None: they are light.
         training_options: `(options) -> options`: completes make_env's options for training, where looks and exactness
             may give way to speed.
         remarks: `() -> list[str]`: what must be said beside every success rate measured on this machine.
@@ -126,7 +129,7 @@ class TaskSuite:
     make_env: Callable[..., Environment]
     find_problems: Callable[..., list[str]] = lambda **options: []
     process_options: Callable[[Mapping[str, Any], int], dict[str, Any]] = options_of_process
-    own_process: bool = False
+    memory_cost: Callable[[Mapping[str, Any]], MemoryCost | None] = lambda options: None
     training_options: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
     remarks: Callable[[], list[str]] = lambda: []
 

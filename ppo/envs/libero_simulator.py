@@ -72,7 +72,7 @@ class Drawing:
 class Canvas:
     """A task's geometry and textures in a `Drawing`, ready to draw each of its simulators.
 
-    Holds about 300 MB (the GPU's with EGL).
+    Holds about 0.5 GiB of main memory, with EGL 0.3 GiB of the GPU's.
     """
 
     def __init__(self, drawing: Drawing, model: mujoco.MjModel) -> None:

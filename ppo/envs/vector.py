@@ -187,8 +187,8 @@ class VectorEnv:
     @property
     def drawing_gpus(self) -> tuple[int, ...]:
         """GPUs that the environments were told to draw on; () where they draw on the CPU or on EGL's first device."""
-        numbers = {process.config.env_kwargs.get("env_gpu_id") for process in self._processes}
-        return tuple(sorted(numbers - {None}))
+        options = [process.config.env_kwargs for process in self._processes]
+        return tuple(sorted({o["env_gpu_id"] for o in options if o.get("env_gpu_id") is not None}))
 
     def __enter__(self) -> "VectorEnv":
         return self
