@@ -80,3 +80,15 @@ class Counted(PushRight):
 
 
 COUNTED_SUITE = TaskSuite("counted", SUITE.instructions, LENGTH, 5, Counted)
+
+
+def _count_optimizer_step(*_: object) -> None:
+    with open(os.environ["PPO_VLA_TEST_UPDATES"], "ab") as file:
+        file.write(b".")
+
+
+# Trainers import this module for the suite's instructions: they add a byte to this file with every optimizer step.
+if "PPO_VLA_TEST_UPDATES" in os.environ:
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    register_optimizer_step_post_hook(_count_optimizer_step)

@@ -68,7 +68,7 @@ def run_python(program: str, **variables: str) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in (os.environ | variables).items() if v}
     return subprocess.run(
         [sys.executable, "-c", program],
-        cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=500,
     )  # fmt: skip
 
 
