@@ -57,6 +57,7 @@ from ppo.arguments import (
     world_flags,
 )
 from ppo.collector import Collector
+from ppo.env_sizes import env_memory_problems, plan_env_sizes
 from ppo.envs.base import ResetRequest, get_suite, split_options
 from ppo.envs.vector import VectorEnv
 from ppo.episodes import TrainingEpisode
@@ -85,7 +86,7 @@ from utils.actors import (
 )
 from utils.attempts import run_attempt, run_attempts, same_command
 from utils.logging_utils import PhaseTimer, add_log_file, get_logger
-from utils.placement import Demand, placement_problems
+from utils.placement import Demand, Node, placement_problems
 from utils.reports.videos import EpisodeRecorder
 from utils.signals import StopRequested, StopSignal
 from utils.spares import SpareActors, spare_class
@@ -159,14 +160,15 @@ class Args:
     max_env_length: int | None = None
     """Time limit of a training episode in steps. Default: the suite's, which evaluations always use."""
     env_gpu_id: tuple[int, ...] = ()
-    """GPUs (EGL's numbers) whose turns it is to draw the simulators. Default: what MUJOCO_GL says, else osmesa."""
+    """GPUs that draw the simulators with EGL, by nvidia-smi's numbers whatever CUDA_VISIBLE_DEVICES says; environment
+    processes take turns on them. Default: with MUJOCO_GL=egl each engine's own GPU, else the CPU (OSMesa)."""
     render_quality: Literal["fast", "eval"] | None = None
     """LIBERO, training: eval, its own drawing, is the default where a GPU draws; fast omits
     multisampling and reflections. Evaluations by this driver always use eval."""
     center_crop: bool = False
     """Show the policy the central 0.9 of the image's area: for policies fine-tuned with random resized crops."""
     num_env_processes: int | None = None
-    """Environment processes of each rollout worker. Default: 2; for LIBERO one per environment."""
+    """Environment processes of each rollout worker. Default: 2; for LIBERO one per core, fewer if memory is short."""
     num_env_groups: int = 2
     """Groups of environments per worker: while one is in the simulator the engine generates for another."""
     env_timeout_s: float = 60.0
@@ -337,6 +339,7 @@ class Plan:
     device: str
     dtype: str
     demand: Demand
+    env_options: dict[str, Any]
     sync_backend: str
     task_ids: tuple[int, ...]
     num_trainers: int
@@ -349,8 +352,12 @@ class Plan:
     value_optimizer_steps: int
 
 
-def make_plan(args: Args, *, has_gpus: bool) -> Plan:
-    """Derive the run's sizes from validated flags; `has_gpus`: this machine's, or the cluster's nodes."""
+def make_plan(args: Args, *, has_gpus: bool, nodes: Sequence[Node] = ()) -> Plan:
+    """Derive the run's sizes from validated flags.
+
+    `has_gpus`: this machine has GPUs, or the cluster's nodes do. `nodes`: where the run will be; their cores and memory
+    decide how many environment processes an engine gets.
+    """
     per_node = parse_trainers_per_node(args.actor_num_gpus_per_node)
     num_trainers, num_envs = sum(per_node), args.local_rollout_batch_size * args.vllm_num_engines
     suite, device = get_suite(args.task_suite_name), args.device
@@ -360,9 +367,14 @@ def make_plan(args: Args, *, has_gpus: bool) -> Plan:
     num_minibatches = local_samples // args.local_mini_batch_size
     num_training_steps = args.total_episodes // (args.num_steps * num_envs)
     value_epochs = args.num_value_epochs or args.num_epochs
-    num_env_processes = args.num_env_processes or min(
-        args.local_rollout_batch_size, args.local_rollout_batch_size if suite.own_process else 2
+    demand = Demand(
+        per_node,
+        args.vllm_num_engines,
+        args.vllm_tensor_parallel_size,
+        colocate=args.colocate,
+        device=device,
     )
+    env_sizes = plan_env_sizes(args, demand, nodes)
     fitting_backend = "gloo" if device == "cpu" else "ipc" if args.colocate else "nccl"
     return Plan(
         exp_dir=str(
@@ -373,14 +385,8 @@ def make_plan(args: Args, *, has_gpus: bool) -> Plan:
         dtype=("bfloat16" if device == "cuda" else "float32")
         if args.dtype == "auto"
         else args.dtype,
-        demand=Demand(
-            per_node,
-            args.vllm_num_engines,
-            args.vllm_tensor_parallel_size,
-            num_env_processes,
-            args.colocate,
-            device,
-        ),
+        demand=dataclasses.replace(demand, num_env_processes=env_sizes.num_processes),
+        env_options=env_sizes.options,
         sync_backend=fitting_backend
         if args.vllm_sync_backend == "auto"
         else args.vllm_sync_backend,
@@ -640,8 +646,8 @@ class RolloutWorker:
             max_steps=max_steps,
             step_timeout_s=self.args.env_timeout_s,
             center_crop=self.args.center_crop,
-            env_kwargs=options,
-            first_gpu=self.index,
+            env_kwargs=options | self.plan.env_options,
+            first_turn=self.index * self.plan.demand.num_env_processes,
         )
 
     def policy_version(self) -> int:
@@ -1133,11 +1139,18 @@ def main(args: Args) -> None:
             ray_utils.start_ray(
                 args.ray_address
             )  # the cluster says what it has; nothing is placed yet
-            args, nodes = absolute_paths(args), ray_utils.cluster_nodes()
-        plan = make_plan(args, has_gpus=any(node.gpus for node in nodes) if nodes else num_gpus > 0)
+            args = absolute_paths(args)
+            nodes = ray_utils.with_machines(ray_utils.cluster_nodes())
+        plan = make_plan(
+            args,
+            has_gpus=any(node.gpus for node in nodes) if nodes else num_gpus > 0,
+            nodes=nodes or [ray_utils.any_local_node(num_gpus)],
+        )
         exp_dir = Path(plan.exp_dir)
         nodes = nodes or [ray_utils.local_node(num_gpus, plan.demand)]
-        raise_problems(placement_problems(plan.demand, nodes))
+        raise_problems(
+            placement_problems(plan.demand, nodes) + env_memory_problems(args, plan.demand, nodes)
+        )
         check_files(args, exp_dir)
         checkpoint = choose_checkpoint(args, exp_dir)
         if args.ray_address:

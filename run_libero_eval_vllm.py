@@ -30,9 +30,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ppo.arguments import gpu_problems, world_flags
+from ppo.env_sizes import shortage_message
 from ppo.envs.base import TaskSuite, get_suite, split_options
+from ppo.envs.sizing import EnvSizes, choose_sizes, memory_shortage
 from ppo.evaluation import EVALUATION_SEED, evaluation_requests, run_episodes, summarize_run
 from utils.logging_utils import get_logger
+from utils.machine import available_memory_gib, num_cores
 from utils.reports.videos import EpisodeRecorder
 
 logger = get_logger(__name__)
@@ -65,13 +68,14 @@ class Args:
     num_steps_wait: int | None = None
     """Settling steps after each reset, not counted in the limit; default: the suite's (LIBERO: 10)."""
     env_gpu_id: tuple[int, ...] = ()
-    """GPUs (EGL's numbers) whose turns it is to draw the simulators; default: what MUJOCO_GL says, else osmesa."""
+    """GPUs that draw the simulators with EGL, by nvidia-smi's numbers whatever CUDA_VISIBLE_DEVICES says; environment
+    processes take turns on them. Default: with MUJOCO_GL=egl those in CUDA_VISIBLE_DEVICES, else the CPU (OSMesa)."""
     render_quality: Literal["eval", "fast"] | None = None
     """LIBERO: eval (the default) is its own drawing, fast leaves out multisampling and reflections."""
     num_envs: int | None = None
     """Environments, stepped in two halves that overlap with the engine; default: 64, for LIBERO two per core."""
     num_processes: int | None = None
-    """Processes that they run in; default: one per core, for LIBERO one per environment."""
+    """Processes that they run in; default: one per core, for LIBERO fewer if memory is short."""
     startup_timeout_s: float = 300.0
     """Seconds that an environment process may take to start."""
     step_timeout_s: float = 120.0
@@ -113,7 +117,8 @@ def find_problems(args: Args) -> list[str]:
         problems += _task_problems(args, suite) + ([] if problems else _unnorm_problems(args))
         options, unknown = split_options(suite, **world_flags(args))
         problems += unknown + suite.find_problems(**options)
-    return problems + _range_problems(args) + _engine_problems(args)
+    problems += _range_problems(args) + _engine_problems(args)
+    return problems or memory_problems(args, suite, num_cores(), available_memory_gib())
 
 
 def _task_problems(args: Args, suite: TaskSuite) -> list[str]:
@@ -376,18 +381,18 @@ def _evaluate(args: Args, run_dir: Path) -> dict[str, Any]:
     suite = get_suite(args.task_suite_name)
     task_ids = sorted(args.task_ids) or list(range(suite.num_tasks))
     requests = evaluation_requests(task_ids, args.num_trials_per_task, args.seed)
-    num_envs, num_processes = default_sizes(args, suite, len(requests))
+    num_envs, sizes = choose_env_sizes(args, suite, num_cores(), available_memory_gib())
     recorder = recorder_for(args, run_dir / "videos", suite.instructions)
     with VectorEnv(
         args.task_suite_name,
         num_envs,
-        num_processes=num_processes,
+        num_processes=sizes.num_processes,
         image_size=load_config(args.pretrained_checkpoint).image_sizes[0],
         max_steps=args.max_env_length,
         startup_timeout_s=args.startup_timeout_s,
         step_timeout_s=args.step_timeout_s,
         center_crop=args.center_crop,
-        env_kwargs=split_options(suite, **world_flags(args))[0],
+        env_kwargs=split_options(suite, **world_flags(args))[0] | sizes.options,
     ) as vector_env:
         policy = Policy(args, suite, max_batch=(num_envs + 1) // 2)
         startup_s = time.perf_counter() - started
@@ -411,11 +416,30 @@ def _evaluate(args: Args, run_dir: Path) -> dict[str, Any]:
     return results
 
 
-def default_sizes(args: Args, suite: TaskSuite, num_episodes: int) -> tuple[int, int]:
-    """Environments and processes: what was asked for, or what suits the world and the machine; never idle ones."""
-    cores = os.cpu_count() or 1
-    num_envs = min(args.num_envs or (2 * cores if suite.own_process else 64), num_episodes)
-    return num_envs, min(args.num_processes or (num_envs if suite.own_process else cores), num_envs)
+def choose_env_sizes(
+    args: Args, suite: TaskSuite, cores: int, memory_gib: float
+) -> tuple[int, EnvSizes]:
+    """Environments, and sizes of their processes: as asked for, else what suits suite and machine; none is idle."""
+    num_tasks = len(args.task_ids) or suite.num_tasks
+    cost = suite.memory_cost(split_options(suite, **world_flags(args))[0])
+    num_envs = args.num_envs or (64 if cost is None else 2 * cores)
+    num_envs = min(num_envs, num_tasks * args.num_trials_per_task)
+    given = min(args.num_processes, num_envs) if args.num_processes else None
+    if cost is None:
+        return num_envs, EnvSizes(given or min(cores, num_envs))
+    return num_envs, choose_sizes(num_envs, num_tasks, cores, memory_gib, cost, given)
+
+
+def memory_problems(args: Args, suite: TaskSuite, cores: int, memory_gib: float) -> list[str]:
+    """The problem of environments that cannot all start in `memory_gib` of available memory, if it is one."""
+    num_envs, sizes = choose_env_sizes(args, suite, cores, memory_gib)
+    cost = suite.memory_cost(split_options(suite, **world_flags(args))[0])
+    num_tasks = len(args.task_ids) or suite.num_tasks
+    shortage = memory_shortage(num_envs, sizes.num_processes, num_tasks, memory_gib, cost)
+    if shortage is None:
+        return []
+    available, flags = f"{memory_gib:.1f} GiB", ("--num_envs", "--num_processes")
+    return [shortage_message(suite, num_envs, sizes.num_processes, shortage, available, flags)]
 
 
 def _describe(args: Args, run_dir: Path, unnorm_key: str) -> dict[str, Any]:

@@ -80,6 +80,7 @@ def plain_process(connection: Connection, args: Args, index: int) -> None:
     os.environ["MUJOCO_GL"] = libero_install.choose_gl(args.env_gpu_id)
     if args.env_gpu_id is not None:
         os.environ["MUJOCO_EGL_DEVICE_ID"] = str(args.env_gpu_id)
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # robosuite refuses a GPU that is not in it
     libero_install.prepare()
     from libero.libero.envs import OffScreenRenderEnv
 

@@ -3,9 +3,11 @@
 #
 #   bash scripts/eval_libero.sh CHECKPOINT [SUITE] [flags of run_libero_eval_vllm.py]
 #
-# SUITE: libero_spatial (default), libero_object, libero_goal, libero_10 or libero_90. Draws on GPU 0 where there is one
-# (another: --env_gpu_id N), else on the CPU; MUJOCO_GL=osmesa asks for the CPU anywhere. The policy sees the centre crop
-# that openvla-7b's fine-tuned models want; --no_center_crop is for a policy fine-tuned without random crops.
+# SUITE: libero_spatial (default), libero_object, libero_goal, libero_10 or libero_90. Draws on GPU 0 where there
+# is one, or on those in CUDA_VISIBLE_DEVICES (others: --env_gpu_id N), else on the CPU; MUJOCO_GL=osmesa asks for the CPU
+# anywhere. The policy sees the centre crop that openvla-7b's fine-tuned models want; --no_center_crop is for a policy
+# fine-tuned without random crops.
+# PYTHON names an interpreter that has everything; without it .venv is set up.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -17,13 +19,17 @@ if [[ ${1:--} != -* ]]; then
     shift
 fi
 
-bash scripts/setup_env.sh --libero --quiet
+if [ -z "${PYTHON:-}" ]; then
+    bash scripts/setup_env.sh --libero --quiet
+    PYTHON=.venv/bin/python
+fi
 # The simulators' models lie in GPU memory too: the engine leaves room.
 machine=()
 if [ "${MUJOCO_GL:-egl}" = egl ] && [[ $(nvidia-smi -L 2>/dev/null) == GPU* ]]; then
-    machine=(--env_gpu_id 0 --gpu_memory_utilization 0.5)
+    export MUJOCO_GL=egl
+    machine=(--gpu_memory_utilization 0.5)
 fi
-exec .venv/bin/python run_libero_eval_vllm.py \
+exec "$PYTHON" run_libero_eval_vllm.py \
     --pretrained_checkpoint "$checkpoint" \
     --task_suite_name "$suite" \
     --center_crop \

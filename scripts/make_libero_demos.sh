@@ -3,8 +3,10 @@
 #
 #   bash scripts/make_libero_demos.sh [SUITE] [flags of vla-scripts/make_demos.py]
 #
-# SUITE: libero_spatial (default) or libero_goal (the tasks of it that the expert can do). One process per core, drawing
-# on GPU 0 where there is one. After an interruption the same line goes on.
+# SUITE: libero_spatial (default) or libero_goal (the tasks of it that the expert can do). One process per core. They draw
+# on GPU 0 where there is one, or on those in CUDA_VISIBLE_DEVICES in turns; MUJOCO_GL=osmesa asks for the CPU. After an
+# interruption the same line continues.
+# PYTHON names an interpreter that has everything; without it .venv is set up.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -14,15 +16,16 @@ if [[ ${1:--} != -* ]]; then
     shift
 fi
 
-bash scripts/setup_env.sh --libero --quiet
-machine=()
-if [ "${MUJOCO_GL:-egl}" = egl ] && [[ $(nvidia-smi -L 2>/dev/null) == GPU* ]]; then
-    machine=(--env_gpu_id 0)
+if [ -z "${PYTHON:-}" ]; then
+    bash scripts/setup_env.sh --libero --quiet
+    PYTHON=.venv/bin/python
 fi
-exec .venv/bin/python vla-scripts/make_demos.py \
+if [ "${MUJOCO_GL:-egl}" = egl ] && [[ $(nvidia-smi -L 2>/dev/null) == GPU* ]]; then
+    export MUJOCO_GL=egl
+fi
+exec "$PYTHON" vla-scripts/make_demos.py \
     --task_suite_name "$suite" \
     --output_dir data \
     --num_episodes 500 \
     --num_processes "$(nproc)" \
-    "${machine[@]}" \
     "$@"

@@ -10,7 +10,9 @@
 # <gpus>: their numbers, 1, 2, 3, 4, 6 or 8 of them. <task_ids>: numbers in the suite, or all. Flags given here win.
 # LAYOUT: separate (default; trainers | engines: 1|1, 2|1, 3|1, 4|2, 6|2) or colocate (default with one GPU: a trainer
 # and an engine on each). VLA_PATH: the checkpoint folder, by default openvla/openvla-7b-finetuned-libero-<suite>.
-# The simulators draw on the last of the GPUs (another: --env_gpu_id N); engines leave them room.
+# Each engine's simulators draw on that engine's GPU (others: --env_gpu_id N ..., by nvidia-smi's numbers); engines leave
+# them room. MUJOCO_GL=osmesa draws on the CPU.
+# PYTHON names an interpreter that has everything; without it .venv is set up.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -50,14 +52,17 @@ case $suite in
 *) suite_flags=() ;;
 esac
 
-MUJOCO_GL=egl bash scripts/setup_env.sh --libero --quiet
+export MUJOCO_GL=${MUJOCO_GL:-egl} # each engine's simulators draw on its GPU
+if [ -z "${PYTHON:-}" ]; then
+    bash scripts/setup_env.sh --libero --quiet
+    PYTHON=.venv/bin/python
+fi
 export CUDA_VISIBLE_DEVICES=$gpus
-exec .venv/bin/python ppo_vllm_ray_fsdp_vla.py \
+exec "$PYTHON" ppo_vllm_ray_fsdp_vla.py \
     --vla_path "${VLA_PATH:-openvla/openvla-7b-finetuned-libero-$suite}" \
     --task_suite_name "libero_$suite" \
     "${tasks[@]}" \
     "${suite_flags[@]}" \
-    --env_gpu_id "${gpu_list[-1]}" \
     --center_crop \
     --actor_num_gpus_per_node "[${placement[0]}]" \
     --vllm_num_engines "${placement[1]}" \

@@ -3,12 +3,16 @@
 # works together; a policy that solves LIBERO wants a GPU (scripts/train_libero_spatial.sh). Flags given here win:
 #
 #   bash scripts/train_libero_cpu.sh --vla_path runs/libero_sft --task_ids 0 1
+# PYTHON names an interpreter that has everything; without it .venv is set up.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-bash scripts/setup_env.sh --libero --quiet
+if [ -z "${PYTHON:-}" ]; then
+    bash scripts/setup_env.sh --libero --quiet
+    PYTHON=.venv/bin/python
+fi
 export MUJOCO_GL=${MUJOCO_GL:-osmesa}
-exec .venv/bin/python ppo_vllm_ray_fsdp_vla.py \
+exec "$PYTHON" ppo_vllm_ray_fsdp_vla.py \
     --task_suite_name libero_spatial \
     --device cpu \
     --actor_num_gpus_per_node "[1]" \

@@ -3,11 +3,15 @@
 # docs/RECIPE.md says how these values were found. Flags given here are added, and win:
 #
 #   bash scripts/train_tabletop_cpu.sh --vla_path runs/quickstart/sft --seed 1
+# PYTHON names an interpreter that has everything; without it .venv is set up.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-bash scripts/setup_env.sh --quiet
-exec .venv/bin/python ppo_vllm_ray_fsdp_vla.py \
+if [ -z "${PYTHON:-}" ]; then
+    bash scripts/setup_env.sh --quiet
+    PYTHON=.venv/bin/python
+fi
+exec "$PYTHON" ppo_vllm_ray_fsdp_vla.py \
     --task_suite_name tabletop \
     --device cpu \
     --actor_num_gpus_per_node "[2]" \

@@ -105,22 +105,36 @@ def documented_commands() -> list[tuple[str, list[str]]]:
 COMMANDS = documented_commands()
 
 
-def run_script(script: str, argv: list[str], checkout: Path) -> list[list[str]]:
+class Call(list[str]):
+    """Words of a Python command line, and the environment variables it ran with."""
+
+    environment: dict[str, str]
+
+
+def run_script(script: str, argv: list[str], checkout: Path) -> list[Call]:
     """What `.venv/bin/python` is called with when a launch script runs in a checkout without set-up."""
     shutil.copytree(ROOT / "scripts", checkout / "scripts", dirs_exist_ok=True)
     (checkout / "scripts/setup_env.sh").write_text("exit 0\n")
     python = checkout / ".venv/bin/python"
     python.parent.mkdir(parents=True, exist_ok=True)
     python.write_text(
-        f'#!{sys.executable}\nimport json, sys\nopen("calls", "a").write(json.dumps(sys.argv[1:]) + "\\n")'
+        f"#!{sys.executable}\nimport json, os, sys\n"
+        'open("calls", "a").write(json.dumps([sys.argv[1:], dict(os.environ)]) + "\\n")'
     )
     python.chmod(0o755)
     for tool in ("ruff", "mypy"):
         (python.parent / tool).write_text("#!/bin/sh\n")
         (python.parent / tool).chmod(0o755)
-    done = subprocess.run(["bash", script, *argv], cwd=checkout, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHON"}
+    done = subprocess.run(
+        ["bash", script, *argv], cwd=checkout, capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr
-    calls = [json.loads(line) for line in (checkout / "calls").read_text().splitlines()]
+    calls = []
+    for line in (checkout / "calls").read_text().splitlines():
+        words, variables = json.loads(line)
+        calls.append(Call(words))
+        calls[-1].environment = variables
     (checkout / "calls").unlink()
     return calls
 
@@ -229,11 +243,15 @@ def test_libero_launch_lines_fit_the_gpus(
     suite, layout, gpus, trainers, engines, monkeypatch, tmp_path
 ):
     monkeypatch.setenv("LAYOUT", layout)
+    monkeypatch.delenv("MUJOCO_GL")
     (call,) = run_script(f"scripts/train_{suite}.sh", [gpus, "0,5", "--seed", "7"], tmp_path)
     args = parse(call[0], call[1:], monkeypatch)
     driver.validate(args)  # sizes divide, flags go together
     assert args.task_suite_name == suite and args.task_ids == (0, 5) and args.seed == 7
-    assert args.use_lora and args.center_crop and args.env_gpu_id == (int(gpus[-1]),)
+    assert args.use_lora and args.center_crop
+    assert call.environment["CUDA_VISIBLE_DEVICES"] == gpus
+    # Every engine's environments draw on its GPU, unless the user names others or the CPU.
+    assert args.env_gpu_id == () and call.environment["MUJOCO_GL"] == "egl"
     colocate = layout == "colocate" or len(gpus) == 1
     assert args.colocate is colocate
     demand = Demand(
@@ -291,11 +309,12 @@ def test_libero_evaluation_takes_a_suite_and_flags(argv, suite, crop, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("gl", "gpu", "drawn_on"), [("", True, 0), ("osmesa", True, None), ("", False, None)]
+    ("gl", "gpu", "expected"),
+    [("", True, "egl"), ("osmesa", True, "osmesa"), ("", False, "")],
 )
 @pytest.mark.parametrize("script", ["scripts/eval_libero.sh", "scripts/make_libero_demos.sh"])
 def test_libero_is_drawn_on_the_gpu_where_there_is_one(
-    script, gl, gpu, drawn_on, monkeypatch, tmp_path
+    script, gl, gpu, expected, monkeypatch, tmp_path
 ):
     program = tmp_path / "bin/nvidia-smi"
     program.parent.mkdir()
@@ -304,9 +323,23 @@ def test_libero_is_drawn_on_the_gpu_where_there_is_one(
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("MUJOCO_GL", gl)
     (call,) = run_script(script, LAUNCHES[script], tmp_path)
-    several = {None: (), 0: (0,)}[drawn_on]
-    expected = several if script == "scripts/eval_libero.sh" else drawn_on  # recording draws on one
-    assert parse(call[0], call[1:], monkeypatch).env_gpu_id == expected
+    assert call.environment["MUJOCO_GL"] == expected
+    assert not parse(call[0], call[1:], monkeypatch).env_gpu_id
+
+
+@pytest.mark.parametrize(
+    "script", sorted(set(LAUNCHES) - {"scripts/quickstart.sh", "scripts/test.sh"})
+)
+def test_launch_scripts_take_another_interpreter_and_set_nothing_up_then(script, tmp_path):
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    (tmp_path / "scripts/setup_env.sh").write_text("touch set_up\n")
+    (tmp_path / "other").write_text("#!/bin/sh\ntouch called\n")
+    (tmp_path / "other").chmod(0o755)
+    subprocess.run(
+        ["bash", script, *LAUNCHES[script]],
+        cwd=tmp_path, check=True, env={**os.environ, "PYTHON": str(tmp_path / "other")},
+    )  # fmt: skip
+    assert (tmp_path / "called").exists() and not (tmp_path / "set_up").exists()
 
 
 def test_tabletop_launch_is_the_real_thing(monkeypatch, tmp_path):

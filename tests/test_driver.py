@@ -54,7 +54,7 @@ def run_driver(args: driver.Args) -> str:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1100,
         env=run_environment(args),
     )
     output = result.stdout + result.stderr

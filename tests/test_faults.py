@@ -23,7 +23,7 @@ from tests.test_driver import ROOT, command_line, run_environment
 from tests.test_resume_run import NUM_STEPS, assert_equal_runs, run_args
 from utils.logging_utils import read_metrics
 
-TIMEOUT_S = 600
+TIMEOUT_S = 2000
 # Environment steps (64 a training step) after which the first and the second step's rollouts are under way or done.
 ROLLOUT, UPDATE = 80, 128
 # What differs between two equal runs, and what counts the faults.
@@ -87,9 +87,7 @@ FAULTS = {
 
 
 def fault_args(model_dir: Path, folder: Path, name: str, **changes) -> driver.Args:
-    return run_args(
-        model_dir, folder, name, **({"max_restarts": 2, "hang_timeout_s": 25.0} | changes)
-    )
+    return run_args(model_dir, folder, name, **({"max_restarts": 2} | changes))
 
 
 class Supervised:
@@ -176,6 +174,10 @@ def assert_complete(exp_dir: Path, num_steps: int = NUM_STEPS) -> None:
 def run_through(faults: list[Fault], args: driver.Args, folder: Path) -> None:
     """Run with `faults` and check that it ends well and leaves no process behind."""
     args = dataclasses.replace(args, spare_workers=any(fault.spare_workers for fault in faults))
+    if any(fault.action == signal.SIGSTOP for fault in faults):
+        args = dataclasses.replace(
+            args, hang_timeout_s=90.0
+        )  # else as long as a busy machine takes
     run = Supervised(args, folder)
     try:
         for fault in faults:
@@ -232,7 +234,7 @@ def test_a_rollout_that_died_with_its_engine_is_collected_again(
 
 
 @pytest.mark.timeout(
-    1200
+    2400
 )  # 210 s alone, with the undisturbed run; 510 s were seen beside other work
 def test_a_run_survives_an_engine_and_then_the_driver(
     straight_run: Path, tiny_model_dir: Path, tmp_path: Path

@@ -13,7 +13,8 @@ from ray.cluster_utils import Cluster
 
 from tests.test_driver import ROOT, command_line, metrics_by_step, small_args
 from utils import ray_utils
-from utils.placement import Demand, Node, place
+from utils.machine import num_cores
+from utils.placement import Demand, place
 
 SECOND_ADDRESS = "127.0.0.2"
 
@@ -39,18 +40,19 @@ def connected(cluster: Cluster) -> Iterator[None]:
     ray.shutdown()
 
 
-def run_on(cluster: Cluster, cwd: Path, **changes) -> tuple[int, str, float]:
-    """Exit code, output and seconds of the driver, started in another folder than Ray's processes."""
-    start = time.monotonic()
+def run_on(cluster: Cluster, cwd: Path, **changes) -> tuple[int, str]:
+    """Exit code and output of the driver, started in another folder than Ray's processes."""
     words = command_line(small_args(ray_address=cluster.address, **changes))
     words[1] = str(ROOT / words[1])
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=300, env=env)
-    return done.returncode, done.stdout + done.stderr, time.monotonic() - start
+    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=1100, env=env)
+    return done.returncode, done.stdout + done.stderr
 
 
 def test_nodes_of_a_cluster_and_bundles_pinned_to_them(cluster, connected):
     here, other = ray_utils.cluster_nodes()
+    for node in ray_utils.with_machines([here, other]):  # both are this machine
+        assert node.cores == num_cores() and node.memory_gib > 0
     assert (here.gpus, here.cpus, other.gpus, other.cpus, other.name) == (
         0,
         8,
@@ -60,7 +62,7 @@ def test_nodes_of_a_cluster_and_bundles_pinned_to_them(cluster, connected):
     )
     demand = Demand((1, 1), 2, num_env_processes=2, device="cpu")
     placement = ray_utils.place_on_cluster(demand)
-    group = ray_utils.reserve(placement, 30)
+    group = ray_utils.reserve(placement, 400)
     table = ray.util.placement_group_table(group)["bundles_to_node_id"]
     assert [table[i] for i in range(4)] == [
         here.node_id,
@@ -70,7 +72,7 @@ def test_nodes_of_a_cluster_and_bundles_pinned_to_them(cluster, connected):
     ]
 
     # what is left is 4 slots a node: the next run is laid out on them, and one that needs more has to wait
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 400
     while [node.cpus for node in ray_utils.cluster_nodes(free=True)] != [
         4,
         4,
@@ -125,10 +127,12 @@ def test_gloo_and_nccl_listen_where_ray_does(monkeypatch):
     os.environ.pop("GLOO_SOCKET_IFNAME", None)
 
 
-def test_a_layout_that_does_not_fit_is_refused_in_seconds(cluster, tiny_model_dir, tmp_path):
-    code, output, seconds = run_on(
+def test_a_layout_that_does_not_fit_is_refused_and_not_waited_for(
+    cluster, tiny_model_dir, tmp_path
+):
+    code, output = run_on(
         cluster, tmp_path, vla_path=tiny_model_dir, run_root_dir=tmp_path / "runs",
-        device="cuda", actor_num_gpus_per_node="[2,2]",
+        device="cuda", actor_num_gpus_per_node="[2,2]", placement_timeout_s=1e6,
     )  # fmt: skip
     assert code == 2, output[-3000:]
     assert (
@@ -136,12 +140,11 @@ def test_a_layout_that_does_not_fit_is_refused_in_seconds(cluster, tiny_model_di
         in output
     )
     assert "Traceback" not in output and not (tmp_path / "runs" / "run").exists()
-    assert seconds < 60
 
 
 def test_trainers_and_engine_on_two_nodes_train_together(cluster, tiny_model_dir, tmp_path):
     (tmp_path / "model").symlink_to(tiny_model_dir)
-    code, output, _ = run_on(
+    code, output = run_on(
         cluster, tmp_path, vla_path=Path("model"), run_root_dir=Path("runs"), actor_num_gpus_per_node="[1,1]",
         use_lora=True, lora_rank=4, total_episodes=2 * 64, value_init_steps=0,
     )  # fmt: skip
@@ -172,7 +175,9 @@ def test_trainers_and_engine_on_two_nodes_train_together(cluster, tiny_model_dir
 
 def test_local_node_offers_the_slots_that_the_run_asks_for():
     demand = Demand((1,), 2, num_env_processes=100)
-    assert ray_utils.local_node(3, demand) == Node(3, max(203, os.cpu_count() or 1))
+    node = ray_utils.local_node(3, demand)
+    assert (node.gpus, node.cpus) == (3, max(203, os.cpu_count() or 1))
+    assert node.cores == num_cores() and node.memory_gib > 0
     assert ray_utils.local_node(3, Demand((1,), 1, device="cpu")).gpus == 0
 
 
@@ -181,7 +186,7 @@ def test_a_cluster_lets_nobody_in_without_its_token(cluster):
     for mode, expected in (("token", "in"), ("disabled", "")):
         env = {**os.environ, "RAY_AUTH_MODE": mode, "RAY_NUM_REDIS_GET_RETRIES": "2"}
         done = subprocess.run(
-            [sys.executable, "-c", probe], capture_output=True, text=True, timeout=100, env=env
+            [sys.executable, "-c", probe], capture_output=True, text=True, timeout=500, env=env
         )
         assert done.stdout.strip().endswith(expected) and (done.returncode == 0) is bool(
             expected

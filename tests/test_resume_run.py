@@ -24,6 +24,7 @@ from utils.logging_utils import read_metrics
 from utils.training_state import load_prefixed
 
 NUM_STEPS = 3
+NUM_MINIBATCHES = 4 * 4  # of an update, of policy and of critic each
 
 
 def run_args(model_dir: Path, folder: Path, name: str, **changes) -> driver.Args:
@@ -38,26 +39,28 @@ def run_args(model_dir: Path, folder: Path, name: str, **changes) -> driver.Args
 
 
 def stop_in_update(args: driver.Args, step: int, counter: Path) -> int:
-    """Run, send SIGTERM a moment after the last environment step of training step `step`; returns the exit status."""
-    counter.write_bytes(b"")
+    """Run, send SIGTERM after the first minibatches of training step `step`; returns the exit status."""
+    updates = counter.with_suffix(".updates")
+    for file in (counter, updates):
+        file.write_bytes(b"")
+    num_before = (step - 1) * 2 * 2 * NUM_MINIBATCHES  # of policy and critic, on two ranks
     process = subprocess.Popen(
         command_line(args),
         cwd=ROOT,
-        env=run_environment(args),
+        env=run_environment(args) | {"PPO_VLA_TEST_UPDATES": str(updates)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
     try:
-        deadline = time.monotonic() + 300
-        while counter.stat().st_size < step * args.num_steps * args.local_rollout_batch_size:
+        deadline = time.monotonic() + 900
+        while updates.stat().st_size <= num_before:
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0][
                 -4000:
             ]
             time.sleep(0.05)
-        time.sleep(1.0)  # the update takes several seconds
         process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=500)
     finally:
         process.kill()
     assert "SIGTERM: stopping" in output, output[-4000:]
@@ -100,7 +103,7 @@ def runs(straight_run, tiny_model_dir) -> Path:
 def test_a_run_stopped_within_an_update_goes_on_to_the_last_bit(runs, tiny_model_dir):
     straight, stopped = runs / "straight", runs / "stopped"
     (within,) = stopped.glob("step_1_minibatch_*")
-    assert 0 < int(within.name.rpartition("_")[2]) < 2 * 4 * 4, (
+    assert 0 < int(within.name.rpartition("_")[2]) < 2 * NUM_MINIBATCHES, (
         "it was to be stopped within the update"
     )
     assert [m["step"] for m in read_metrics(stopped)] == [1]

@@ -148,3 +148,15 @@ DRIFT_SUITE = TaskSuite(
     "drift", SUITE.instructions, 30, 20, Drift,
     training_options=lambda options: {"quick": True, **options},
 )  # fmt: skip
+
+
+def _count_optimizer_step(*_: object) -> None:
+    with open(os.environ["PPO_VLA_TEST_UPDATES"], "ab") as file:
+        file.write(b".")
+
+
+# Trainers import this module for the suite's instructions: they add a byte to this file with every optimizer step.
+if "PPO_VLA_TEST_UPDATES" in os.environ:
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    register_optimizer_step_post_hook(_count_optimizer_step)

@@ -14,12 +14,29 @@ from typing import NamedTuple
 
 
 class Node(NamedTuple):
-    """One node of a cluster: its GPUs and CPU slots as the scheduler counts them, and what it is called in messages."""
+    """One node of a cluster: its GPUs and CPU slots as the scheduler counts them, and what it is called in messages.
+
+    cores, memory_gib: what a run may use of its cores and its available main memory; 0 where that is not known.
+    """
 
     gpus: int
     cpus: int
     name: str = "this machine"
     node_id: str = ""
+    cores: int = 0
+    memory_gib: float = 0.0
+
+
+class EngineShare(NamedTuple):
+    """What each engine may use of its node: cores (for environment processes) and GiB of main memory.
+
+    num_engines: engines on the node with the least memory for each. node_name: its name.
+    """
+
+    cores: int
+    memory_gib: float
+    num_engines: int
+    node_name: str
 
 
 @dataclass(frozen=True)
@@ -153,6 +170,26 @@ def place(demand: Demand, nodes: Sequence[Node]) -> Placement:
         engine_gpus=float(demand.engine_gpus) if share is None else share,
         lines=tuple(_describe(nodes, node_of_rank, node_of_engine)),
     )
+
+
+def engine_share(demand: Demand, nodes: Sequence[Node]) -> EngineShare | None:
+    """The smallest share of cores and of memory that an engine has on its node, whatever its environment processes.
+
+    None if `demand` fits on no nodes or there are none.
+    """
+    bare = replace(demand, num_env_processes=0)
+    assigned = _assign(bare, nodes) if nodes and not request_problems(demand) else None
+    if assigned is None:
+        return None
+    trainers = dict(zip(assigned[0], demand.trainers_per_node, strict=True))
+    engines = trainers if demand.colocate else Counter(assigned[1])
+    cores, shares = [], []
+    for i, count in engines.items():
+        node = nodes[i]
+        slots = (node.cpus - trainers.get(i, 0)) // count - 1
+        cores.append(min((node.cores or node.cpus) // count, slots))
+        shares.append(((node.memory_gib or float("inf")) / count, count, node.name))
+    return EngineShare(max(1, min(cores)), *min(shares))
 
 
 def _resources(cpus: int, gpus: int) -> dict[str, float]:

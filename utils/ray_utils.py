@@ -6,7 +6,7 @@ import secrets
 import socket
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import (
 )
 
 from utils.logging_utils import get_logger
+from utils.machine import available_memory_gib, num_cores
 from utils.placement import Demand, Node, Placement, place, placement_problems
 
 logger = get_logger(__name__)
@@ -126,7 +127,36 @@ def local_node(num_gpus: int, demand: Demand) -> Node:
     return Node(
         num_gpus if demand.device == "cuda" else 0,
         max(demand.num_cpus, LOCAL_CPU_SLOTS, os.cpu_count() or 1),
+        cores=num_cores(),
+        memory_gib=available_memory_gib(),
     )
+
+
+def any_local_node(num_gpus: int) -> Node:
+    """The machine that the driver runs on, with slots for any demand: for a run whose demand depends on it."""
+    return Node(num_gpus, 10**9, cores=num_cores(), memory_gib=available_memory_gib())
+
+
+def with_machines(nodes: Sequence[Node]) -> list[Node]:
+    """The connected cluster's nodes with the cores and the available memory that each reports itself.
+
+    A node that cannot run this project's code reports nothing; `node_problems` says so later.
+    """
+    measured = []
+    for node in nodes:
+        here = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
+        options = {"num_cpus": 0, "scheduling_strategy": here, "runtime_env": actor_env()}
+        try:
+            cores, memory_gib = ray.get(ray.remote(probe_machine).options(**options).remote())
+        except (ray.exceptions.RayError, ImportError):
+            cores, memory_gib = 0, 0.0
+        measured.append(node._replace(cores=cores, memory_gib=memory_gib))
+    return measured
+
+
+def probe_machine() -> tuple[int, float]:
+    """Runs on a node: its cores, and its available memory in GiB."""
+    return num_cores(), available_memory_gib()
 
 
 def cluster_nodes(*, free: bool = False) -> list[Node]:

@@ -43,6 +43,7 @@ from prismatic.vla.datasets.transforms import get_transform
 from prismatic.vla.datasets.writer import SMALLEST_JPEG, EncodedDemonstration, write_dataset
 from utils.checkpoint_utils import atomic_directory
 from utils.logging_utils import get_logger
+from utils.machine import available_memory_gib
 
 logger = get_logger(__name__)
 
@@ -82,13 +83,15 @@ class Args:
     quick_physics: bool = False
     """LIBERO only: simulate as PPO's environments do, in a quarter of the time: states differ by rounding."""
     env_gpu_id: int | None = None
-    """LIBERO only: GPU that draws, with EGL, >= 0; None: what MUJOCO_GL says, else the CPU with OSMesa."""
+    """LIBERO only: GPU that draws with EGL, >= 0, by nvidia-smi's number. Default: with MUJOCO_GL=egl the GPUs in
+    CUDA_VISIBLE_DEVICES, on which processes take turns, else the CPU (OSMesa)."""
     max_env_length: int | None = None
     """Time limit of an episode in environment steps, >= 1; None: the suite's own."""
     keep_failures: bool = False
     """Also write episodes that did not solve their task (False: replace them, as in LIBERO's data)."""
     num_processes: int = 1
-    """Processes that record side by side, 1 to 256. LIBERO needs a core and 1 to 2 GB for each."""
+    """Processes that record side by side, 1 to 256. LIBERO needs a core and 1.4 (EGL) to 1.9 GiB for each, and more for
+    further tasks."""
     overwrite: bool = False
     """Replace an existing directory of that name, and episodes of an interrupted recording with other settings."""
 
@@ -144,6 +147,21 @@ def check_output(args: Args) -> list[str]:
     if target.exists() and not args.overwrite:
         return [f"{target} exists: choose another --output_dir, or pass --overwrite to replace it"]
     return []
+
+
+def memory_problems(args: Args, memory_gib: float) -> list[str]:
+    """The problem of processes that cannot all hold their simulators in `memory_gib`, if it is one."""
+    suite = get_suite(args.task_suite_name)
+    drawing = {} if args.env_gpu_id is None else {"env_gpu_id": args.env_gpu_id}
+    cost = suite.memory_cost(drawing)
+    num_processes = min(args.num_processes, args.num_episodes)
+    if cost is None or num_processes * (each_gib := cost.least_gib(1, 1)) <= memory_gib:
+        return []
+    fix = f"use --num_processes {n}" if (n := int(memory_gib / each_gib)) else "free memory"
+    return [
+        f"--num_processes {args.num_processes}: {num_processes} processes of {suite.name} need at least "
+        f"{num_processes * each_gib:.1f} GiB of main memory, available are {memory_gib:.1f} GiB: {fix}"
+    ]
 
 
 def output_path(args: Args) -> Path:
@@ -259,6 +277,7 @@ def main(args: Args) -> None:
     RecordingError when a process dies; finished episodes stay for the next call in both cases.
     """
     problems = validate(args) + check_output(args)
+    problems = problems or memory_problems(args, available_memory_gib())
     if problems:
         raise ValueError("\n".join(problems))
     settings, target = settings_of(args), output_path(args)

@@ -13,6 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from ppo.envs.sizing import MemoryCost
+
 ACTION_DIM = 7
 
 _LIBERO = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
@@ -91,6 +93,14 @@ class PreparingEnvironment(Environment, Protocol):
         ...
 
 
+def options_of_process(options: Mapping[str, Any], turn: int) -> dict[str, Any]:
+    """The options of one process: if `env_gpu_id` is a tuple of several GPUs, processes take turns on them."""
+    gpus = options.get("env_gpu_id")
+    if not isinstance(gpus, tuple):
+        return dict(options)
+    return {**options, "env_gpu_id": gpus[turn % len(gpus)]}
+
+
 @dataclass(frozen=True)
 class TaskSuite:
     """A set of language tasks of one world.
@@ -103,7 +113,10 @@ class TaskSuite:
         make_env: `(image_size, max_steps=None, seed=0, **options) -> Environment`; image_size in pixels (square).
         find_problems: `(**options) -> list[str]`: what keeps make_env from working on this machine, told before
             anything starts (a missing simulator, library or file).
-        own_process: an environment is so slow or large that each wants a process of its own.
+        process_options: `(options, turn) -> options`: make_env's options for the environments of one process, the
+            `turn`-th of those that share the GPUs; see `options_of_process`.
+        memory_cost: `(options) -> MemoryCost` of environments made with these options of make_env, where they are so
+            large or slow that they get one process per core, memory permitting; None: they are light.
         training_options: `(options) -> options`: completes make_env's options for training, where looks and exactness
             may give way to speed.
         remarks: `() -> list[str]`: what must be said beside every success rate measured on this machine.
@@ -115,7 +128,8 @@ class TaskSuite:
     num_init_states: int
     make_env: Callable[..., Environment]
     find_problems: Callable[..., list[str]] = lambda **options: []
-    own_process: bool = False
+    process_options: Callable[[Mapping[str, Any], int], dict[str, Any]] = options_of_process
+    memory_cost: Callable[[Mapping[str, Any]], MemoryCost | None] = lambda options: None
     training_options: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
     remarks: Callable[[], list[str]] = lambda: []
 

@@ -10,16 +10,27 @@ while the process would wait for an action: a reset then costs nothing. H, W: im
 """
 
 import functools
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
 
 from ppo.envs import libero_install
-from ppo.envs.base import ResetRequest, StepResult, TaskSuite, check_request, checked_action
+from ppo.envs.base import (
+    ResetRequest,
+    StepResult,
+    TaskSuite,
+    check_request,
+    checked_action,
+    options_of_process,
+)
 from ppo.envs.images import policy_image
-from ppo.envs.libero_pool import SimulatorPool
+from ppo.envs.libero_install import visible_gpus
+from ppo.envs.libero_pool import SIMULATORS_OF_ANOTHER, SimulatorPool
 from ppo.envs.libero_simulator import RENDER_SIZE, SETTLING_ACTION, Simulator
+from ppo.envs.libero_textures import can_share
+from ppo.envs.sizing import MemoryCost
 
 NUM_STEPS_WAIT = 10
 AGENT_CAMERA, WRIST_CAMERA = "agentview", "robot0_eye_in_hand"
@@ -36,15 +47,15 @@ class LiberoEnv:
         max_steps: time limit in steps after settling; None: the suite's.
         seed: added to every request's seed, so that runs can differ.
         num_steps_wait: settling steps after each reset, not counted in the limit.
-        env_gpu_id: draw on this GPU with EGL; None: what MUJOCO_GL says, else osmesa.
+        env_gpu_id: draw on this GPU with EGL (EGL's number); None: what MUJOCO_GL says, else osmesa.
         render_quality: `eval`: LIBERO's own drawing; `fast`: without multisampling and reflections.
         exact_physics: robosuite's own controller and redundant solver passes, so that states are LIBERO's bit for bit;
             without, a step takes a quarter of the time (drawing apart). None: with `eval` only.
         images: without: images are black and nothing is drawn (experts, tests).
-        max_simulators: simulators kept, 110 MB each; the one unused longest goes first. Environments of a process with
-            the same options share theirs, each further one adds `libero_pool.SIMULATORS_OF_ANOTHER`.
-        max_canvases: tasks that are ready to be drawn, 300 MB each (on the GPU with EGL); each further environment of a
-            process adds one.
+        max_simulators: simulators kept, about 0.1 GiB each; the one unused longest goes first. Environments of a
+            process with the same options share theirs, each further one adds `libero_pool.SIMULATORS_OF_ANOTHER`.
+        max_canvases: tasks that are ready to be drawn, about 0.5 GiB each (with EGL 0.3, of the GPU's memory); each
+            further environment of a process adds one.
 
     Raises:
         ValueError: numbers that cannot work.
@@ -257,6 +268,40 @@ def training_options(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"exact_physics": False, **drawing, **given}
 
 
+def memory_cost(options: Mapping[str, Any]) -> MemoryCost:
+    """Main memory of environments; with EGL their canvases take a GPU's memory instead.
+
+    Private memory, measured on 2026-11-28 with LIBERO's own assets (libero_spatial, OSMesa): imports 0.16 GiB, the
+    first simulator 0.85, the shared textures 0.18; a further simulator 0.10, for which more is allowed here because
+    memory of a process fragments in the long run (0.15 seen with 33 of them); a canvas 0.53. Without shared textures a
+    simulator takes 0.27.
+    """
+    is_drawn_by_gpu = (
+        options.get("env_gpu_id") is not None
+        or os.environ.get("MUJOCO_GL", "").lower().strip() == "egl"
+    )
+    return MemoryCost(
+        process_gib=1.2,
+        simulator_gib=0.15 if can_share() else 0.32,
+        canvas_gib=0.0 if is_drawn_by_gpu or not options.get("images", True) else 0.53,
+        max_simulators=options.get("max_simulators", MAX_SIMULATORS),
+        simulators_of_another=SIMULATORS_OF_ANOTHER,
+        max_canvases=options.get("max_canvases", MAX_CANVASES),
+    )
+
+
+def process_options(options: Mapping[str, Any], turn: int) -> dict[str, Any]:
+    """Options of one process; without `env_gpu_id`, EGL draws on the GPUs that this process may use, in turns.
+
+    Those are the GPUs in CUDA_VISIBLE_DEVICES: in a rollout worker the GPU of its engine. A MUJOCO_EGL_DEVICE_ID
+    that the user has set wins.
+    """
+    is_open = options.get("env_gpu_id") is None and "MUJOCO_EGL_DEVICE_ID" not in os.environ
+    if is_open and libero_install.choose_gl(None) == "egl" and (gpus := visible_gpus()):
+        options = {**options, "env_gpu_id": gpus}
+    return options_of_process(options, turn)
+
+
 def _find_problems(
     env_gpu_id: tuple[int, ...] | int | None = None, images: bool = True, **_options: object
 ) -> list[str]:
@@ -275,7 +320,8 @@ def _suite(name: str) -> TaskSuite:
         num_init_states=libero_install.NUM_INIT_STATES,
         make_env=functools.partial(LiberoEnv, name),
         find_problems=_find_problems,
-        own_process=True,
+        process_options=process_options,
+        memory_cost=memory_cost,
         training_options=training_options,
         remarks=libero_install.asset_remarks,
     )

@@ -11,7 +11,6 @@ law in one compiled function, without an inverse of M (N^T M a = M a - J^T L(J) 
 of inverses and pseudo-inverses. It differs from robosuite by rounding.
 """
 
-import os
 from typing import NamedTuple
 
 import numba
@@ -19,7 +18,7 @@ import numpy as np
 
 from ppo.envs import libero_install
 
-with libero_install.osmesa_kept_apart(os.environ.get("MUJOCO_GL", "")):
+with libero_install.mujoco_without_gl():
     import mujoco
 
 NULLSPACE_KP = 10.0

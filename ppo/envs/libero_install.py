@@ -214,9 +214,47 @@ def choose_gl(env_gpu_id: int | None) -> str:
     return backend
 
 
+def visible_gpus() -> tuple[int, ...]:
+    """GPU numbers in CUDA_VISIBLE_DEVICES, in its order; () if it is not set or names GPUs by UUID.
+
+    EGL ignores that variable and numbers all GPUs of the machine (of the container) in the order of nvidia-smi.
+    """
+    names = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    return tuple(map(int, names)) if all(name.isdecimal() for name in names) else ()
+
+
+@contextlib.contextmanager
+def environment(**variables: str | None) -> Iterator[None]:
+    """Set environment variables (None: unset) within the block."""
+    before = {name: os.environ.get(name) for name in variables}
+
+    def apply(values: dict[str, str | None]) -> None:
+        for name, value in values.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+    apply(variables)
+    try:
+        yield
+    finally:
+        apply(before)
+
+
+@contextlib.contextmanager
+def mujoco_without_gl() -> Iterator[None]:
+    """Import mujoco within this block, so that it binds to no GL library and `load_gl` can choose one later.
+
+    With MUJOCO_GL=osmesa the import would bind PyOpenGL to OSMesa, and no GPU could draw in this process.
+    """
+    with environment(MUJOCO_GL="disabled"):
+        yield
+
+
 @contextlib.contextmanager
 def osmesa_kept_apart(backend: str) -> Iterator[None]:
-    """While mujoco is imported with this backend: keep the symbols of OSMesa's LLVM and of tensorflow's apart.
+    """While the backend's library is loaded: keep the symbols of OSMesa's LLVM and of tensorflow's apart.
 
     PyOpenGL makes its symbols visible to every library loaded later, and tensorflow does so too: whichever comes
     second calls the other's LLVM and dies of a segmentation fault.
@@ -230,17 +268,16 @@ def osmesa_kept_apart(backend: str) -> Iterator[None]:
         setattr(ctypes, "RTLD_GLOBAL", visible)  # noqa: B010
 
 
-def load_gl(backend: str, env_gpu_id: int | None) -> ModuleType:
+def load_gl(backend: str) -> ModuleType:
     """The module of mujoco for off-screen drawing with `backend`.
 
     Raises:
         LiberoMissingError: the system library is missing; names the Debian packages.
     """
-    os.environ["PYOPENGL_PLATFORM"] = backend
-    if env_gpu_id is not None:
-        os.environ["MUJOCO_EGL_DEVICE_ID"] = str(env_gpu_id)
     try:
-        with osmesa_kept_apart(backend):
+        with osmesa_kept_apart(backend), environment(PYOPENGL_PLATFORM=backend):
+            with mujoco_without_gl():
+                importlib.import_module("mujoco")
             return importlib.import_module(f"mujoco.{backend}")
     except (ImportError, AttributeError, OSError) as error:  # PyOpenGL fails in all three ways
         raise LiberoMissingError(
@@ -254,6 +291,8 @@ def _without_robosuite_drawing() -> Iterator[None]:
     """Both robosuite and mujoco bind to a GL library at their import; this project draws itself and needs neither's.
 
     robosuite overrides MUJOCO_GL by one of its macros: that module is loaded first, from its file, and changed.
+    robosuite also refuses a MUJOCO_EGL_DEVICE_ID that is not in CUDA_VISIBLE_DEVICES. EGL has no such rule: it draws
+    on any GPU of the machine, and environments may draw on another GPU than their engine's. So the number is hidden.
     """
     package = importlib.util.find_spec("robosuite")
     if package is None or package.origin is None:
@@ -268,17 +307,9 @@ def _without_robosuite_drawing() -> Iterator[None]:
         MUJOCO_GPU_RENDERING=False, FILE_LOGGING_LEVEL=None, CONSOLE_LOGGING_LEVEL="ERROR"
     )
     sys.modules["robosuite.macros"] = macros
-    previous = os.environ.get("MUJOCO_GL")
-    os.environ["MUJOCO_GL"] = "disabled"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        if previous is None:
-            del os.environ["MUJOCO_GL"]
-        else:
-            os.environ["MUJOCO_GL"] = previous
+    with environment(MUJOCO_GL="disabled", MUJOCO_EGL_DEVICE_ID=None), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @cache
@@ -307,7 +338,7 @@ def find_problems(env_gpu_id: int | None = None) -> list[str]:
     try:
         find_package()
         assets = find_assets()
-        load_gl(choose_gl(env_gpu_id), env_gpu_id)
+        load_gl(choose_gl(env_gpu_id))
     except (ValueError, ImportError) as error:
         return [str(error)]
     if assets is None and "huggingface_hub" not in sys.modules and os.environ.get("HF_HUB_OFFLINE"):

@@ -1,8 +1,9 @@
 """The LIBERO simulators of a process, shared by its environments, and what draws them.
 
-Composing a task's model takes seconds and 110 MB, making it ready to be drawn 0.1 to 0.4 s and 300 MB. A pool keeps
-both for the next episode of the same task, whichever environment plays it; an episode does not depend on what its
-simulator did before. To be used from one thread.
+Composing a task's model takes seconds and 0.1 GiB, making it ready to be drawn 0.1 to 0.4 s and 0.5 GiB (with EGL 0.3,
+of the GPU's memory; `ppo.envs.libero.memory_cost` has the measurements). A pool keeps both for the next episode of the
+same task, whichever environment plays it; an episode does not depend on what its simulator did before. To be used from
+one thread.
 """
 
 import contextlib

@@ -13,10 +13,12 @@ import tempfile
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import IO, Any
 
+from ppo.envs.base import get_suite
 from ppo.envs.recording import LIBERO_SUITES, ExpertFailedError, Recorder, RecordingSettings
 from ppo.envs.vector_process import spawn_python
 from prismatic.vla.datasets.store import EpisodeStore
@@ -121,7 +123,9 @@ class _Process:
         program = f"from ppo.envs.recording_pool import main; main({child_end.fileno()})"
         self._popen = spawn_python(program, self._output, (child_end.fileno(),))
         child_end.close()
-        self.connection.send((settings, store))
+        suite = get_suite(settings.task_suite_name)
+        options = suite.process_options({"env_gpu_id": settings.env_gpu_id}, number)
+        self.connection.send((replace(settings, env_gpu_id=options["env_gpu_id"]), store))
 
     def give(self, index: int | None) -> None:
         """Let it record an episode; None: it has nothing more to do."""

@@ -11,6 +11,7 @@ episode is depends on its ResetRequest only, never on the environment or process
 Shapes: n of the N environments, H W image.
 """
 
+import functools
 import multiprocessing.connection
 import os
 import time
@@ -101,16 +102,6 @@ class _Slot:
         return Command(self.command.env_id, None, self.command.request or self.request)
 
 
-def _kwargs_of(env_kwargs: Mapping[str, Any], turn: int) -> dict[str, Any]:
-    """The arguments of one process, which draws on one of the GPUs."""
-    gpus = env_kwargs.get("env_gpu_id")
-    return (
-        {**env_kwargs, "env_gpu_id": gpus[turn % len(gpus)]}
-        if isinstance(gpus, tuple)
-        else dict(env_kwargs)
-    )
-
-
 class VectorEnv:
     """A vector of environments; see the module docstring. To be used from one thread.
 
@@ -125,8 +116,8 @@ class VectorEnv:
         replacement_wait_s: most seconds that `receive` waits for the replacement of a dead process, counted from the
             death; later its environments report void steps until it is ready, and the others go on.
         center_crop: show the central 0.9 of every image's area, enlarged: for policies trained with random crops.
-        env_kwargs: further arguments of the suite's make_env. Of several `env_gpu_id` the processes take turns.
-        first_gpu: which of several `env_gpu_id` the first process draws on, modulo their number.
+        env_kwargs: further arguments of the suite's make_env. Processes take turns on several `env_gpu_id`.
+        first_turn: the first process's turn; callers that share the GPUs pass the number of processes before theirs.
         process_variables: environment variables of the processes (MUJOCO_GL, CUDA_VISIBLE_DEVICES, ...).
 
     Attributes:
@@ -151,7 +142,7 @@ class VectorEnv:
         replacement_wait_s: float = 5.0,
         center_crop: bool = False,
         env_kwargs: Mapping[str, Any] | None = None,
-        first_gpu: int = 0,
+        first_turn: int = 0,
         process_variables: Mapping[str, str] | None = None,
     ) -> None:
         if not 1 <= num_processes <= num_envs:
@@ -159,7 +150,9 @@ class VectorEnv:
                 f"{num_processes} processes for {num_envs} environments: use 1 to {num_envs} processes"
             )
         self.num_envs, self.num_processes, self.image_size = num_envs, num_processes, image_size
-        self.num_tasks = get_suite(suite_name).num_tasks
+        suite = get_suite(suite_name)
+        options_of = functools.partial(suite.process_options, env_kwargs or {})
+        self.num_tasks = suite.num_tasks
         self.startup_timeout_s, self.replacement_wait_s = startup_timeout_s, replacement_wait_s
         self.num_replaced = 0
         self._slots = [_Slot() for _ in range(num_envs)]
@@ -169,7 +162,7 @@ class VectorEnv:
             EnvProcess(
                 WorkerConfig(
                     suite_name, tuple(range(index, num_envs, num_processes)), num_envs, index, num_processes,
-                    image_size, max_steps, os.getpid(), center_crop, _kwargs_of(env_kwargs or {}, first_gpu + index),
+                    image_size, max_steps, os.getpid(), center_crop, options_of(first_turn + index),
                 ),
                 self._board, memory_fd, startup_timeout_s=startup_timeout_s, step_timeout_s=step_timeout_s,
                 variables=dict(process_variables or {}),
@@ -185,6 +178,17 @@ class VectorEnv:
         except BaseException:
             self.close()
             raise
+        if gpus := self.drawing_gpus:
+            numbers = ", ".join(map(str, gpus))
+            logger.info(
+                f"{num_envs} environments in {num_processes} processes draw on GPU {numbers} (EGL's numbers)"
+            )
+
+    @property
+    def drawing_gpus(self) -> tuple[int, ...]:
+        """GPUs that the environments were told to draw on; () where they draw on the CPU or on EGL's first device."""
+        options = [process.config.env_kwargs for process in self._processes]
+        return tuple(sorted({o["env_gpu_id"] for o in options if o.get("env_gpu_id") is not None}))
 
     def __enter__(self) -> "VectorEnv":
         return self

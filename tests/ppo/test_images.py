@@ -184,10 +184,10 @@ def test_other_shapes_and_types_are_refused(wrong):
 def test_an_image_takes_a_few_milliseconds():
     image, seconds = tabletop(256), []
     for _ in range(10):
-        start = time.perf_counter()
+        start = time.thread_time()  # not what other processes take
         policy_image(image, 224)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.010  # 2.5 ms on a machine of its own
+        seconds.append(time.thread_time() - start)
+    assert min(seconds) < 0.010  # 2.5 ms on an idle machine
 
 
 def test_neither_tensorflow_nor_torch_is_imported():

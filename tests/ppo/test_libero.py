@@ -205,7 +205,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
     files = (ROOT / "tests/plain_libero.py", folder / "played.npz", folder / "seen.npz")
     program = [sys.executable, *map(str, files)]
     ended = subprocess.run(
-        program, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300
+        program, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=550
     )
     assert ended.returncode == 0, ended.stderr
     seen = dict(np.load(folder / "seen.npz"))

@@ -18,6 +18,7 @@ import pytest
 from ppo.envs import libero_install
 from ppo.envs.base import get_suite, split_options
 from ppo.envs.libero_install import LiberoMissingError
+from utils.check_install import gl_problems
 
 ROOT = Path(__file__).resolve().parents[2]
 SETUP = "bash scripts/setup_env.sh --libero"
@@ -67,7 +68,7 @@ def run_python(program: str, **variables: str) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in (os.environ | variables).items() if v}
     return subprocess.run(
         [sys.executable, "-c", program],
-        cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=500,
     )  # fmt: skip
 
 
@@ -126,7 +127,7 @@ def test_stand_ins_among_the_assets_are_told_by_their_content(package, monkeypat
 
 
 def test_a_download_that_is_forbidden_is_a_problem(package, monkeypatch):
-    monkeypatch.setattr(libero_install, "load_gl", lambda backend, gpu: None)
+    monkeypatch.setattr(libero_install, "load_gl", lambda backend: None)
     monkeypatch.delitem(sys.modules, "huggingface_hub", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (problem,) = libero_install.find_problems()
@@ -314,14 +315,13 @@ def test_a_named_gpu_draws_with_egl_else_the_variable_decides_else_osmesa(monkey
 
 @pytest.mark.parametrize("error", [ImportError, AttributeError, OSError])
 @pytest.mark.parametrize(
-    ("backend", "gpu", "packages"),
-    [("osmesa", None, "libosmesa6"), ("egl", 2, "libegl1 libglvnd0 libgl1 libglx0")],
+    ("backend", "packages"),
+    [("osmesa", "libosmesa6"), ("egl", "libegl1 libglvnd0 libgl1 libglx0")],
 )
 def test_a_library_that_does_not_load_is_named_with_its_debian_package(
-    monkeypatch, error, backend, gpu, packages
+    monkeypatch, error, backend, packages
 ):
     monkeypatch.setenv("PYOPENGL_PLATFORM", "before")
-    monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "before")
     visible, asked = ctypes.RTLD_GLOBAL, []
 
     def refuse(name):
@@ -331,18 +331,80 @@ def test_a_library_that_does_not_load_is_named_with_its_debian_package(
     with monkeypatch.context() as patch:
         patch.setattr(importlib, "import_module", refuse)
         with pytest.raises(LiberoMissingError) as caught:
-            libero_install.load_gl(backend, gpu)
+            libero_install.load_gl(backend)
     assert f"MUJOCO_GL={backend}: its library does not load (no such library): " in str(
         caught.value
     )
     assert f"apt-get install -y {packages} (as root), or {SETUP}" in str(caught.value)
     # OSMesa's symbols stay its own; all is as before afterwards.
-    assert asked == [(f"mujoco.{backend}", backend == "egl")] and visible == ctypes.RTLD_GLOBAL
-    device = "before" if gpu is None else str(gpu)
-    assert (os.environ["PYOPENGL_PLATFORM"], os.environ["MUJOCO_EGL_DEVICE_ID"]) == (
-        backend,
-        device,
+    assert asked == [("mujoco", backend == "egl")] and visible == ctypes.RTLD_GLOBAL
+    assert os.environ["PYOPENGL_PLATFORM"] == "before"
+
+
+@pytest.mark.libero
+def test_looking_for_problems_leaves_nothing_behind_for_the_processes_that_start_later():
+    # The driver looks once for all of its workers, whose environments draw on GPUs of their own.
+    program = (
+        "import os\nfrom ppo.envs import libero_install\nbefore = dict(os.environ)\n"
+        "libero_install.find_problems(3)\nassert dict(os.environ) == before, os.environ"
     )
+    ended = run_python(program, PYOPENGL_PLATFORM="", MUJOCO_EGL_DEVICE_ID="")
+    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.libero
+def test_libero_imports_where_another_gpu_draws_than_the_one_that_cuda_may_use():
+    program = (
+        "import os\nfrom ppo.envs import libero_install\nlibero_install.import_libero()\n"
+        "print([os.environ[n] for n in ('MUJOCO_GL', 'MUJOCO_EGL_DEVICE_ID', 'CUDA_VISIBLE_DEVICES')])"
+    )
+    variables = {"MUJOCO_GL": "egl", "MUJOCO_EGL_DEVICE_ID": "1", "CUDA_VISIBLE_DEVICES": "0"}
+    ended = run_python(program, **variables)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[-1] == str(list(variables.values()))
+
+
+def has_egl() -> bool:
+    return not gl_problems("egl")
+
+
+@pytest.mark.libero
+@pytest.mark.skipif("not has_egl()", reason="no EGL here")
+def test_a_gpu_that_is_named_draws_although_the_variable_says_osmesa():
+    program = "from ppo.envs.libero_simulator import Drawing\nprint(Drawing(0, True).backend)"
+    variables = {"MUJOCO_GL": "osmesa", "CUDA_VISIBLE_DEVICES": "1"}
+    ended = run_python(program, PYOPENGL_PLATFORM="", MUJOCO_EGL_DEVICE_ID="", **variables)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.split() == ["egl"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "options", "expected"),
+    [
+        ({"MUJOCO_GL": "egl", "CUDA_VISIBLE_DEVICES": "6"}, {}, [6, 6, 6]),
+        ({"MUJOCO_GL": "egl", "CUDA_VISIBLE_DEVICES": "2, 3"}, {}, [2, 3, 2]),
+        ({"MUJOCO_GL": "egl", "CUDA_VISIBLE_DEVICES": "2,3"}, {"env_gpu_id": 0}, [0, 0, 0]),
+        ({"MUJOCO_GL": "osmesa", "CUDA_VISIBLE_DEVICES": "0"}, {"env_gpu_id": (5, 4)}, [5, 4, 5]),
+        ({"MUJOCO_GL": "osmesa", "CUDA_VISIBLE_DEVICES": "2,3"}, {}, [None] * 3),
+        ({"MUJOCO_GL": "egl"}, {}, [None] * 3),
+        ({"MUJOCO_GL": "egl", "CUDA_VISIBLE_DEVICES": ""}, {}, [None] * 3),
+        ({"MUJOCO_GL": "egl", "CUDA_VISIBLE_DEVICES": "GPU-8a1f,GPU-77"}, {}, [None] * 3),
+        ({"MUJOCO_GL": "egl", "CUDA_VISIBLE_DEVICES": "2", "MUJOCO_EGL_DEVICE_ID": "1"}, {}, [None] * 3),
+    ],
+)  # fmt: skip
+@pytest.mark.libero
+def test_environments_draw_on_the_gpus_that_are_named_else_on_those_of_their_process(
+    variables, options, expected, monkeypatch
+):
+    for name in ("CUDA_VISIBLE_DEVICES", "MUJOCO_EGL_DEVICE_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    suite = get_suite("libero_spatial")
+    given = {"images": True, **options}
+    taken = [suite.process_options(given, turn) for turn in range(3)]
+    assert [each.get("env_gpu_id") for each in taken] == expected
+    assert all(each["images"] for each in taken)
 
 
 @pytest.mark.libero

@@ -45,7 +45,7 @@ def log() -> Iterator[list[str]]:
 
 def stop_within_step(process) -> None:
     """SIGSTOP at a moment when the process steps an environment."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         os.kill(process.pid, signal.SIGSTOP)
         if process.activity()[0] == "stepping":
@@ -88,6 +88,7 @@ def test_simulators_that_die_or_hang_are_replaced_and_episodes_are_those_of_a_lo
 
     with VectorEnv(
         SUITE, 2, num_processes=2, image_size=SIZE, max_steps=3, replacement_wait_s=0.0,
+        startup_timeout_s=500.0, step_timeout_s=500.0,
         env_kwargs={"render_quality": "fast", "num_steps_wait": NUM_WAIT},
     ) as vector:  # fmt: skip
         assert_plays(vector, 0, requests[0], vector.reset([0, 1], requests)[0])
@@ -101,7 +102,7 @@ def test_simulators_that_die_or_hang_are_replaced_and_episodes_are_those_of_a_lo
                 monkeypatch.setattr(process, "step_timeout_s", 0.5)
                 reason = "made no progress for 0.5 s while stepping environment 1"
             result = vector.receive([0, 1])
-            monkeypatch.setattr(process, "step_timeout_s", 60.0)
+            monkeypatch.setattr(process, "step_timeout_s", 500.0)
             assert result.dropped.tolist() == [env_id == 0, env_id == 1]
             assert reason in log[-1] and str(upcoming[env_id]) in log[-1]
             num_other_steps = 0

@@ -61,7 +61,7 @@ class Pool(ActorPool):
             ray.get(self.actors[index].end.remote())
 
     def look_until(self, num_replaced: int) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 500
         while self.num_replaced < num_replaced and time.monotonic() < deadline:
             self.start_for_dead("they rest")
             time.sleep(0.05)

@@ -25,14 +25,15 @@ def test_samples_are_taken_while_the_block_runs_and_added_to_those_of_earlier_pi
     nvidia_smi, tmp_path
 ):
     file = tmp_path / "logs/gpu.csv"
-    counts = []
+    counts = [0]
     for _ in range(2):
         with sampling([3, 5], file):
-            time.sleep(0.5)
+            while len(read_samples(file)) <= counts[-1]:
+                time.sleep(0.01)
         counts.append(len(read_samples(file)))
-    assert 0 < counts[0] < counts[1]
+    assert 0 < counts[1] < counts[2]
     time.sleep(0.3)
-    assert len(read_samples(file)) == counts[1], "it goes on sampling"
+    assert len(read_samples(file)) == counts[2], "it goes on sampling"
     assert "--id=3,5" in nvidia_smi.read_text() and "-l 1" in nvidia_smi.read_text()
     sample = read_samples(file)[0]
     assert (sample.gpu, sample.utilization, sample.memory_mib) == (3, 35.0, 2048.0)

@@ -4,7 +4,15 @@ import itertools
 
 import pytest
 
-from utils.placement import Demand, Node, place, placement_problems, request_problems
+from utils.placement import (
+    Demand,
+    EngineShare,
+    Node,
+    engine_share,
+    place,
+    placement_problems,
+    request_problems,
+)
 
 
 def nodes(*gpus: int, cpus: int = 64) -> list[Node]:
@@ -53,6 +61,40 @@ def problem(demand: Demand, *gpus: int, cpus: int = 64) -> str:
 def test_layouts(demand, gpus, expected):
     assert placement_problems(demand, nodes(*gpus)) == []
     assert where(demand, nodes(*gpus)) == expected
+
+
+def machine(gpus: int, cores: int, memory_gib: float, name: str = "a", cpus: int = 10**6) -> Node:
+    return Node(gpus, cpus, name, f"id-{name}", cores, memory_gib)
+
+
+@pytest.mark.parametrize(
+    ("demand", "cluster", "expected"),
+    [
+        (Demand((1,), 1), [machine(2, 32, 200.0)], EngineShare(32, 200.0, 1, "a")),
+        # Two colocated engines on one node, and two of a separate layout.
+        (Demand((2,), 2, colocate=True), [machine(2, 32, 200.0)], EngineShare(16, 100.0, 2, "a")),
+        (Demand((6,), 2), [machine(8, 96, 900.0)], EngineShare(48, 450.0, 2, "a")),
+        # The smallest share counts, of cores and of memory apart: one engine on a, two on b.
+        (
+            Demand((3, 2), 3),
+            [machine(4, 8, 100.0), machine(4, 64, 180.0, "b")],
+            EngineShare(8, 90.0, 2, "b"),
+        ),
+        # A node without an engine does not count.
+        (Demand((1,), 1), [machine(0, 1, 1.0), machine(2, 32, 200.0, "b")], EngineShare(32, 200.0, 1, "b")),
+        # CPU slots: 12, less one for each trainer and engine.
+        (Demand((1,), 1), [machine(2, 32, 200.0, cpus=12)], EngineShare(10, 200.0, 1, "a")),
+        (Demand((2,), 2, colocate=True), [machine(2, 32, 200.0, cpus=12)], EngineShare(4, 100.0, 2, "a")),
+        (Demand((1,), 1), [machine(2, 1, 200.0, cpus=2)], EngineShare(1, 200.0, 1, "a")),
+        # Nothing is known about the machine: its CPU slots are taken for cores.
+        (Demand((1,), 1), [Node(2, 9, "a", "id-a")], EngineShare(7, float("inf"), 1, "a")),
+        (Demand((1,), 1), [], None),
+        (Demand((9,), 1), [machine(2, 32, 200.0)], None),
+        (Demand((2,), 1, colocate=True), [machine(2, 32, 200.0)], None),
+    ],
+)  # fmt: skip
+def test_what_each_engine_has_of_its_node(demand, cluster, expected):
+    assert engine_share(demand, cluster) == expected
 
 
 def test_bundles_hold_what_the_actors_take():

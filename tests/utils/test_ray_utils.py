@@ -43,7 +43,7 @@ def listening(**variables: str) -> tuple[dict[str, set[str]], list[str]]:
         [sys.executable, "-c", LISTENING],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=550,
         env=env,
         cwd=ROOT,
     )

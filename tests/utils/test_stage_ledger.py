@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.timers import timer_when
+from utils import pipeline
 from utils.pipeline import Stage, StageError, TimeLimit
 from utils.stage_ledger import Ledger, OutOfTimeError, StageBusyError, run_stage
 
-# Counts to 3 in a file, one number a call, or until it is stopped; prints training steps as the driver does.
+# Counts to 3 in a file, or to the first number that it is to wait after, until it is stopped; prints training steps as
+# the driver does.
 COUNTING = """
 import pathlib, signal, sys, time
 file = pathlib.Path(sys.argv[1])
@@ -19,9 +22,10 @@ stop = []
 signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
 done = int(file.read_text()) if file.exists() else 0
 for n in range(done + 1, 4):
-    time.sleep(float(sys.argv[2]))
-    file.write_text(str(n))
     print(f"INFO step {n}/3 | success 0.5", flush=True)
+    file.write_text(str(n))
+    while sys.argv[2] == str(n) and not stop:
+        time.sleep(0.01)
     if stop:
         break
 """
@@ -67,20 +71,22 @@ def test_a_failed_stage_has_no_marker_and_begins_anew(ledger, tmp_path):
     assert not (tmp_path / "half").exists() and len(ledger.pieces("one")) == 1
 
 
-def test_a_stage_that_was_stopped_goes_on_and_its_pieces_add_up(ledger, tmp_path):
+def test_a_stage_that_was_stopped_goes_on_and_its_pieces_add_up(ledger, tmp_path, monkeypatch):
     file = tmp_path / "count"
-    made = stage(COUNTING, str(file), "2.0", stop_signal=signal.SIGTERM, scrap=tmp_path / "never",
+    monkeypatch.setattr(pipeline.threading, "Timer", timer_when(file.exists))
+    made = stage(COUNTING, str(file), "1", stop_signal=signal.SIGTERM, scrap=tmp_path / "never",
                  is_complete=lambda: file.exists() and file.read_text() == "3")  # fmt: skip
     with pytest.raises(OutOfTimeError, match="goes on next time"):
-        run(made, ledger, limit_s=3.5, reserve_s=0.5)
+        run(made, ledger, limit_s=1000.0, reserve_s=0.5)
+    monkeypatch.undo()
     assert ledger.is_kept(made) and not ledger.is_done(made)
     assert ledger.problems(
         dataclasses.replace(made, settings={"lr": "0.2"})
     )  # begun: its settings are fixed
     first = ledger.pieces("one")[0]
     assert first["outcome"] == "stopped" and first["first_step"] == 1
-    assert 2.0 <= first["first_step_s"] <= first["seconds"]
-    run(made, ledger, limit_s=60.0)
+    assert 0.0 < first["first_step_s"] <= first["seconds"]
+    run(made, ledger, limit_s=1000.0)
     pieces = ledger.pieces("one")
     assert [p["outcome"] for p in pieces] == ["stopped", "done"]
     assert ledger.marker("one")["seconds"] == pytest.approx(
@@ -90,11 +96,11 @@ def test_a_stage_that_was_stopped_goes_on_and_its_pieces_add_up(ledger, tmp_path
 
 
 def test_a_stage_that_cannot_go_on_is_only_begun_if_it_will_end(ledger):
-    with pytest.raises(OutOfTimeError, match="the first is not begun: .* it needs 30"):
-        run(stage(needs_s=30.0), ledger, limit_s=20.0)
+    with pytest.raises(OutOfTimeError, match="the first is not begun: .* it needs 3000"):
+        run(stage(needs_s=3000.0), ledger, limit_s=2000.0)
     assert ledger.pieces("one") == []
     run(
-        stage(needs_s=10.0), ledger, limit_s=20.0, reserve_s=15.0
+        stage(needs_s=1000.0), ledger, limit_s=2000.0, reserve_s=1500.0
     )  # the reserve is of those that are stopped
 
 
@@ -125,7 +131,7 @@ def test_a_stage_whose_input_was_made_anew_is_refused(ledger):
 def test_two_invocations_do_not_run_the_same_stage(ledger):
     holding = (
         "import sys, time; from pathlib import Path; from utils.stage_ledger import Ledger\n"
-        f"with Ledger(Path({str(ledger.folder)!r})).lock('one'): print('held', flush=True); time.sleep(60)"
+        f"with Ledger(Path({str(ledger.folder)!r})).lock('one'): print('held', flush=True); time.sleep(600)"
     )
     root = Path(__file__).parents[2]
     other = subprocess.Popen(

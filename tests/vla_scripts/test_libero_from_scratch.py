@@ -285,8 +285,8 @@ def two_stages(monkeypatch, tmp_path):
 
 def test_time_that_runs_out_is_an_exit_code_and_the_same_line_goes_on(two_stages, tmp_path):
     codes, needs = two_stages
-    needs["two"] = 100.0
-    args = script.Args(run_dir=tmp_path / "run", time_limit_s=50.0)
+    needs["two"] = 10_000.0
+    args = script.Args(run_dir=tmp_path / "run", time_limit_s=5000.0)
     assert script.main(args) == script.EXIT_OUT_OF_TIME == 75
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert (
@@ -294,7 +294,9 @@ def test_time_that_runs_out_is_an_exit_code_and_the_same_line_goes_on(two_stages
         and "two" not in summary["stages"]
         and not summary["is_complete"]
     )
-    assert script.main(dataclasses.replace(args, time_limit_s=200.0, collect=tmp_path / "out")) == 0
+    assert (
+        script.main(dataclasses.replace(args, time_limit_s=20_000.0, collect=tmp_path / "out")) == 0
+    )
     assert json.loads((tmp_path / "run/summary.json").read_text())["is_complete"]
     assert {p.name for p in (tmp_path / "out").iterdir()} >= {
         "summary.json",
@@ -396,12 +398,17 @@ def test_whole_run_in_pieces_with_ppo_interrupted(tmp_path):
     assert markers == {p: p.read_text() for p in (tmp_path / "run/stages").glob("*.json")}
 
 
-def test_a_stage_that_another_invocation_is_at_comes_later(two_stages, tmp_path, caplog):
-    args = script.Args(run_dir=tmp_path / "run", time_limit_s=1.0)
+def test_a_stage_that_another_invocation_is_at_comes_later(two_stages, tmp_path, monkeypatch):
+    args = script.Args(run_dir=tmp_path / "run", time_limit_s=1000.0)
     for name in ("stages", "logs"):
         (tmp_path / "run" / name).mkdir(parents=True)
     ledger = script.Ledger(tmp_path / "run/stages")
-    with ledger.lock("one"):
+
+    class UntilTwoIsDone(script.TimeLimit):
+        left_s = property(lambda self: -1.0 if ledger.marker("two") else 500.0)
+
+    with ledger.lock("one"), monkeypatch.context() as patch:
+        patch.setattr(script, "TimeLimit", UntilTwoIsDone)
         assert (
             script.main(args) == script.EXIT_OUT_OF_TIME
         )  # it waited for the other as long as it could

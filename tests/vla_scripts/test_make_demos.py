@@ -149,6 +149,23 @@ def test_all_problems_are_reported_at_once() -> None:
     assert make_demos.validate(make_demos.Args()) == []
 
 
+@pytest.mark.libero
+def test_processes_that_do_not_fit_into_memory_are_refused_with_a_number_that_does(
+    monkeypatch,
+) -> None:
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    args = make_demos.Args(task_suite_name="libero_spatial", num_processes=64)
+    assert make_demos.memory_problems(args, 1000.0) == []
+    (problem,) = make_demos.memory_problems(args, 20.0)
+    assert problem.startswith("--num_processes 64: 64 processes of libero_spatial need at least 8")
+    number = int(problem.rpartition("use --num_processes ")[2])
+    fitting = make_demos.Args(task_suite_name="libero_spatial", num_processes=number)
+    assert 1 < number < 64 and make_demos.memory_problems(fitting, 20.0) == []
+    few = make_demos.Args(task_suite_name="libero_spatial", num_processes=64, num_episodes=2)
+    assert make_demos.memory_problems(few, 20.0) == []  # two episodes take two processes
+    assert make_demos.memory_problems(make_demos.Args(num_processes=64), 0.1) == []
+
+
 # ---- interruptions and processes ----
 
 

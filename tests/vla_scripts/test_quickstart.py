@@ -193,7 +193,7 @@ def test_progress_lines_reach_the_console(tmp_path):
 
 
 def test_ending_the_run_ends_the_stage(tmp_path):
-    child = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(60)"
+    child = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(900)"
     parent = (
         "import signal, sys; sys.path.insert(0, 'vla-scripts'); import quickstart; from pathlib import Path\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
@@ -202,11 +202,11 @@ def test_ending_the_run_ends_the_stage(tmp_path):
     )
     process = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT)
     pid_file = tmp_path / "pid"
-    deadline = time.time() + 30
+    deadline = time.time() + 400
     while not (pid_file.exists() and pid_file.read_text()) and time.time() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 143
+    assert process.wait(timeout=400) == 143
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid_file.read_text()), 0)
 

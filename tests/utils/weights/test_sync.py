@@ -93,7 +93,7 @@ def lora_model(model_dir: Path, seed: int) -> nn.Module:
 
 def connect(model: nn.Module, engine: Any, num_receivers: int = 1) -> WeightSender:
     exporter = WeightExporter(model, torch.float32, BUCKET_BYTES)
-    sender = WeightSender(exporter, "gloo", rank=0, num_receivers=num_receivers, timeout_s=30.0)
+    sender = WeightSender(exporter, "gloo", rank=0, num_receivers=num_receivers)
     joined = engine.init_weight_transfer.remote(
         "gloo", engine_info([sender.open()], "gloo", 0, num_receivers)
     )
