@@ -9,11 +9,18 @@ import sys
 import time
 import types
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
+
+
+@lru_cache(maxsize=1)
+def stderr_console() -> Console:
+    """The console of log lines and progress bars: they must share one, or each would overwrite the other's lines."""
+    return Console(stderr=True)
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -22,9 +29,11 @@ def get_logger(name: str) -> logging.Logger:
     if not root.handlers:
         handler: logging.Handler
         if sys.stderr.isatty():
-            console = Console(stderr=True)
             handler = RichHandler(
-                console=console, show_path=False, log_time_format="%H:%M:%S", markup=False
+                console=stderr_console(),
+                show_path=False,
+                log_time_format="%H:%M:%S",
+                markup=False,
             )
             handler.setFormatter(logging.Formatter("%(message)s"))
         else:  # in a file or a pipe a message is one line, however long
