@@ -59,7 +59,7 @@ from ppo.collector import Collector
 from ppo.envs.base import ResetRequest, get_suite, split_options
 from ppo.envs.vector import VectorEnv
 from ppo.evaluation import EpisodeResult, EvaluationRun, evaluation_requests, run_episodes
-from ppo.inputs import action_statistics, check_files, choose_checkpoint
+from ppo.inputs import action_statistics, check_files, choose_checkpoint, fetch_models
 from ppo.learner import PPOLearner
 from ppo.memory import check_memory
 from ppo.models import ModelBuilder, make_trainable
@@ -103,9 +103,13 @@ class Args:
 
     # ---- model and data ----
     vla_path: str = "openvla/openvla-7b-finetuned-libero-spatial"
-    """Model folder in openvla-7b's format: the supervised policy PPO starts from."""
+    """Model folder in openvla-7b's format, or its id on the Hugging Face hub: the policy that PPO starts from."""
+    revision: str | None = None
+    """Branch, tag or commit of --vla_path where that is a hub id. Default: main; when resuming, the run's commit."""
     load_adapter_checkpoint: str | None = None
-    """LoRA adapter folder to go on training (with --use_lora); its base must be vla_path."""
+    """LoRA adapter, a folder or a hub id, to continue training (with --use_lora); its base must be vla_path."""
+    adapter_revision: str | None = None
+    """Branch, tag or commit of --load_adapter_checkpoint where that is a hub id. Default: as for --revision."""
     data_root_dir: str | None = None
     """Folder of RLDS datasets whose statistics un-normalise actions when the checkpoint has none for dataset_name."""
     dataset_name: str | None = None
@@ -1089,6 +1093,7 @@ def main(args: Args) -> None:
         exp_dir = Path(plan.exp_dir)
         nodes = nodes or [ray_utils.local_node(num_gpus, plan.demand)]
         raise_problems(placement_problems(plan.demand, nodes))
+        args = fetch_models(args, exp_dir)
         check_files(args, exp_dir)
         checkpoint = choose_checkpoint(args, exp_dir)
         if args.ray_address:

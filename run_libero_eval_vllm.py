@@ -32,6 +32,7 @@ from rich.table import Table
 from ppo.arguments import gpu_problems, world_flags
 from ppo.envs.base import TaskSuite, get_suite, split_options
 from ppo.evaluation import EVALUATION_SEED, evaluation_requests, run_episodes, summarize_run
+from utils.hub import ModelPath, fetch_models, hub_flags, model_name, recorded_flags, recorded_path
 from utils.logging_utils import get_logger
 from utils.video_utils import EpisodeRecorder
 
@@ -44,8 +45,11 @@ TaskIds = tuple[int, ...]
 class Args:
     """Evaluate a checkpoint on the fixed initial states of a task suite."""
 
-    pretrained_checkpoint: Annotated[Path, tyro.conf.arg(aliases=("--vla_path",))]
-    """Model folder in openvla-7b's format (an adapter must be merged first: vla-scripts/merge.py)."""
+    pretrained_checkpoint: Annotated[ModelPath, tyro.conf.arg(aliases=("--vla_path",))]
+    """Model folder in openvla-7b's format, or its id on the Hugging Face hub (an adapter must be merged first:
+    vla-scripts/merge.py)."""
+    revision: str | None = None
+    """Branch, tag or commit of --pretrained_checkpoint where that is a hub id. Default: main."""
     task_suite_name: str = "tabletop"
     """Task suite, or package.module:ATTRIBUTE of one of your own."""
     task_ids: TaskIds = ()
@@ -105,12 +109,18 @@ def find_problems(args: Args) -> list[str]:
     from utils.checkpoint_utils import check_model_dir
 
     problems = check_model_dir(args.pretrained_checkpoint)
+    return problems + flag_problems(args, has_model=not problems)
+
+
+def flag_problems(args: Args, *, has_model: bool) -> list[str]:
+    """Everything wrong with `args` except the model folder, which is read for its statistics if it is `has_model`."""
+    problems = []
     try:
         suite = get_suite(args.task_suite_name)
     except (ValueError, ImportError) as error:
         problems.append(f"--task_suite_name {args.task_suite_name}: {error}")
     else:
-        problems += _task_problems(args, suite) + ([] if problems else _unnorm_problems(args))
+        problems += _task_problems(args, suite) + (_unnorm_problems(args) if has_model else [])
         options, unknown = split_options(suite, **world_flags(args))
         problems += unknown + suite.find_problems(**options)
     return problems + _range_problems(args) + _engine_problems(args)
@@ -218,7 +228,20 @@ def _engine_problems(args: Args) -> list[str]:
 
 def validate(args: Args) -> None:
     """Raise ValueError with all of `find_problems(args)` at once."""
-    problems = find_problems(args)
+    _raise_problems(find_problems(args))
+
+
+def fetch_checkpoint(args: Args) -> Args:
+    """`args` with the folder of the snapshot if the checkpoint is a hub id. Raises ValueError.
+
+    The other flags are checked first: nothing is downloaded for a command line that cannot work.
+    """
+    if hub_flags(args):
+        _raise_problems(flag_problems(args, has_model=False))
+    return fetch_models(args)
+
+
+def _raise_problems(problems: list[str]) -> None:
     if problems:
         raise ValueError("cannot evaluate:\n" + "\n".join(f"- {problem}" for problem in problems))
 
@@ -229,7 +252,7 @@ def make_run_dir(args: Args) -> Path:
     parts = [
         "EVAL",
         args.task_suite_name,
-        args.pretrained_checkpoint.resolve().name,
+        model_name(args.pretrained_checkpoint.resolve()),
         now,
         args.run_id_note,
     ]
@@ -356,6 +379,7 @@ def evaluate(args: Args) -> dict[str, Any]:
     Raises:
         ValueError: see `find_problems`, all at once, before anything starts.
     """
+    args = fetch_checkpoint(args)
     validate(args)
     from utils.vllm_utils import engine_env
 
@@ -424,8 +448,10 @@ def _describe(args: Args, run_dir: Path, unnorm_key: str) -> dict[str, Any]:
     from utils.vllm_utils import vllm_version
 
     packages = ("torch", "transformers", "numpy")
+    checkpoint = recorded_path(args.pretrained_checkpoint.resolve())
     return {
-        "checkpoint": str(args.pretrained_checkpoint.resolve()),
+        "checkpoint": checkpoint["path"],
+        "checkpoint_revision": checkpoint.get("revision"),
         "checkpoint_fingerprint": base_fingerprint(args.pretrained_checkpoint),
         "task_suite_name": args.task_suite_name,
         "unnorm_key": unnorm_key,
@@ -438,7 +464,7 @@ def _describe(args: Args, run_dir: Path, unnorm_key: str) -> dict[str, Any]:
         | {n: version(n) for n in packages},
         "args": {
             key: str(value) if isinstance(value, Path) else value
-            for key, value in asdict(args).items()
+            for key, value in recorded_flags(asdict(args)).items()
         },
     }
 

@@ -5,11 +5,35 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ppo.arguments import raise_problems, world_flags
+from ppo.arguments import CommandLineError, raise_problems, world_flags
 from ppo.envs.base import get_suite, split_options
 from ppo.resume import RunState, find_checkpoint, flag_problems
+from prismatic.model_files import read_json_object
 from prismatic.vla.action_normalization import load_norm_stats, resolve_unnorm_key
-from utils import checkpoint_utils, peft_utils
+from utils import checkpoint_utils, hub, peft_utils
+
+
+def fetch_models(args: Any, exp_dir: Path) -> Any:
+    """`args` with every hub id replaced by the folder of its snapshot, downloaded if need be.
+
+    A run that resumes keeps the commits that it began with, unless a revision is given. Raises CommandLineError.
+    """
+    try:
+        return hub.fetch_models(_with_recorded_commits(args, exp_dir) if args.resume else args)
+    except hub.HubError as error:
+        raise CommandLineError(str(error)) from error
+
+
+def _with_recorded_commits(args: Any, exp_dir: Path) -> Any:
+    """`args` with the revisions of args.json in the run's folder for the hub ids that both have."""
+    file = exp_dir / "args.json"
+    recorded = read_json_object(file) if file.exists() else {}
+    revisions = {
+        hub.REVISION_FLAGS[name]: recorded.get(hub.REVISION_FLAGS[name])
+        for name, hub_id in hub.hub_flags(args).items()
+        if recorded.get(name) == hub_id and getattr(args, hub.REVISION_FLAGS[name]) is None
+    }
+    return dataclasses.replace(args, **revisions)
 
 
 def check_files(args: Any, exp_dir: Path) -> None:

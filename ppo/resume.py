@@ -18,6 +18,7 @@ from typing import Any
 from ppo.episodes import RunningEpisode
 from ppo.evaluation import EpisodeResult
 from prismatic.model_files import checksum_problems
+from utils.hub import REVISION_FLAGS, identity
 from utils.logging_utils import get_logger
 from utils.training_state import tensor_problems, write_json
 
@@ -50,9 +51,12 @@ UPDATE_FLAGS = {
         "num_value_epochs",
     ),
 }
-PATH_FLAGS = ("vla_path", "load_adapter_checkpoint", "data_root_dir")
+PATH_FLAGS = ("data_root_dir",)
 # Differences that mean nothing.
-SILENT_FLAGS = ("resume", "exp_id", "run_root_dir", "run_id_note", "overwrite")
+SILENT_FLAGS = (
+    "resume", "exp_id", "run_root_dir", "run_id_note", "overwrite",
+    *REVISION_FLAGS.values(),  # compared as part of the path that they belong to
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -277,8 +281,8 @@ def flag_problems(state: RunState, flags: Mapping[str, Any]) -> list[str]:
 
 def changed_flags(state: RunState, flags: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Flags that differ, {name: (saved, now)}; a flag that one side does not know is not among them."""
-    saved = {name: _comparable(name, value) for name, value in state.flags.items()}
-    now = {name: _comparable(name, value) for name, value in flags.items()}
+    saved = {name: _comparable(name, state.flags) for name in state.flags}
+    now = {name: _comparable(name, flags) for name in flags}
     return {
         name: (saved[name], now[name])
         for name in now
@@ -286,7 +290,10 @@ def changed_flags(state: RunState, flags: Mapping[str, Any]) -> dict[str, tuple[
     }
 
 
-def _comparable(name: str, value: Any) -> Any:
+def _comparable(name: str, flags: Mapping[str, Any]) -> Any:
+    value = flags[name]
+    if name in REVISION_FLAGS and value is not None:
+        return identity(value, flags.get(REVISION_FLAGS[name]))
     if name in PATH_FLAGS and value is not None:
         return os.path.abspath(value)
     return list(value) if isinstance(value, tuple) else value

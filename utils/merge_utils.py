@@ -26,6 +26,7 @@ from utils.checkpoint_utils import (
     check_adapter_dir,
     read_adapter_config,
 )
+from utils.hub import recorded_path
 
 PEFT_PREFIX = "base_model.model."
 BASE_RECORD = (
@@ -265,8 +266,8 @@ def _shape_problem(
 
 
 def record_base(adapter_dir: str | Path, base_dir: str | Path) -> None:
-    """Write into an adapter folder which model it was trained on."""
-    record = {"path": str(base_dir), "fingerprint": base_fingerprint(base_dir)}
+    """Write into an adapter folder which model it was trained on: path, or hub id and commit, and fingerprint."""
+    record = recorded_path(base_dir) | {"fingerprint": base_fingerprint(base_dir)}
     (Path(adapter_dir) / BASE_RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -36,6 +36,7 @@ from utils.checkpoint_utils import (
     check_model_dir,
     copy_model_files,
 )
+from utils.hub import ModelPath, fetch_models, recorded_path
 from utils.logging_utils import get_logger
 from utils.merge_utils import (
     DTYPES,
@@ -61,12 +62,16 @@ CHECK_INSTRUCTION = "pick up the red block and place it on the blue plate"
 class Args:
     """Merge a LoRA adapter into its base model and write a complete folder, without a GPU."""
 
-    vla_path: Path
-    """Base model folder: the one that the adapter was trained on."""
-    adapter_dir: Path
-    """peft folder: adapter_config.json and adapter_model.safetensors."""
+    vla_path: ModelPath
+    """Base model, a folder or a hub id: the one that the adapter was trained on."""
+    adapter_dir: ModelPath
+    """peft's adapter, a folder or a hub id: adapter_config.json and adapter_model.safetensors."""
     output_dir: Path
     """Folder to write. It must not exist, unless --overwrite is given."""
+    revision: str | None = None
+    """Branch, tag or commit of --vla_path where that is a hub id. Default: main."""
+    adapter_revision: str | None = None
+    """Branch, tag or commit of --adapter_dir where that is a hub id. Default: main."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the merged floating-point weights; the sums are float32 in any case."""
     check: Literal["auto", "logits", "weights"] = "auto"
@@ -127,6 +132,7 @@ def merge(args: Args) -> dict[str, Any]:
         ValueError: see `validate`.
         RuntimeError: the merged model differs from base + adapter; nothing is left under --output_dir.
     """
+    args = fetch_models(args)
     validate(args)
     adapter = load_adapter(args.adapter_dir)
     if recorded_fingerprint(args.adapter_dir) is None:
@@ -163,9 +169,12 @@ def _copy_files(args: Args, folder: Path) -> None:
 
 def _metadata(args: Args, adapter: LoraAdapter, num_tensors: int) -> dict[str, Any]:
     packages = ("torch", "transformers", "peft", "safetensors")
+    base, source = recorded_path(args.vla_path.resolve()), recorded_path(args.adapter_dir.resolve())
     return {
-        "base": str(args.vla_path.resolve()),
-        "adapter": str(args.adapter_dir.resolve()),
+        "base": base["path"],
+        "base_revision": base.get("revision"),
+        "adapter": source["path"],
+        "adapter_revision": source.get("revision"),
         "timestamp": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "dtype": args.dtype,
         "num_tensors": num_tensors,
