@@ -238,7 +238,7 @@ def fetch_checkpoint(args: Args) -> Args:
     """
     if hub_flags(args):
         _raise_problems(flag_problems(args, has_model=False))
-    return fetch_models(args)
+    return fetch_models(args, {"pretrained_checkpoint": args.revision})
 
 
 def _raise_problems(problems: list[str]) -> None:

@@ -18,8 +18,13 @@ def fetch_models(args: Any, exp_dir: Path) -> Any:
 
     A run that resumes keeps the commits that it began with, unless a revision is given. Raises CommandLineError.
     """
+    if args.resume:
+        args = _with_recorded_commits(args, exp_dir)
     try:
-        return hub.fetch_models(_with_recorded_commits(args, exp_dir) if args.resume else args)
+        return hub.fetch_models(
+            args,
+            {"vla_path": args.revision, "load_adapter_checkpoint": args.adapter_revision},
+        )
     except hub.HubError as error:
         raise CommandLineError(str(error)) from error
 

@@ -123,17 +123,15 @@ def hub_flags(args: Any) -> dict[str, str]:
     return {name: str(value) for name, value in values.items() if value and is_hub_id(value)}
 
 
-def fetch_models(args: ArgsType) -> ArgsType:
+def fetch_models(args: ArgsType, revisions: Mapping[str, str | None]) -> ArgsType:
     """Return `args`, a dataclass, with each hub id replaced by the folder of its snapshot, downloaded if need be.
 
-    Raises HubError with the problems of all flags.
+    `revisions` has the revision of each of the flags that take a hub id. Raises HubError with the problems of all.
     """
     flags: Any = args
     ids, folders, problems = hub_flags(args), {}, []
-    for name, revision_name in REVISION_FLAGS.items():
-        if not hasattr(args, name):
-            continue
-        value, revision = getattr(args, name), getattr(args, revision_name)
+    for name, revision in revisions.items():
+        value, revision_name = getattr(args, name), REVISION_FLAGS[name]
         if name in ids:
             try:
                 folders[name] = type(value)(fetch(ids[name], revision))

@@ -491,7 +491,7 @@ def main(args: Args) -> Path:
     """Fine-tune and return the run's folder. Raises ValueError with all problems of the arguments at once."""
     problems = validate(args)
     if not problems or not hub.hub_flags(args):  # nothing is downloaded for a line that cannot work
-        args = hub.fetch_models(args)
+        args = hub.fetch_models(args, {"vla_path": args.revision})
         problems += [problem for problem in check_files(args) if problem not in problems]
     if problems:
         raise ValueError(

@@ -132,7 +132,7 @@ def merge(args: Args) -> dict[str, Any]:
         ValueError: see `validate`.
         RuntimeError: the merged model differs from base + adapter; nothing is left under --output_dir.
     """
-    args = fetch_models(args)
+    args = fetch_models(args, {"vla_path": args.revision, "adapter_dir": args.adapter_revision})
     validate(args)
     adapter = load_adapter(args.adapter_dir)
     if recorded_fingerprint(args.adapter_dir) is None:

@@ -204,7 +204,7 @@ class Flags:
 
 def test_a_revision_without_a_hub_id_is_refused():
     with pytest.raises(hub.HubError) as raised:
-        hub.fetch_models(Flags("./sft", revision="v1", adapter_revision="v2"))
+        hub.fetch_models(Flags("./sft"), {"vla_path": "v1", "load_adapter_checkpoint": "v2"})
     assert str(raised.value).splitlines() == [
         "--revision v1 is for a hub id, but --vla_path is ./sft, which is a path: leave --revision out",
         "--adapter_revision v2 is for a hub id, but --load_adapter_checkpoint is not given: "
