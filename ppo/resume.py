@@ -20,7 +20,6 @@ from ppo.evaluation import EpisodeResult
 from prismatic.model_files import checksum_problems
 from utils.hub import REVISION_FLAGS, identity
 from utils.logging_utils import get_logger
-from utils.training_state import tensor_problems, write_json
 
 logger = get_logger("driver")
 
@@ -122,6 +121,8 @@ class RunState:
 
     def write(self, folder: Path) -> None:
         """Write `state.json` into `folder`."""
+        from utils.training_state import write_json  # imports torch, which --help need not wait for
+
         write_json(folder / STATE_FILE, dataclasses.asdict(self))
 
     @staticmethod
@@ -196,6 +197,10 @@ def checkpoints(exp_dir: Path) -> list[Path]:
 
 def checkpoint_problems(checkpoint: Path) -> list[str]:
     """What keeps a checkpoint from being resumed, whatever the flags; reads all of it for its checksums."""
+    from utils.training_state import (
+        tensor_problems,
+    )  # imports torch, which --help need not wait for
+
     if problems := checksum_problems(checkpoint):
         return problems
     try:
