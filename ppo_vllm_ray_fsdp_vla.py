@@ -40,59 +40,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import ray
-import torch
 import tyro
-
-from ppo import trainer_state
-from ppo.arguments import (
-    CommandLineError,
-    absolute_paths,
-    default_exp_id,
-    parse_trainers_per_node,
-    raise_problems,
-    validate,
-    world_flags,
-)
-from ppo.collector import Collector
-from ppo.envs.base import ResetRequest, get_suite, split_options
-from ppo.envs.vector import VectorEnv
-from ppo.evaluation import EpisodeResult, EvaluationRun, evaluation_requests, run_episodes
-from ppo.inputs import action_statistics, check_files, choose_checkpoint, fetch_models
-from ppo.learner import PPOLearner
-from ppo.memory import check_memory
-from ppo.models import ModelBuilder, make_trainable
-from ppo.reporting import rollout_metrics, time_metrics
-from ppo.resume import STATE_DIR, Collected, RunState, remove_old, resumed_exp_dir
-from ppo.rollout import Rollout
-from ppo.run import Run
-from ppo.utils.curriculum import CurriculumManager
-from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
-from prismatic.extern.hf.processing_prismatic import load_processor
-from prismatic.vla.action_normalization import tokens_to_env_actions
-from prismatic.vla.action_tokenizer import ActionTokenizer
-from utils import checkpoint_utils, fsdp_utils, peft_utils, ray_utils, training_state
-from utils.actors import (
-    ActorFailure,
-    ActorPool,
-    RevivableActor,
-    ask_where,
-    wait_all,
-    where_others_are,
-)
-from utils.attempts import run_attempt, run_attempts, same_command
-from utils.logging_utils import PhaseTimer, add_log_file, get_logger
-from utils.placement import Demand, placement_problems
-from utils.signals import StopRequested, StopSignal
-from utils.spares import SpareActors, spare_class
-from utils.training_state import BackgroundWriter
-from utils.video_utils import EpisodeRecorder
-from utils.vllm_utils import engine_env, import_engine
-from utils.weight_export import WeightExporter
-from utils.weight_sender import WeightSender
-
-logger = get_logger("driver")
 
 SchedulerType = Literal["constant", "linear", "cosine"]
 
@@ -325,6 +273,65 @@ class Args:
     """Beside each rollout worker a process that has imported everything and takes its place if it dies: 1 GiB each."""
     max_restarts: int = 0
     """How often the run may go on from its last checkpoint (--save_freq) after a trainer or the driver died."""
+
+
+if __name__ == "__main__":
+    # Here, because the imports below take ten seconds, and --help and mistyped flags need none of them.
+    flags = tyro.cli(Args, description=__doc__, use_underscores=True)
+
+
+import numpy as np
+import ray
+import torch
+
+from ppo import trainer_state
+from ppo.arguments import (
+    CommandLineError,
+    absolute_paths,
+    default_exp_id,
+    parse_trainers_per_node,
+    raise_problems,
+    validate,
+    world_flags,
+)
+from ppo.collector import Collector
+from ppo.envs.base import ResetRequest, get_suite, split_options
+from ppo.envs.vector import VectorEnv
+from ppo.evaluation import EpisodeResult, EvaluationRun, evaluation_requests, run_episodes
+from ppo.inputs import action_statistics, check_files, choose_checkpoint, fetch_models
+from ppo.learner import PPOLearner
+from ppo.memory import check_memory
+from ppo.models import ModelBuilder, make_trainable
+from ppo.reporting import rollout_metrics, time_metrics
+from ppo.resume import STATE_DIR, Collected, RunState, remove_old, resumed_exp_dir
+from ppo.rollout import Rollout
+from ppo.run import Run
+from ppo.utils.curriculum import CurriculumManager
+from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
+from prismatic.extern.hf.processing_prismatic import load_processor
+from prismatic.vla.action_normalization import tokens_to_env_actions
+from prismatic.vla.action_tokenizer import ActionTokenizer
+from utils import checkpoint_utils, fsdp_utils, peft_utils, ray_utils, training_state
+from utils.actors import (
+    ActorFailure,
+    ActorPool,
+    RevivableActor,
+    ask_where,
+    wait_all,
+    where_others_are,
+)
+from utils.attempts import run_attempt, run_attempts, same_command
+from utils.logging_utils import PhaseTimer, add_log_file, get_logger
+from utils.placement import Demand, placement_problems
+from utils.signals import StopRequested, StopSignal
+from utils.spares import SpareActors, spare_class
+from utils.training_state import BackgroundWriter
+from utils.video_utils import EpisodeRecorder
+from utils.vllm_utils import engine_env, import_engine
+from utils.weight_export import WeightExporter
+from utils.weight_sender import WeightSender
+
+logger = get_logger("driver")
 
 
 @dataclass(frozen=True)
@@ -1137,7 +1144,6 @@ def supervise(args: Args) -> int:
 
 
 if __name__ == "__main__":
-    flags = tyro.cli(Args, description=__doc__, use_underscores=True)
     sys.exit(
         supervise(flags)
         if flags.max_restarts > 0
