@@ -24,26 +24,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-import torch.distributed as dist
 import tyro
-from torch import Tensor
-from transformers import get_scheduler
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from prismatic.extern.hf.modeling_prismatic import load_model
-from prismatic.extern.hf.processing_prismatic import PrismaticProcessor, load_processor
-from prismatic.vla.action_tokenizer import ActionTokenizer
-from prismatic.vla.datasets.dataset import ActionCollator, RLDSDataset, iterate_batches, load_specs
-from prismatic.vla.datasets.mixtures import check_mixture, resolve_mixture
-from prismatic.vla.datasets.prefetch import prefetch
-from prismatic.vla.datasets.sources import Reading
-from prismatic.vla.datasets.transforms import get_transform
-from utils import checkpoint_utils, fsdp_utils, hub, peft_utils
-from utils.logging_utils import MetricWriter, add_log_file, format_duration, get_logger
-
-logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -137,6 +118,32 @@ class Args:
     """FSDP: gather weights again for the backward pass (ZeRO-3), or keep them (ZeRO-2)."""
     offload: bool = False
     """Keep sharded parameters and optimizer states in CPU memory (GPU ranks)."""
+
+
+if __name__ == "__main__":
+    # Here, because the imports below take ten seconds, and --help and mistyped flags need none of them.
+    arguments = tyro.cli(Args, description=__doc__, use_underscores=True)
+
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import get_scheduler
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from prismatic.extern.hf.modeling_prismatic import load_model
+from prismatic.extern.hf.processing_prismatic import PrismaticProcessor, load_processor
+from prismatic.vla.action_tokenizer import ActionTokenizer
+from prismatic.vla.datasets.dataset import ActionCollator, RLDSDataset, iterate_batches, load_specs
+from prismatic.vla.datasets.mixtures import check_mixture, resolve_mixture
+from prismatic.vla.datasets.prefetch import prefetch
+from prismatic.vla.datasets.sources import Reading
+from prismatic.vla.datasets.transforms import get_transform
+from utils import checkpoint_utils, fsdp_utils, hub, peft_utils
+from utils.logging_utils import MetricWriter, add_log_file, format_duration, get_logger
+
+logger = get_logger(__name__)
 
 
 def validate(args: Args) -> list[str]:
@@ -519,7 +526,6 @@ def main(args: Args) -> Path:
 
 
 if __name__ == "__main__":
-    arguments = tyro.cli(Args, description=__doc__, use_underscores=True)
     try:
         main(arguments)
     except ValueError as error:
