@@ -20,42 +20,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
-import torch
 import tyro
-from peft import PeftModel
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from prismatic.extern.hf.modeling_prismatic import load_model
-from prismatic.extern.hf.processing_prismatic import load_processor
-from utils.checkpoint_utils import (
-    atomic_directory,
-    check_adapter_dir,
-    check_model_dir,
-    copy_model_files,
-)
-from utils.hub import ModelPath, fetch_models, recorded_path
-from utils.logging_utils import get_logger
-from utils.merge_utils import (
-    DTYPES,
-    LoraAdapter,
-    base_fingerprint,
-    base_mismatches,
-    check_merged_weights,
-    load_adapter,
-    merge_weights,
-    recorded_fingerprint,
-    tensor_specs,
-)
-
-logger = get_logger(__name__)
-
-# Largest |difference| of a logit, relative to the largest |logit| (at least 1). Both models compute in float32, so for
-# float32 only the order of summation differs; else the rounding of the merged weights to 8 or 11 bits shows.
-LOGIT_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
-CHECK_INSTRUCTION = "pick up the red block and place it on the blue plate"
+from utils.hub import ModelPath
 
 
 @dataclass(frozen=True)
@@ -79,6 +48,46 @@ class Args:
     too where the float32 model takes at most half of the free memory."""
     overwrite: bool = False
     """Replace --output_dir, if it is a model folder."""
+
+
+if __name__ == "__main__":
+    # Here, because the imports below take ten seconds, and --help and mistyped flags need none of them.
+    arguments = tyro.cli(Args, use_underscores=True)
+
+
+import psutil
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from prismatic.extern.hf.modeling_prismatic import load_model
+from prismatic.extern.hf.processing_prismatic import load_processor
+from utils.checkpoint_utils import (
+    atomic_directory,
+    check_adapter_dir,
+    check_model_dir,
+    copy_model_files,
+)
+from utils.hub import fetch_models, recorded_path
+from utils.logging_utils import get_logger
+from utils.merge_utils import (
+    DTYPES,
+    LoraAdapter,
+    base_fingerprint,
+    base_mismatches,
+    check_merged_weights,
+    load_adapter,
+    merge_weights,
+    recorded_fingerprint,
+    tensor_specs,
+)
+
+logger = get_logger(__name__)
+
+# Largest |difference| of a logit, relative to the largest |logit| (at least 1). Both models compute in float32, so for
+# float32 only the order of summation differs; else the rounding of the merged weights to 8 or 11 bits shows.
+LOGIT_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+CHECK_INSTRUCTION = "pick up the red block and place it on the blue plate"
 
 
 def validate(args: Args) -> None:
@@ -246,9 +255,8 @@ def _logits(model: Any, model_dir: Path) -> Tensor:
     ).logits.float()
 
 
-def main() -> None:
+def main(args: Args) -> None:
     """Command line."""
-    args = tyro.cli(Args, use_underscores=True)
     logger.info("merging %s", {key: str(value) for key, value in asdict(args).items()})
     try:
         merge(args)
@@ -257,4 +265,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments)
