@@ -5,11 +5,14 @@ Examples:
     python vla-scripts/make_tiny_vla.py --output_dir /dev/shm/openvla-7b --size 7b
 """
 
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from prismatic.extern.hf.tiny_config import TinyVLAConfig
 
