@@ -30,10 +30,17 @@ from rich.console import Console
 from rich.table import Table
 
 from ppo.arguments import gpu_problems, world_flags
-from ppo.envs.base import TaskSuite, get_suite, split_options
-from ppo.evaluation import EVALUATION_SEED, evaluation_requests, run_episodes, summarize_run
+from ppo.envs.base import ResetRequest, TaskSuite, get_suite, split_options
+from ppo.evaluation import (
+    EVALUATION_SEED,
+    EpisodeResult,
+    evaluation_requests,
+    run_episodes,
+    summarize_run,
+)
 from utils.hub import ModelPath, fetch_models, hub_flags, model_name, recorded_flags, recorded_path
 from utils.logging_utils import get_logger
+from utils.progress import ProgressReport
 from utils.video_utils import EpisodeRecorder
 
 logger = get_logger(__name__)
@@ -371,6 +378,28 @@ def recorder_for(args: Args, folder: Path, instructions: tuple[str, ...] = ()) -
     )
 
 
+class ShownEpisodes:
+    """An observer of episodes that passes everything on to the recorder and shows how many are finished."""
+
+    def __init__(self, recorder: EpisodeRecorder, progress: ProgressReport) -> None:
+        self.recorder, self.progress, self.num_successes = recorder, progress, 0
+
+    def start(self, env_id: int, request: ResetRequest, image: np.ndarray) -> None:
+        """Record the first image of an episode."""
+        self.recorder.start(env_id, request, image)
+
+    def step(self, env_id: int, image: np.ndarray) -> None:
+        """Record the image after a step."""
+        self.recorder.step(env_id, image)
+
+    def end(self, env_id: int, result: EpisodeResult) -> None:
+        """Record the end of an episode and count it."""
+        self.recorder.end(env_id, result)
+        self.num_successes += result.success
+        rate = self.num_successes / (self.progress.num_done + 1)
+        self.progress.advance(note=f"success rate so far {rate:.3f}")
+
+
 def evaluate(args: Args) -> dict[str, Any]:
     """Evaluate and return what `results.json` in the new folder holds (`run_dir` names it).
 
@@ -416,7 +445,9 @@ def _evaluate(args: Args, run_dir: Path) -> dict[str, Any]:
         policy = Policy(args, suite, max_batch=(num_envs + 1) // 2)
         startup_s = time.perf_counter() - started
         try:
-            run = run_episodes(vector_env, num_envs, policy.act, requests, observer=recorder)
+            with ProgressReport(logger, "episodes", len(requests)) as progress:
+                observer = ShownEpisodes(recorder, progress)
+                run = run_episodes(vector_env, num_envs, policy.act, requests, observer=observer)
         finally:
             policy.engine.close()
             recorder.save_contact_sheet()

@@ -81,6 +81,7 @@ from utils.merge_utils import (
     recorded_fingerprint,
     tensor_specs,
 )
+from utils.progress import ProgressReport
 
 logger = get_logger(__name__)
 
@@ -149,7 +150,10 @@ def merge(args: Args) -> dict[str, Any]:
             "%s does not record its base: only names and shapes are checked", args.adapter_dir
         )
     with atomic_directory(args.output_dir, overwrite=args.overwrite) as folder:
-        num_tensors = merge_weights(args.vla_path, adapter, folder, DTYPES[args.dtype])
+        with ProgressReport(logger, "tensors merged", len(tensor_specs(args.vla_path))) as progress:
+            num_tensors = merge_weights(
+                args.vla_path, adapter, folder, DTYPES[args.dtype], progress.advance
+            )
         logger.info(
             "merged %d matrices, wrote %d tensors as %s",
             len(adapter.scaling),
@@ -197,7 +201,10 @@ def _metadata(args: Args, adapter: LoraAdapter, num_tensors: int) -> dict[str, A
 
 def _check(args: Args, adapter: LoraAdapter, folder: Path) -> dict[str, Any]:
     """Run the weight check and, where it fits or is asked for, the logits check; return what was found."""
-    problems, worst = check_merged_weights(args.vla_path, adapter, folder, DTYPES[args.dtype])
+    with ProgressReport(logger, "tensors checked", len(tensor_specs(args.vla_path))) as progress:
+        problems, worst = check_merged_weights(
+            args.vla_path, adapter, folder, DTYPES[args.dtype], progress.advance
+        )
     if problems:
         raise RuntimeError(
             f"the merged weights are not base + adapter, {args.output_dir} is not written:\n"
