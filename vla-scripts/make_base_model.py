@@ -77,7 +77,7 @@ import torch
 from torch import Tensor
 
 from ppo.envs.tabletop_pretraining import instructions, make_frame
-from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
+from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction, bars_for
 from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
 from prismatic.extern.hf.tiny_prismatic import build_tiny_vla, validate_tiny
 from utils.logging_utils import get_logger
@@ -242,7 +242,8 @@ def main(args: Args) -> None:
     )
     rows = train(args, model, processor, data)
     torch.nn.Module.to(model, "cpu")
-    model.save_pretrained(output_dir)
+    with bars_for(0):
+        model.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
     (output_dir / "dataset_statistics.json").write_text("{}\n")
     settings = {"command": " ".join(sys.argv), "settings": asdict(args), "torch": torch.__version__}

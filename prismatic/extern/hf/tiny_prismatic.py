@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from prismatic.extern.hf.configuration_prismatic import DINOSIGLIP_TIMM_IDS, OpenVLAConfig
-from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
+from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction, bars_for
 from prismatic.extern.hf.processing_prismatic import (
     EMPTY_PIECE,
     PROMPT_TEMPLATE,
@@ -175,7 +175,8 @@ def build_tiny_vla(config: TinyVLAConfig) -> tuple[OpenVLAForActionPrediction, P
 def save_tiny_vla(config: TinyVLAConfig, output_dir: str | Path) -> nn.Module:
     """Write a complete model folder (weights, config, tokenizer, processor, empty statistics); return the model."""
     model, processor = build_tiny_vla(config)
-    model.save_pretrained(output_dir)
+    with bars_for(0):
+        model.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
     (Path(output_dir) / "dataset_statistics.json").write_text(json.dumps({}) + "\n")
     return model
