@@ -18,14 +18,14 @@ def fetch_models(args: Any, exp_dir: Path) -> Any:
 
     A run that resumes keeps the commits that it began with, unless a revision is given. Raises CommandLineError.
     """
-    if args.resume:
-        args = _with_recorded_commits(args, exp_dir)
     try:
+        if args.resume:
+            args = _with_recorded_commits(args, exp_dir)
         return hub.fetch_models(
             args,
             {"vla_path": args.revision, "load_adapter_checkpoint": args.adapter_revision},
         )
-    except hub.HubError as error:
+    except (ValueError, OSError) as error:
         raise CommandLineError(str(error)) from error
 
 
@@ -33,11 +33,13 @@ def _with_recorded_commits(args: Any, exp_dir: Path) -> Any:
     """`args` with the revisions of args.json in the run's folder for the hub ids that both have."""
     file = exp_dir / "args.json"
     recorded = read_json_object(file) if file.exists() else {}
-    revisions = {
-        hub.REVISION_FLAGS[name]: recorded.get(hub.REVISION_FLAGS[name])
-        for name, hub_id in hub.hub_flags(args).items()
-        if recorded.get(name) == hub_id and getattr(args, hub.REVISION_FLAGS[name]) is None
-    }
+    revisions = {}
+    for name, hub_id in hub.hub_flags(args).items():
+        revision_name = hub.REVISION_FLAGS[name]
+        commit = recorded.get(revision_name)
+        is_given = getattr(args, revision_name) is not None
+        if recorded.get(name) == hub_id and isinstance(commit, str) and not is_given:
+            revisions[revision_name] = commit
     return dataclasses.replace(args, **revisions)
 
 

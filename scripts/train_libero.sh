@@ -9,7 +9,7 @@
 #
 # <gpus>: their numbers, 1, 2, 3, 4, 6 or 8 of them. <task_ids>: numbers in the suite, or all. Flags given here win.
 # LAYOUT: separate (default; trainers | engines: 1|1, 2|1, 3|1, 4|2, 6|2) or colocate (default with one GPU: a trainer
-# and an engine on each). VLA_PATH: the checkpoint folder, by default openvla/openvla-7b-finetuned-libero-<suite>.
+# and an engine on each). VLA_PATH: a model folder or hub id, by default openvla/openvla-7b-finetuned-libero-<suite>.
 # The simulators draw on the last of the GPUs (another: --env_gpu_id N); engines leave them room.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
