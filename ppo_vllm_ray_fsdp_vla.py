@@ -40,62 +40,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import ray
-import torch
 import tyro
-
-from ppo import trainer_state
-from ppo.arguments import (
-    CommandLineError,
-    absolute_paths,
-    default_exp_id,
-    evaluation_flags,
-    parse_trainers_per_node,
-    raise_problems,
-    validate,
-    world_flags,
-)
-from ppo.collector import Collector
-from ppo.env_sizes import env_memory_problems, plan_env_sizes
-from ppo.envs.base import ResetRequest, get_suite, split_options
-from ppo.envs.vector import VectorEnv
-from ppo.episodes import TrainingEpisode
-from ppo.evaluation import EvaluationRun, evaluation_requests, run_episodes
-from ppo.inputs import action_statistics, check_files, choose_checkpoint, counted_tokens
-from ppo.learner import PPOLearner
-from ppo.memory import check_memory
-from ppo.models import ModelBuilder, make_trainable
-from ppo.reporting import rollout_metrics, time_metrics
-from ppo.resume import STATE_DIR, Collected, RunState, remove_old, resumed_exp_dir
-from ppo.rollout import Rollout
-from ppo.run import Run
-from ppo.utils.curriculum import CurriculumManager
-from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
-from prismatic.extern.hf.processing_prismatic import load_processor
-from prismatic.vla.action_normalization import tokens_to_env_actions
-from prismatic.vla.action_tokenizer import ActionTokenizer
-from utils import checkpoint_utils, fsdp_utils, peft_utils, ray_utils, training_state
-from utils.actors import (
-    ActorFailure,
-    ActorPool,
-    RevivableActor,
-    ask_where,
-    wait_all,
-    where_others_are,
-)
-from utils.attempts import run_attempt, run_attempts, same_command
-from utils.logging_utils import PhaseTimer, add_log_file, get_logger
-from utils.placement import Demand, Node, placement_problems
-from utils.reports.videos import EpisodeRecorder
-from utils.signals import StopRequested, StopSignal
-from utils.spares import SpareActors, spare_class
-from utils.training_state import BackgroundWriter
-from utils.vllm_utils import engine_env, import_engine
-from utils.weights.export import WeightExporter
-from utils.weights.sender import WeightSender
-
-logger = get_logger("driver")
 
 SchedulerType = Literal["constant", "linear", "cosine"]
 
@@ -106,9 +51,13 @@ class Args:
 
     # ---- model and data ----
     vla_path: str = "openvla/openvla-7b-finetuned-libero-spatial"
-    """Model folder in openvla-7b's format: the supervised policy PPO starts from."""
+    """Model folder in openvla-7b's format, or its id on the Hugging Face hub: the policy that PPO starts from."""
+    revision: str | None = None
+    """Branch, tag or commit of --vla_path where that is a hub id. Default: main; when resuming, the run's commit."""
     load_adapter_checkpoint: str | None = None
-    """LoRA adapter folder to go on training (with --use_lora); its base must be vla_path."""
+    """LoRA adapter, a folder or a hub id, to continue training (with --use_lora); its base must be vla_path."""
+    adapter_revision: str | None = None
+    """Branch, tag or commit of --load_adapter_checkpoint where that is a hub id. Default: as for --revision."""
     data_root_dir: str | None = None
     """Folder of RLDS datasets whose statistics un-normalise actions when the checkpoint has none for dataset_name."""
     dataset_name: str | None = None
@@ -329,6 +278,74 @@ class Args:
     """Beside each rollout worker a process that has imported everything and takes its place if it dies: 1 GiB each."""
     max_restarts: int = 0
     """How often the run may go on from its last checkpoint (--save_freq) after a trainer or the driver died."""
+
+
+if __name__ == "__main__":
+    # Here, because the imports below take ten seconds, and --help and mistyped flags need none of them.
+    flags = tyro.cli(Args, description=__doc__, use_underscores=True)
+
+
+import numpy as np
+import ray
+import torch
+
+from ppo import trainer_state
+from ppo.arguments import (
+    CommandLineError,
+    absolute_paths,
+    default_exp_id,
+    evaluation_flags,
+    parse_trainers_per_node,
+    raise_problems,
+    validate,
+    world_flags,
+)
+from ppo.collector import Collector
+from ppo.env_sizes import env_memory_problems, plan_env_sizes
+from ppo.envs.base import ResetRequest, get_suite, split_options
+from ppo.envs.vector import VectorEnv
+from ppo.episodes import TrainingEpisode
+from ppo.evaluation import EvaluationRun, evaluation_requests, run_episodes
+from ppo.inputs import (
+    action_statistics,
+    check_files,
+    choose_checkpoint,
+    counted_tokens,
+    fetch_models,
+)
+from ppo.learner import PPOLearner
+from ppo.memory import check_memory
+from ppo.models import ModelBuilder, make_trainable
+from ppo.reporting import rollout_metrics, time_metrics
+from ppo.resume import STATE_DIR, Collected, RunState, remove_old, resumed_exp_dir
+from ppo.rollout import Rollout
+from ppo.run import Run
+from ppo.utils.curriculum import CurriculumManager
+from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
+from prismatic.extern.hf.processing_prismatic import load_processor
+from prismatic.vla.action_normalization import tokens_to_env_actions
+from prismatic.vla.action_tokenizer import ActionTokenizer
+from utils import checkpoint_utils, fsdp_utils, peft_utils, ray_utils, training_state
+from utils.actors import (
+    ActorFailure,
+    ActorPool,
+    RevivableActor,
+    ask_where,
+    wait_all,
+    where_others_are,
+)
+from utils.attempts import run_attempt, run_attempts, same_command
+from utils.logging_utils import PhaseTimer, add_log_file, get_logger
+from utils.placement import Demand, Node, placement_problems
+from utils.reports.videos import EpisodeRecorder
+from utils.signals import StopRequested, StopSignal
+from utils.spares import SpareActors, spare_class
+from utils.training_state import BackgroundWriter
+from utils.vllm_utils import engine_env, import_engine
+from utils.weights.export import WeightExporter
+from utils.weights.sender import WeightSender
+
+logger = get_logger("driver")
 
 
 @dataclass(frozen=True)
@@ -1151,6 +1168,7 @@ def main(args: Args) -> None:
         raise_problems(
             placement_problems(plan.demand, nodes) + env_memory_problems(args, plan.demand, nodes)
         )
+        args = fetch_models(args, exp_dir)
         check_files(args, exp_dir)
         checkpoint = choose_checkpoint(args, exp_dir)
         if args.ray_address:
@@ -1194,7 +1212,6 @@ def supervise(args: Args) -> int:
 
 
 if __name__ == "__main__":
-    flags = tyro.cli(Args, description=__doc__, use_underscores=True)
     sys.exit(
         supervise(flags)
         if flags.max_restarts > 0

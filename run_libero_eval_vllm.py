@@ -31,11 +31,19 @@ from rich.table import Table
 
 from ppo.arguments import gpu_problems, world_flags
 from ppo.env_sizes import shortage_message
-from ppo.envs.base import TaskSuite, get_suite, split_options
+from ppo.envs.base import ResetRequest, TaskSuite, get_suite, split_options
 from ppo.envs.sizing import EnvSizes, choose_sizes, memory_shortage
-from ppo.evaluation import EVALUATION_SEED, evaluation_requests, run_episodes, summarize_run
+from ppo.evaluation import (
+    EVALUATION_SEED,
+    EpisodeResult,
+    evaluation_requests,
+    run_episodes,
+    summarize_run,
+)
+from utils.hub import ModelPath, fetch_models, hub_flags, model_name, recorded_flags, recorded_path
 from utils.logging_utils import get_logger
 from utils.machine import available_memory_gib, num_cores
+from utils.progress import ProgressReport
 from utils.reports.videos import EpisodeRecorder
 
 logger = get_logger(__name__)
@@ -47,8 +55,11 @@ TaskIds = tuple[int, ...]
 class Args:
     """Evaluate a checkpoint on the fixed initial states of a task suite."""
 
-    pretrained_checkpoint: Annotated[Path, tyro.conf.arg(aliases=("--vla_path",))]
-    """Model folder in openvla-7b's format (an adapter must be merged first: vla-scripts/merge.py)."""
+    pretrained_checkpoint: Annotated[ModelPath, tyro.conf.arg(aliases=("--vla_path",))]
+    """Model folder in openvla-7b's format, or its id on the Hugging Face hub (an adapter must be merged first:
+    vla-scripts/merge.py)."""
+    revision: str | None = None
+    """Branch, tag or commit of --pretrained_checkpoint where that is a hub id. Default: main."""
     task_suite_name: str = "tabletop"
     """Task suite, or package.module:ATTRIBUTE of one of your own."""
     task_ids: TaskIds = ()
@@ -109,12 +120,18 @@ def find_problems(args: Args) -> list[str]:
     from utils.checkpoint_utils import check_model_dir
 
     problems = check_model_dir(args.pretrained_checkpoint)
+    return problems + flag_problems(args, has_model=not problems)
+
+
+def flag_problems(args: Args, *, has_model: bool) -> list[str]:
+    """Everything wrong with `args` except the model folder, which is read for its statistics if it is `has_model`."""
+    problems = []
     try:
         suite = get_suite(args.task_suite_name)
     except (ValueError, ImportError) as error:
         problems.append(f"--task_suite_name {args.task_suite_name}: {error}")
     else:
-        problems += _task_problems(args, suite) + ([] if problems else _unnorm_problems(args))
+        problems += _task_problems(args, suite) + (_unnorm_problems(args) if has_model else [])
         options, unknown = split_options(suite, **world_flags(args))
         problems += unknown + suite.find_problems(**options)
     problems += _range_problems(args) + _engine_problems(args)
@@ -223,7 +240,20 @@ def _engine_problems(args: Args) -> list[str]:
 
 def validate(args: Args) -> None:
     """Raise ValueError with all of `find_problems(args)` at once."""
-    problems = find_problems(args)
+    _raise_problems(find_problems(args))
+
+
+def fetch_checkpoint(args: Args) -> Args:
+    """`args` with the folder of the snapshot if the checkpoint is a hub id. Raises ValueError.
+
+    The other flags are checked first: nothing is downloaded for a command line that cannot work.
+    """
+    if hub_flags(args):
+        _raise_problems(flag_problems(args, has_model=False))
+    return fetch_models(args, {"pretrained_checkpoint": args.revision})
+
+
+def _raise_problems(problems: list[str]) -> None:
     if problems:
         raise ValueError("cannot evaluate:\n" + "\n".join(f"- {problem}" for problem in problems))
 
@@ -234,7 +264,7 @@ def make_run_dir(args: Args) -> Path:
     parts = [
         "EVAL",
         args.task_suite_name,
-        args.pretrained_checkpoint.resolve().name,
+        model_name(args.pretrained_checkpoint.resolve()),
         now,
         args.run_id_note,
     ]
@@ -353,6 +383,28 @@ def recorder_for(args: Args, folder: Path, instructions: tuple[str, ...] = ()) -
     )
 
 
+class ShownEpisodes:
+    """An observer of episodes that passes everything on to the recorder and shows how many are finished."""
+
+    def __init__(self, recorder: EpisodeRecorder, progress: ProgressReport) -> None:
+        self.recorder, self.progress, self.num_successes = recorder, progress, 0
+
+    def start(self, env_id: int, request: ResetRequest, image: np.ndarray) -> None:
+        """Record the first image of an episode."""
+        self.recorder.start(env_id, request, image)
+
+    def step(self, env_id: int, image: np.ndarray) -> None:
+        """Record the image after a step."""
+        self.recorder.step(env_id, image)
+
+    def end(self, env_id: int, result: EpisodeResult) -> None:
+        """Record the end of an episode and count it."""
+        self.recorder.end(env_id, result)
+        self.num_successes += result.success
+        rate = self.num_successes / (self.progress.num_done + 1)
+        self.progress.advance(note=f"success rate so far {rate:.3f}")
+
+
 def evaluate(args: Args) -> dict[str, Any]:
     """Evaluate and return what `results.json` in the new folder holds (`run_dir` names it).
 
@@ -361,6 +413,7 @@ def evaluate(args: Args) -> dict[str, Any]:
     Raises:
         ValueError: see `find_problems`, all at once, before anything starts.
     """
+    args = fetch_checkpoint(args)
     validate(args)
     from utils.vllm_utils import engine_env
 
@@ -397,7 +450,9 @@ def _evaluate(args: Args, run_dir: Path) -> dict[str, Any]:
         policy = Policy(args, suite, max_batch=(num_envs + 1) // 2)
         startup_s = time.perf_counter() - started
         try:
-            run = run_episodes(vector_env, num_envs, policy.act, requests, observer=recorder)
+            with ProgressReport(logger, "episodes", len(requests)) as progress:
+                observer = ShownEpisodes(recorder, progress)
+                run = run_episodes(vector_env, num_envs, policy.act, requests, observer=observer)
         finally:
             policy.engine.close()
             recorder.save_contact_sheet()
@@ -448,8 +503,10 @@ def _describe(args: Args, run_dir: Path, unnorm_key: str) -> dict[str, Any]:
     from utils.vllm_utils import vllm_version
 
     packages = ("torch", "transformers", "numpy")
+    checkpoint = recorded_path(args.pretrained_checkpoint.resolve())
     return {
-        "checkpoint": str(args.pretrained_checkpoint.resolve()),
+        "checkpoint": checkpoint["path"],
+        "checkpoint_revision": checkpoint.get("revision"),
         "checkpoint_fingerprint": base_fingerprint(args.pretrained_checkpoint),
         "task_suite_name": args.task_suite_name,
         "unnorm_key": unnorm_key,
@@ -462,7 +519,7 @@ def _describe(args: Args, run_dir: Path, unnorm_key: str) -> dict[str, Any]:
         | {n: version(n) for n in packages},
         "args": {
             key: str(value) if isinstance(value, Path) else value
-            for key, value in asdict(args).items()
+            for key, value in recorded_flags(asdict(args)).items()
         },
     }
 

@@ -9,12 +9,12 @@ import math
 import os
 from collections.abc import Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from ppo.envs.base import get_suite, known_suites, split_options
 from ppo.resume import resume_problems
 from prismatic.model_files import is_int
+from utils.hub import hub_flags, model_name
 from utils.placement import Demand, request_problems
 
 # Flags beyond these are slips of the finger; they must not become loops or sums that never end.
@@ -226,15 +226,15 @@ def validate(args: Any) -> None:
 
 
 def absolute_paths(args: Any) -> Any:
-    """Paths as every node of a cluster must see them: actors have another working directory."""
+    """Paths as every node of a cluster must see them: actors have another working directory. Hub ids stay."""
     names = ("vla_path", "load_adapter_checkpoint", "run_root_dir", "resume")
     paths = {n: os.path.abspath(p) for n in names if (p := getattr(args, n)) and p != "auto"}
-    return dataclasses.replace(args, **paths)
+    return dataclasses.replace(args, **paths | hub_flags(args))
 
 
 def default_exp_id(args: Any) -> str:
     """ppo+<model>+<suite>+<lora rank>+lr...+seed...--time: one folder per run."""
-    parts = ["ppo", Path(args.vla_path).name, args.task_suite_name.replace(":", "-")]
+    parts = ["ppo", model_name(args.vla_path), args.task_suite_name.replace(":", "-")]
     parts += [f"lora-r{args.lora_rank}"] if args.use_lora else ["full"]
     parts += [f"lr-{args.learning_rate:g}", f"seed-{args.seed}"]
     note = f"--{args.run_id_note}" if args.run_id_note else ""

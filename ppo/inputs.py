@@ -7,17 +7,48 @@ from typing import Any
 
 import numpy as np
 
-from ppo.arguments import raise_problems, world_flags
+from ppo.arguments import CommandLineError, raise_problems, world_flags
 from ppo.envs.base import get_suite, split_options
 from ppo.resume import RunState, find_checkpoint, flag_problems, run_folder_problems
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
+from prismatic.model_files import read_json_object
 from prismatic.vla.action_normalization import (
     constant_dimensions,
     load_norm_stats,
     resolve_unnorm_key,
 )
 from prismatic.vla.action_tokenizer import ActionTokenizer
-from utils import checkpoint_utils, peft_utils
+from utils import checkpoint_utils, hub, peft_utils
+
+
+def fetch_models(args: Any, exp_dir: Path) -> Any:
+    """`args` with every hub id replaced by the folder of its snapshot, downloaded if need be.
+
+    A run that resumes keeps the commits that it began with, unless a revision is given. Raises CommandLineError.
+    """
+    try:
+        if args.resume:
+            args = _with_recorded_commits(args, exp_dir)
+        return hub.fetch_models(
+            args,
+            {"vla_path": args.revision, "load_adapter_checkpoint": args.adapter_revision},
+        )
+    except (ValueError, OSError) as error:
+        raise CommandLineError(str(error)) from error
+
+
+def _with_recorded_commits(args: Any, exp_dir: Path) -> Any:
+    """`args` with the revisions of args.json in the run's folder for the hub ids that both have."""
+    file = exp_dir / "args.json"
+    recorded = read_json_object(file) if file.exists() else {}
+    revisions = {}
+    for name, hub_id in hub.hub_flags(args).items():
+        revision_name = hub.REVISION_FLAGS[name]
+        commit = recorded.get(revision_name)
+        is_given = getattr(args, revision_name) is not None
+        if recorded.get(name) == hub_id and isinstance(commit, str) and not is_given:
+            revisions[revision_name] = commit
+    return dataclasses.replace(args, **revisions)
 
 
 def check_files(args: Any, exp_dir: Path) -> None:

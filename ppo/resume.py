@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ppo.batch import required_tensors
 from ppo.episodes import RunningEpisode, TrainingEpisode
 from ppo.reporting import BestReturn
 from ppo.state_checks import read_rank, state_problems
 from prismatic.model_files import checksum_problems, is_int, read_json_object
 from prismatic.regular_files import file_problems, open_file
+from utils.hub import REVISION_FLAGS, identity
 from utils.logging_utils import get_logger
-from utils.training_state import saved_shapes, tensor_problems, write_json
 
 logger = get_logger("driver")
 
@@ -55,12 +54,15 @@ UPDATE_FLAGS = {
         "num_value_epochs",
     ),
 }
-PATH_FLAGS = ("vla_path", "load_adapter_checkpoint", "data_root_dir")
+PATH_FLAGS = ("data_root_dir",)
 # Files that a resumed run adds to or writes again.
 METRICS_FILE = "metrics.jsonl"
 WRITTEN_AGAIN = (METRICS_FILE, "args.json", "log.txt", "curriculum.json", "eval_final.json")
 # Differences that mean nothing.
-SILENT_FLAGS = ("resume", "exp_id", "run_root_dir", "run_id_note", "overwrite")
+SILENT_FLAGS = (
+    "resume", "exp_id", "run_root_dir", "run_id_note", "overwrite",
+    *REVISION_FLAGS.values(),  # compared as part of the path that they belong to
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,8 @@ class RunState:
 
     def write(self, folder: Path) -> None:
         """Write `state.json` into `folder`."""
+        from utils.training_state import write_json  # imports torch, which --help need not wait for
+
         write_json(folder / STATE_FILE, dataclasses.asdict(self))
 
     @staticmethod
@@ -231,6 +235,10 @@ def checkpoints(exp_dir: Path) -> list[Path]:
 
 def checkpoint_problems(checkpoint: Path) -> list[str]:
     """What keeps a checkpoint from being resumed, whatever the flags; reads all of it for its checksums."""
+    # These import torch, for which --help need not wait.
+    from ppo.batch import required_tensors
+    from utils.training_state import saved_shapes, tensor_problems
+
     if problems := checksum_problems(checkpoint):
         return problems
     try:
@@ -327,8 +335,8 @@ def flag_problems(state: RunState, flags: Mapping[str, Any]) -> list[str]:
 
 def changed_flags(state: RunState, flags: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Flags that differ, {name: (saved, now)}; a flag that one side does not know is not among them."""
-    saved = {name: _comparable(name, value) for name, value in state.flags.items()}
-    now = {name: _comparable(name, value) for name, value in flags.items()}
+    saved = {name: _comparable(name, state.flags) for name in state.flags}
+    now = {name: _comparable(name, flags) for name in flags}
     return {
         name: (saved[name], now[name])
         for name in now
@@ -336,7 +344,10 @@ def changed_flags(state: RunState, flags: Mapping[str, Any]) -> dict[str, tuple[
     }
 
 
-def _comparable(name: str, value: Any) -> Any:
+def _comparable(name: str, flags: Mapping[str, Any]) -> Any:
+    value = flags[name]
+    if name in REVISION_FLAGS and value is not None:
+        return identity(value, flags.get(REVISION_FLAGS[name]))
     if name in PATH_FLAGS and value is not None:
         return os.path.abspath(value)
     return list(value) if isinstance(value, tuple) else value

@@ -25,6 +25,7 @@ from ppo.resume import (
     remove_old,
     remove_partial,
 )
+from utils.hub import recorded_flags
 from utils.logging_utils import MetricWriter, get_logger
 
 logger = get_logger("driver")
@@ -47,7 +48,7 @@ class Run:
     def __init__(self, args: Any, plan: Any, cluster: Any, checkpoint: Path | None = None) -> None:
         self.args, self.plan, self.cluster = args, plan, cluster
         self.exp_dir = Path(plan.exp_dir)
-        self.config = dataclasses.asdict(args)
+        self.config = recorded_flags(dataclasses.asdict(args))
         self.best = BestReturn(args.best_min_delta, args.best_patience)
         self.steps_done = 0
         self.collected: Collected | None = None
@@ -98,7 +99,8 @@ class Run:
             "training_step": step,
             "global_step": step * self.plan.samples_per_step,
             "exp_id": self.exp_dir.name,
-            "vla_path": self.args.vla_path,
+            "vla_path": self.config["vla_path"],
+            "revision": self.config["revision"],
             "task_suite_name": self.args.task_suite_name,
             "seed": self.args.seed,
         }

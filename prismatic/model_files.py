@@ -278,6 +278,11 @@ def is_always_listed(name: str) -> bool:
     return name.endswith(".safetensors") or name in ("config.json", "adapter_config.json")
 
 
+def is_never_read(name: str) -> bool:
+    """Whether a file of a model's folder is code or text that nothing here reads. Downloads from the hub have none."""
+    return "/" not in name and Path(name).suffix in ("", ".md", ".py", ".txt")
+
+
 def checksum_problems(
     folder: str | Path, wanted: Callable[[str], bool] = lambda name: True
 ) -> list[str]:
@@ -315,7 +320,11 @@ def checksum_problems(
         ]
     names = sorted(filter(wanted, hashes))
     missing = [name for name in names if not os.path.lexists(Path(folder) / name)]
-    problems = [f"{Path(folder) / name} is missing, {CHECKSUMS_NAME} lists it" for name in missing]
+    problems = [
+        f"{Path(folder) / name} is missing, {CHECKSUMS_NAME} lists it"
+        for name in missing
+        if not is_never_read(name)
+    ]
     present = [name for name in names if name not in missing]
     if unreadable := file_problems([Path(folder) / name for name in present]):
         return problems + unreadable

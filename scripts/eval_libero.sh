@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Greedy evaluation of a checkpoint folder on all fixed initial states of a LIBERO suite.
+# Greedy evaluation of a checkpoint, a folder or a hub id, on all fixed initial states of a LIBERO suite.
 #
 #   bash scripts/eval_libero.sh CHECKPOINT [SUITE] [flags of run_libero_eval_vllm.py]
 #
@@ -11,7 +11,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-checkpoint=${1:?"give the checkpoint folder"}
+checkpoint=${1:?"give the checkpoint: a folder or a hub id"}
 shift
 suite=libero_spatial
 if [[ ${1:--} != -* ]]; then

@@ -9,7 +9,7 @@
 #
 # <gpus>: their numbers, 1, 2, 3, 4, 6 or 8 of them. <task_ids>: numbers in the suite, or all. Flags given here win.
 # LAYOUT: separate (default; trainers | engines: 1|1, 2|1, 3|1, 4|2, 6|2) or colocate (default with one GPU: a trainer
-# and an engine on each). VLA_PATH: the checkpoint folder, by default openvla/openvla-7b-finetuned-libero-<suite>.
+# and an engine on each). VLA_PATH: a model folder or hub id, by default openvla/openvla-7b-finetuned-libero-<suite>.
 # Each engine's simulators draw on that engine's GPU (others: --env_gpu_id N ..., by nvidia-smi's numbers); engines leave
 # them room. MUJOCO_GL=osmesa draws on the CPU.
 # PYTHON names an interpreter that has everything; without it .venv is set up.

@@ -25,8 +25,8 @@ SUITE_SCENES = {
 # What starts Ray or an engine, many processes at a time: `pytest -n 2` gives all of it to one worker, from the start.
 RAY_TESTS = (
     "tests/prismatic/test_vllm_", "tests/test_driver.py", "tests/test_evaluation.py", "tests/test_faults",
-    "tests/test_libero_end_to_end.py", "tests/test_multinode.py", "tests/test_resume_run.py",
-    "tests/utils/test_ray_utils.py", "tests/utils/weights/test_sync.py",
+    "tests/test_hub_models.py", "tests/test_libero_end_to_end.py", "tests/test_multinode.py",
+    "tests/test_resume_run.py", "tests/utils/test_ray_utils.py", "tests/utils/weights/test_sync.py",
     "tests/vla_scripts/test_libero_from_scratch.py",
 )  # fmt: skip
 

@@ -21,6 +21,7 @@ import tyro
 
 import ppo_vllm_ray_fsdp_vla as driver
 from ppo.arguments import parse_trainers_per_node
+from utils.hub import hub_flags
 from utils.placement import Demand, Node, placement_problems
 
 ROOT = Path(__file__).parent.parent
@@ -349,6 +350,14 @@ def test_tabletop_launch_is_the_real_thing(monkeypatch, tmp_path):
     args = parse(call[0], call[1:], monkeypatch)
     assert args.use_lora and args.value_init_steps > 0
     assert args.learning_rate == 0.125  # what the user adds wins
+
+
+@pytest.mark.parametrize("suite", ["spatial", "object", "goal", "10"])
+def test_libero_launch_lines_take_their_model_from_the_hub(suite, monkeypatch, tmp_path):
+    monkeypatch.delenv("VLA_PATH")
+    (call,) = run_script(f"scripts/train_libero_{suite}.sh", ["0", "all"], tmp_path)
+    args = parse(call[0], call[1:], monkeypatch)
+    assert hub_flags(args) == {"vla_path": f"openvla/openvla-7b-finetuned-libero-{suite}"}
 
 
 @cache

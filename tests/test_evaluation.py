@@ -1,6 +1,7 @@
 """run_libero_eval_vllm.py and ppo/evaluation.py: the episode loop, the counts, the folder, the whole script."""
 
 import json
+import logging
 import subprocess
 import sys
 from collections import Counter
@@ -23,6 +24,7 @@ from ppo.evaluation import (
     summarize_run,
     wilson_interval,
 )
+from utils.progress import LOG_INTERVAL_S, ProgressReport
 from utils.reports.videos import save_video
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -324,6 +326,26 @@ def test_requests_cover_the_initial_states_and_seeds_do_not_depend_on_the_choice
     ]
     assert set(few) < set(many) and len({r.seed for r in many}) == len(many)
     assert not set(few) & set(evaluation_requests([4], 2, seed=8))
+
+
+def test_finished_episodes_are_counted_with_their_success_rate_and_recorded(tmp_path, caplog):
+    recorder = script.recorder_for(args_for(tmp_path, save_video="all"), tmp_path / "videos")
+    now = [0.0]
+    logger = logging.getLogger("test_evaluation")
+    progress = ProgressReport(logger, "episodes", 4, clock=lambda: now[0])
+    observer = script.ShownEpisodes(recorder, progress)
+    image = np.zeros((28, 28, 3), np.uint8)
+    with caplog.at_level("INFO"):
+        for state, success in enumerate([True, False]):
+            observer.start(0, ResetRequest(1, state, 5), image)
+            observer.step(0, image)
+            now[0] += LOG_INTERVAL_S
+            observer.end(0, EpisodeResult(1, state, 5, success, 1, float(success)))
+    assert caplog.messages == [
+        "1 of 4 episodes, success rate so far 1.000, about 1:30 left",
+        "2 of 4 episodes, success rate so far 0.500, about 1:00 left",
+    ]
+    assert set(recorder.files) == {(1, 0), (1, 1)}
 
 
 def test_videos_show_the_wanted_episodes_and_say_how_they_ended(tmp_path):

@@ -13,17 +13,11 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
-import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from prismatic.extern.hf.folder_checks import WEIGHT_DTYPES, check_model_files
 from prismatic.extern.hf.oft_checks import oft_adapter_problems, oft_problems
-from prismatic.finite_weights import nonfinite, nonfinite_problem
 from prismatic.model_files import (
     CHECKSUMS_NAME,
     INDEX_NAME,
@@ -41,6 +35,11 @@ from prismatic.model_files import (
 )
 from prismatic.regular_files import folder_problems
 from prismatic.vla.action_normalization import load_norm_stats, statistics_file_problems
+
+# torch and transformers take seconds to import and are imported where they are used: programs that only write folders
+# or check flags need neither.
+if TYPE_CHECKING:
+    import torch
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 REQUIRED_FILES = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
@@ -139,7 +138,7 @@ def check_model_dir(path: str | Path) -> list[str]:
     problems = problems or checksum_problems(folder)
     if problems:
         return problems
-    # Here, not above: reading an adapter or writing a folder takes no model class, whose import takes seconds.
+    from prismatic.extern.hf.folder_checks import check_model_files
     from prismatic.extern.hf.modeling_prismatic import parameter_shapes
     from prismatic.extern.hf.processing_prismatic import load_processor
 
@@ -206,6 +205,11 @@ def read_adapter_config(adapter_dir: str | Path) -> dict[str, Any]:
 
 
 def _check_adapter_weights(folder: Path) -> None:
+    from safetensors import safe_open
+
+    from prismatic.extern.hf.folder_checks import WEIGHT_DTYPES
+    from prismatic.finite_weights import nonfinite, nonfinite_problem
+
     for name, (dtype, _) in read_header(folder / ADAPTER_WEIGHTS).items():
         if dtype not in WEIGHT_DTYPES:
             raise ValueError(
@@ -310,12 +314,16 @@ def clean_interrupted_writes(folder: str | Path, name: str | None = None) -> lis
 
 
 def save_weights(
-    folder: str | Path, state: Mapping[str, torch.Tensor], max_shard_size: str = "5GB"
+    folder: str | Path, state: "Mapping[str, torch.Tensor]", max_shard_size: str = "5GB"
 ) -> None:
     """Write `state` as safetensors: one file, or shards of `max_shard_size` with an index.
 
     Raises OSError naming the file that could not be written.
     """
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     folder = Path(folder)
     split = split_torch_state_dict_into_shards(dict(state), max_shard_size=max_shard_size)
     for name, keys in split.filename_to_tensors.items():
@@ -336,7 +344,7 @@ def save_weights(
 
 def save_model_dir(
     output_dir: str | Path,
-    state: Mapping[str, torch.Tensor],
+    state: "Mapping[str, torch.Tensor]",
     source_dir: str | Path,
     *,
     json_files: Mapping[str, Any] | None = None,

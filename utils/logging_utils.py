@@ -9,6 +9,7 @@ import sys
 import time
 import types
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,23 @@ from rich.logging import RichHandler
 from prismatic.regular_files import open_file
 
 
+@lru_cache(maxsize=1)
+def stderr_console() -> Console:
+    """The console of log lines and progress bars: they must share one, or each would overwrite the other's lines."""
+    return Console(stderr=True)
+
+
 def get_logger(name: str) -> logging.Logger:
     """Return a logger that writes to the console through rich; its level comes from `PPO_VLA_LOG_LEVEL` (INFO)."""
     root = logging.getLogger("ppo_vla")
     if not root.handlers:
         handler: logging.Handler
         if sys.stderr.isatty():
-            console = Console(stderr=True)
             handler = RichHandler(
-                console=console, show_path=False, log_time_format="%H:%M:%S", markup=False
+                console=stderr_console(),
+                show_path=False,
+                log_time_format="%H:%M:%S",
+                markup=False,
             )
             handler.setFormatter(logging.Formatter("%(message)s"))
         else:  # in a file or a pipe a message is one line, however long

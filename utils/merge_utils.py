@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from utils.checkpoint_utils import (
     check_adapter_dir,
     read_adapter_config,
 )
+from utils.hub import recorded_path
 
 PEFT_PREFIX = "base_model.model."
 BASE_RECORD = (
@@ -266,8 +267,8 @@ def _shape_problem(
 
 
 def record_base(adapter_dir: str | Path, base_dir: str | Path) -> None:
-    """Write into an adapter folder which model it was trained on."""
-    record = {"path": str(base_dir), "fingerprint": base_fingerprint(base_dir)}
+    """Write into an adapter folder which model it was trained on: path, or hub id and commit, and fingerprint."""
+    record = recorded_path(base_dir) | {"fingerprint": base_fingerprint(base_dir)}
     (Path(adapter_dir) / BASE_RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
 
@@ -358,9 +359,15 @@ def file_order(specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> list
 
 
 def merge_weights(
-    base_dir: str | Path, adapter: LoraAdapter, output_dir: str | Path, dtype: torch.dtype
+    base_dir: str | Path,
+    adapter: LoraAdapter,
+    output_dir: str | Path,
+    dtype: torch.dtype,
+    on_tensor: Callable[[], None] = lambda: None,
 ) -> int:
     """Write base + adapter as safetensors with the base's file names and index; return the number of tensors.
+
+    `on_tensor` is called after each of them.
 
     Floating-point tensors become `dtype`, the others stay. Memory: one matrix in float32 and its result, plus the
     pages of the base shard being read (mapped, not copied).
@@ -386,6 +393,7 @@ def merge_weights(
                             f"{base_dir}: {name} merged with {adapter.folder} overflows {dtype}: use --dtype float32"
                         )
                     yield name, merged
+                    on_tensor()
 
             write_safetensors(Path(output_dir) / source.name, specs, merged())
         num_tensors += len(specs)
@@ -403,7 +411,11 @@ def _output_dtype(stored: torch.dtype, wanted: torch.dtype) -> torch.dtype:
 
 
 def check_merged_weights(
-    base_dir: str | Path, adapter: LoraAdapter, merged_dir: str | Path, dtype: torch.dtype
+    base_dir: str | Path,
+    adapter: LoraAdapter,
+    merged_dir: str | Path,
+    dtype: torch.dtype,
+    on_tensor: Callable[[], None] = lambda: None,
 ) -> tuple[list[str], float]:
     """Compare every tensor of a merged folder with base + adapter, one at a time; return problems and worst error.
 
@@ -411,6 +423,7 @@ def check_merged_weights(
     base's matrix alone; |error| may reach (eps(dtype) + 16 eps(float32)) * |W| |x|, the bound for rounded weights.
     All other tensors must be equal bit for bit after the conversion to `dtype`. The returned error is the largest
     |error| / bound of the adapted matrices (1 is the limit).
+    `on_tensor` is called for each tensor.
     """
     problems, worst = [], 0.0
     merged_files = {name: file for file in weight_files(merged_dir) for name in _names(file)}
@@ -419,6 +432,7 @@ def check_merged_weights(
     for source in weight_files(base_dir):
         with safe_open(source, "pt") as base:
             for name in (n for n in base.keys() if n in merged_files):  # noqa: SIM118
+                on_tensor()
                 with safe_open(merged_files[name], "pt") as tensors:
                     merged = tensors.get_tensor(name)
                 module = name.removesuffix(".weight")

@@ -9,6 +9,7 @@ from torch import nn
 
 from prismatic.model_files import raise_file_problems, read_header, reading
 from utils.checkpoint_utils import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_shapes
+from utils.hub import recorded_path
 from utils.lora_linear import fuse_lora
 from utils.merge_utils import (
     PEFT_PREFIX,
@@ -46,7 +47,7 @@ def add_lora(
     """Freeze `model` and inject a fresh LoRA (B = 0) into its linear layers, in place; returns the peft wrapper.
 
     The adapter is float32 whatever the model's dtype. `alpha` defaults to min(rank, 16) as in OpenVLA (scaling =
-    alpha / rank). `base_name` is what the saved adapter names as its base.
+    alpha / rank). `base_name` is the base's folder, which the saved adapter names, or else its hub id and commit.
     """
     config = LoraConfig(
         r=rank,
@@ -57,7 +58,9 @@ def add_lora(
     )
     wrapper = get_peft_model(model, config)  # type: ignore[arg-type]
     if base_name is not None:
-        wrapper.peft_config["default"].base_model_name_or_path = base_name
+        base = recorded_path(base_name)
+        wrapper.peft_config["default"].base_model_name_or_path = base["path"]
+        wrapper.peft_config["default"].revision = base.get("revision")
     fuse_lora(model)
     return wrapper  # type: ignore[return-value]
 

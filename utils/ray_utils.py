@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import (
     PlacementGroupSchedulingStrategy,
 )
 
+from utils.hub import source_of
 from utils.logging_utils import get_logger
 from utils.machine import available_memory_gib, num_cores
 from utils.placement import Demand, Node, Placement, place, placement_problems
@@ -302,8 +303,9 @@ def probe_node(probe: str, answer: str, models: dict[str, dict[str, int]]) -> li
         found = _file_sizes(Path(folder))
         differing = sorted(name for name in wanted if found.get(name) != wanted[name])
         if not found:
+            shared = "an HF_HOME" if source_of(folder) else "a folder"
             problems.append(
-                f"no model folder {folder}: copy it there, or use a file system that all nodes share"
+                f"no model folder {folder}: copy it there, or use {shared} on a file system that all nodes share"
             )
         elif differing:
             problems.append(

@@ -24,27 +24,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-import torch.distributed as dist
 import tyro
-from torch import Tensor
-from transformers import get_scheduler
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from prismatic.extern.hf.modeling_prismatic import load_model
-from prismatic.extern.hf.processing_prismatic import PrismaticProcessor, load_processor
-from prismatic.model_files import read_json_object
-from prismatic.vla.action_tokenizer import ActionTokenizer
-from prismatic.vla.datasets.dataset import ActionCollator, RLDSDataset, iterate_batches, load_specs
-from prismatic.vla.datasets.mixtures import check_mixture, resolve_mixture
-from prismatic.vla.datasets.prefetch import prefetch
-from prismatic.vla.datasets.sources import Reading
-from prismatic.vla.datasets.transforms import get_transform
-from utils import checkpoint_utils, fsdp_utils, peft_utils
-from utils.logging_utils import MetricWriter, add_log_file, format_duration, get_logger
-
-logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,7 +33,9 @@ class Args:
 
     # ---- model and data ----
     vla_path: str = "openvla/openvla-7b"
-    """Model folder in openvla-7b's format to start from."""
+    """Model folder in openvla-7b's format to start from, or its id on the Hugging Face hub."""
+    revision: str | None = None
+    """Branch, tag or commit of --vla_path where that is a hub id. Default: main."""
     data_root_dir: str = "data"
     """Folder of RLDS datasets, each in <name>/1.0.0."""
     dataset_name: str = "tabletop"
@@ -138,6 +120,33 @@ class Args:
     """Keep sharded parameters and optimizer states in CPU memory (GPU ranks)."""
 
 
+if __name__ == "__main__":
+    # Here, because the imports below take ten seconds, and --help and mistyped flags need none of them.
+    arguments = tyro.cli(Args, description=__doc__, use_underscores=True)
+
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import get_scheduler
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from prismatic.extern.hf.modeling_prismatic import load_model
+from prismatic.extern.hf.processing_prismatic import PrismaticProcessor, load_processor
+from prismatic.model_files import read_json_object
+from prismatic.vla.action_tokenizer import ActionTokenizer
+from prismatic.vla.datasets.dataset import ActionCollator, RLDSDataset, iterate_batches, load_specs
+from prismatic.vla.datasets.mixtures import check_mixture, resolve_mixture
+from prismatic.vla.datasets.prefetch import prefetch
+from prismatic.vla.datasets.sources import Reading
+from prismatic.vla.datasets.transforms import get_transform
+from utils import checkpoint_utils, fsdp_utils, hub, peft_utils
+from utils.logging_utils import MetricWriter, add_log_file, format_duration, get_logger
+
+logger = get_logger(__name__)
+
+
 def validate(args: Args) -> list[str]:
     """All problems that show without reading a file; each names the value, the rule and the fix."""
     problems = []
@@ -208,7 +217,7 @@ def run_dir(args: Args) -> Path:
         return Path(args.output_dir)
     batch_size = args.per_device_train_batch_size * args.grad_accumulation_steps
     data = args.dataset_name.replace(",", "+").replace(":", "-")
-    name = f"{Path(args.vla_path).name}+{data}+b{batch_size}+lr-{args.learning_rate}"
+    name = f"{hub.model_name(args.vla_path)}+{data}+b{batch_size}+lr-{args.learning_rate}"
     name += f"+lora-r{args.lora_rank}+dropout-{args.lora_dropout}" if args.use_lora else ""
     name += "--image_aug" if args.image_aug else ""
     name += f"--{args.run_id_note}" if args.run_id_note else ""
@@ -266,7 +275,7 @@ class Finetuner:
         args = self.args
         model = load_model(args.vla_path, dtype=torch.float32, device=self.info.device)
         if args.enable_gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         if args.use_lora:
             self.adapter = peft_utils.add_lora(
                 model, rank=args.lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout,
@@ -426,7 +435,8 @@ def build_dataset(
 def metadata(args: Args, step: int) -> dict[str, Any]:
     """What a checkpoint says about itself."""
     timestamp = datetime.now().astimezone().isoformat(timespec="seconds")
-    return {"timestamp": timestamp, "training_step": step, "args": dataclasses.asdict(args)}
+    flags = hub.recorded_flags(dataclasses.asdict(args))
+    return {"timestamp": timestamp, "training_step": step, "args": flags}
 
 
 def progress_line(step: int, args: Args, metrics: dict[str, float], started: float) -> str:
@@ -474,7 +484,7 @@ def prepare_run(args: Args, exp_dir: Path) -> MetricWriter:
         shutil.rmtree(exp_dir)
     exp_dir.mkdir(parents=True, exist_ok=True)
     add_log_file(exp_dir / "log.txt")
-    config = dataclasses.asdict(args)
+    config = hub.recorded_flags(dataclasses.asdict(args))
     (exp_dir / "args.json").write_text(json.dumps(config, indent=2) + "\n")
     return MetricWriter(
         exp_dir,
@@ -488,7 +498,9 @@ def prepare_run(args: Args, exp_dir: Path) -> MetricWriter:
 def main(args: Args) -> Path:
     """Fine-tune and return the run's folder. Raises ValueError with all problems of the arguments at once."""
     problems = validate(args)
-    problems += [problem for problem in check_files(args) if problem not in problems]
+    if not problems or not hub.hub_flags(args):  # nothing is downloaded for a line that cannot work
+        args = hub.fetch_models(args, {"vla_path": args.revision})
+        problems += [problem for problem in check_files(args) if problem not in problems]
     if problems:
         raise ValueError(
             f"{len(problems)} problem(s) with this command line:\n- " + "\n- ".join(problems)
@@ -515,7 +527,6 @@ def main(args: Args) -> Path:
 
 
 if __name__ == "__main__":
-    arguments = tyro.cli(Args, description=__doc__, use_underscores=True)
     try:
         main(arguments)
     except ValueError as error:

@@ -15,23 +15,14 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-import torch
 import tyro
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ppo.envs.tabletop_pretraining import instructions, make_frame
-from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
-from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
-from prismatic.extern.hf.tiny_prismatic import TinyVLAConfig, build_tiny_vla, validate_tiny
-from utils.logging_utils import get_logger
-
-logger = get_logger(__name__)
+from prismatic.extern.hf.tiny_config import TinyVLAConfig
 
 # Small, because the quick start's two cores pay for every token: 16 patches, a prompt of about 15 tokens.
 BASE_SIZES = TinyVLAConfig(
@@ -73,8 +64,25 @@ class Args:
     """Processes that draw frames."""
     max_time_s: float = math.inf
     """Wall-clock limit of the updates in seconds; the learning rate reaches zero then if that comes first."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Torch device."""
+    device: str = "auto"
+    """Torch device; auto: cuda where there is a GPU, else cpu."""
+
+
+if __name__ == "__main__":
+    # Here, because the imports below take ten seconds, and --help and mistyped flags need none of them.
+    arguments = tyro.cli(Args)
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppo.envs.tabletop_pretraining import instructions, make_frame
+from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction, bars_for
+from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
+from prismatic.extern.hf.tiny_prismatic import build_tiny_vla, validate_tiny
+from utils.logging_utils import get_logger
+
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -216,6 +224,8 @@ def train(
 def main(args: Args) -> None:
     """Draw, train, save."""
     validate_tiny(args.model)
+    if args.device == "auto":
+        args = replace(args, device="cuda" if torch.cuda.is_available() else "cpu")
     output_dir = Path(args.output_dir)
     if output_dir.exists():
         raise ValueError(
@@ -232,7 +242,8 @@ def main(args: Args) -> None:
     )
     rows = train(args, model, processor, data)
     torch.nn.Module.to(model, "cpu")
-    model.save_pretrained(output_dir)
+    with bars_for(0):
+        model.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
     (output_dir / "dataset_statistics.json").write_text("{}\n")
     settings = {"command": " ".join(sys.argv), "settings": asdict(args), "torch": torch.__version__}
@@ -241,4 +252,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(arguments)

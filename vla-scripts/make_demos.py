@@ -14,22 +14,12 @@ after an interruption the same command goes on with them, and the result is what
 """
 
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -44,11 +34,9 @@ from prismatic.vla.datasets.writer import SMALLEST_JPEG, EncodedDemonstration, w
 from utils.checkpoint_utils import atomic_directory
 from utils.logging_utils import get_logger
 from utils.machine import available_memory_gib
+from utils.progress import ProgressReport
 
 logger = get_logger(__name__)
-
-# Seconds between log lines where there is no terminal to draw a bar on.
-LOG_INTERVAL_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -192,49 +180,21 @@ def settings_of(args: Args) -> RecordingSettings:
     )
 
 
-class ProgressReport:
-    """A bar on a terminal, a log line every LOG_INTERVAL_S seconds elsewhere."""
+class RecordingProgress(ProgressReport):
+    """Progress in episodes, with the share of attempts that solved their task."""
 
     def __init__(self, num_finished: int, num_episodes: int) -> None:
-        self.num_finished, self.num_episodes = num_finished, num_episodes
-        self.num_steps = self.attempts = self.successes = self.num_recorded = 0
-        self.started_at = self.logged_at = time.monotonic()
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn(),
-                   TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False))  # fmt: skip
-        console = Console(stderr=True)
-        self._bar = Progress(
-            *columns, console=console, disable=not console.is_terminal, transient=True
-        )
-        self._task = self._bar.add_task("episodes", total=num_episodes, completed=num_finished)
-
-    def __enter__(self) -> "ProgressReport":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
+        super().__init__(logger, "episodes", num_episodes, num_done=num_finished)
+        self.num_steps = self.attempts = self.successes = 0
 
     def note(self, index: int, num_steps: int, counts: dict[str, int]) -> None:
         """Episode `index` is finished."""
-        self.num_finished, self.num_recorded = self.num_finished + 1, self.num_recorded + 1
         self.num_steps += num_steps
-        self.attempts, self.successes = (
-            self.attempts + counts["attempts"],
-            self.successes + counts["successes"],
+        self.attempts += counts["attempts"]
+        self.successes += counts["successes"]
+        self.advance(
+            note=f"{self.successes} of {self.attempts} attempts solved, {self.num_steps} steps"
         )
-        solved = f"{self.successes} of {self.attempts} attempts solved, {self.num_steps} steps"
-        self._bar.update(self._task, advance=1, description=f"episodes, {solved}")
-        now = time.monotonic()
-        if self._bar.disable and now - self.logged_at >= LOG_INTERVAL_S:
-            self.logged_at = now
-            left_s = (
-                (now - self.started_at)
-                / self.num_recorded
-                * (self.num_episodes - self.num_finished)
-            )
-            logger.info(
-                f"{self.num_finished} of {self.num_episodes} episodes ({solved}), about {left_s / 60:.0f} min left"
-            )
 
 
 def write(args: Args, settings: RecordingSettings, store: EpisodeStore) -> None:
@@ -293,7 +253,7 @@ def main(args: Args) -> None:
             logger.info(
                 f"{len(finished)} of {args.num_episodes} episodes are in {store.folder}: going on from there"
             )
-        with ProgressReport(len(finished), args.num_episodes) as progress:
+        with RecordingProgress(len(finished), args.num_episodes) as progress:
             record_missing(settings, store, wanted - finished, args.num_processes, progress.note)
         write(args, settings, store)
         store.remove()

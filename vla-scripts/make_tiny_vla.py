@@ -5,17 +5,16 @@ Examples:
     python vla-scripts/make_tiny_vla.py --output_dir /dev/shm/openvla-7b --size 7b
 """
 
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from prismatic.extern.hf.random_prismatic import save_random_vla
-from prismatic.extern.hf.tiny_prismatic import TinyVLAConfig, save_tiny_vla
-from utils.logging_utils import get_logger
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-logger = get_logger(__name__)
+from prismatic.extern.hf.tiny_config import TinyVLAConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +26,22 @@ class Args(TinyVLAConfig):
     size: Literal["tiny", "small", "7b"] = "tiny"
     """tiny: the sizes below. small: 25 M parameters at 140 pixels. 7b: openvla-7b's exact shape in bfloat16 (15 GB),
     made on the GPU where there is one. The last two come with action statistics for tabletop."""
+
+
+if __name__ == "__main__":
+    # Here, because the imports below take ten seconds, and --help and mistyped flags need none of them.
+    arguments = tyro.cli(
+        Args,
+        config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
+        use_underscores=True,
+    )
+
+
+from prismatic.extern.hf.random_prismatic import save_random_vla
+from prismatic.extern.hf.tiny_prismatic import save_tiny_vla
+from utils.logging_utils import get_logger
+
+logger = get_logger(__name__)
 
 
 def validate(args: Args) -> None:
@@ -59,10 +74,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(
-        tyro.cli(
-            Args,
-            config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
-            use_underscores=True,
-        )
-    )
+    main(arguments)

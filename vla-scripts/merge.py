@@ -20,13 +20,45 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
-import torch
 import tyro
-from peft import PeftModel
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.hub import ModelPath
+
+
+@dataclass(frozen=True)
+class Args:
+    """Merge a LoRA adapter into its base model and write a complete folder, without a GPU."""
+
+    vla_path: ModelPath
+    """Base model, a folder or a hub id: the one that the adapter was trained on."""
+    adapter_dir: ModelPath
+    """peft's adapter, a folder or a hub id: adapter_config.json and adapter_model.safetensors."""
+    output_dir: Path
+    """Folder to write. It must not exist, unless --overwrite is given."""
+    revision: str | None = None
+    """Branch, tag or commit of --vla_path where that is a hub id. Default: main."""
+    adapter_revision: str | None = None
+    """Branch, tag or commit of --adapter_dir where that is a hub id. Default: main."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the merged floating-point weights; the sums are float32 in any case."""
+    check: Literal["auto", "logits", "weights"] = "auto"
+    """logits: compare weights and logits; weights: only the weights, matrix by matrix (bounded memory); auto: logits
+    too where the float32 model takes at most half of the free memory."""
+    overwrite: bool = False
+    """Replace --output_dir, if it is a model folder."""
+
+
+if __name__ == "__main__":
+    # Here, because the imports below take ten seconds, and --help and mistyped flags need none of them.
+    arguments = tyro.cli(Args, use_underscores=True)
+
+
+import psutil
+import torch
+from peft import PeftModel
+from torch import Tensor
 
 from prismatic.extern.hf.modeling_prismatic import load_model
 from prismatic.extern.hf.processing_prismatic import load_processor
@@ -38,6 +70,7 @@ from utils.checkpoint_utils import (
     check_model_dir,
     copy_model_files,
 )
+from utils.hub import fetch_models, recorded_path
 from utils.logging_utils import get_logger
 from utils.merge_utils import (
     DTYPES,
@@ -50,6 +83,7 @@ from utils.merge_utils import (
     recorded_fingerprint,
     tensor_specs,
 )
+from utils.progress import ProgressReport
 
 logger = get_logger(__name__)
 
@@ -57,25 +91,6 @@ logger = get_logger(__name__)
 # float32 only the order of summation differs; else the rounding of the merged weights to 8 or 11 bits shows.
 LOGIT_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 CHECK_INSTRUCTION = "pick up the red block and place it on the blue plate"
-
-
-@dataclass(frozen=True)
-class Args:
-    """Merge a LoRA adapter into its base model and write a complete folder, without a GPU."""
-
-    vla_path: Path
-    """Base model folder: the one that the adapter was trained on."""
-    adapter_dir: Path
-    """peft folder: adapter_config.json and adapter_model.safetensors."""
-    output_dir: Path
-    """Folder to write. It must not exist, unless --overwrite is given."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the merged floating-point weights; the sums are float32 in any case."""
-    check: Literal["auto", "logits", "weights"] = "auto"
-    """logits: compare weights and logits; weights: only the weights, matrix by matrix (bounded memory); auto: logits
-    too where the float32 model takes at most half of the free memory."""
-    overwrite: bool = False
-    """Replace --output_dir, if it is a model folder."""
 
 
 def validate(args: Args) -> None:
@@ -129,6 +144,7 @@ def merge(args: Args) -> dict[str, Any]:
         ValueError: see `validate`.
         RuntimeError: the merged model differs from base + adapter; nothing is left under --output_dir.
     """
+    args = fetch_models(args, {"vla_path": args.revision, "adapter_dir": args.adapter_revision})
     validate(args)
     adapter = load_adapter(args.adapter_dir)
     if recorded_fingerprint(args.adapter_dir) is None:
@@ -136,7 +152,10 @@ def merge(args: Args) -> dict[str, Any]:
             "%s does not record its base: only names and shapes are checked", args.adapter_dir
         )
     with atomic_directory(args.output_dir, overwrite=args.overwrite) as folder:
-        num_tensors = merge_weights(args.vla_path, adapter, folder, DTYPES[args.dtype])
+        with ProgressReport(logger, "tensors merged", len(tensor_specs(args.vla_path))) as progress:
+            num_tensors = merge_weights(
+                args.vla_path, adapter, folder, DTYPES[args.dtype], progress.advance
+            )
         logger.info(
             "merged %d matrices, wrote %d tensors as %s",
             len(adapter.scaling),
@@ -165,9 +184,12 @@ def _copy_files(args: Args, folder: Path) -> None:
 
 def _metadata(args: Args, adapter: LoraAdapter, num_tensors: int) -> dict[str, Any]:
     packages = ("torch", "transformers", "peft", "safetensors")
+    base, source = recorded_path(args.vla_path.resolve()), recorded_path(args.adapter_dir.resolve())
     return {
-        "base": str(args.vla_path.resolve()),
-        "adapter": str(args.adapter_dir.resolve()),
+        "base": base["path"],
+        "base_revision": base.get("revision"),
+        "adapter": source["path"],
+        "adapter_revision": source.get("revision"),
         "timestamp": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "dtype": args.dtype,
         "num_tensors": num_tensors,
@@ -181,7 +203,10 @@ def _metadata(args: Args, adapter: LoraAdapter, num_tensors: int) -> dict[str, A
 
 def _check(args: Args, adapter: LoraAdapter, folder: Path) -> dict[str, Any]:
     """Run the weight check and, where it fits or is asked for, the logits check; return what was found."""
-    problems, worst = check_merged_weights(args.vla_path, adapter, folder, DTYPES[args.dtype])
+    with ProgressReport(logger, "tensors checked", len(tensor_specs(args.vla_path))) as progress:
+        problems, worst = check_merged_weights(
+            args.vla_path, adapter, folder, DTYPES[args.dtype], progress.advance
+        )
     if problems:
         raise RuntimeError(
             f"the merged weights are not base + adapter, {args.output_dir} is not written:\n"
@@ -239,9 +264,8 @@ def _logits(model: Any, model_dir: Path) -> Tensor:
     ).logits.float()
 
 
-def main() -> None:
+def main(args: Args) -> None:
     """Command line."""
-    args = tyro.cli(Args, use_underscores=True)
     logger.info("merging %s", {key: str(value) for key, value in asdict(args).items()})
     try:
         merge(args)
@@ -250,4 +274,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments)

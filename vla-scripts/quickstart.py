@@ -239,8 +239,6 @@ def replay(
     Initial state and noise are the evaluation's, so that the outcome is too; an episode that ends otherwise (the engine
     rounds differently) is logged.
     """
-    from transformers.utils.logging import disable_progress_bar
-
     from prismatic.extern.hf.modeling_prismatic import load_model
     from prismatic.extern.hf.processing_prismatic import load_processor
     from prismatic.vla.action_normalization import (
@@ -250,7 +248,6 @@ def replay(
     )
     from utils.reports.videos import save_video
 
-    disable_progress_bar()  # of loading a model
     suite, model, processor = get_suite(SUITE), load_model(model_dir), load_processor(model_dir)
     unnorm_key = resolve_unnorm_key(load_norm_stats(model_dir), SUITE)
     clips = []

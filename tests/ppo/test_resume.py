@@ -200,6 +200,23 @@ def test_flags_that_may_not_change_are_refused_all_at_once():
     assert resume.changed_flags(make_state(flags=read), dataclasses.asdict(ARGS)) == {}
 
 
+def test_a_hub_id_is_compared_by_its_commit_wherever_the_cache_lies():
+    commits = ["1" * 40, "2" * 40]
+    recorded = dataclasses.asdict(ARGS) | {"vla_path": "openvla/x", "revision": commits[0]}
+    saved = make_state(flags=recorded)
+    for home in ("/home/a", "/home/b"):
+        same, other = (f"{home}/hub/models--openvla--x/snapshots/{commit}" for commit in commits)
+        now = dataclasses.asdict(ARGS) | {"vla_path": same}
+        assert resume.changed_flags(saved, now) == {}
+        (problem,) = resume.flag_problems(saved, now | {"vla_path": other})
+        assert (
+            f"--vla_path is openvla/x@{commits[1]}, the resumed run has openvla/x@{commits[0]}"
+            in problem
+        )
+    folder = dataclasses.asdict(ARGS) | {"vla_path": "openvla/x"}  # a folder of that name
+    assert resume.flag_problems(saved, folder)
+
+
 def test_every_flag_named_here_exists():
     named = {
         name for names in (resume.FIXED_FLAGS | resume.UPDATE_FLAGS).values() for name in names

@@ -1,6 +1,7 @@
 """vla-scripts/make_demos.py: what is recorded, and that nothing is lost or half-written."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from prismatic.vla.datasets.mixtures import check_mixture
 from prismatic.vla.datasets.rlds import frame_decoder, iterate_episodes
 from prismatic.vla.datasets.schema import read_features
 from prismatic.vla.datasets.store import EpisodeStore
+from utils import progress
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -225,7 +227,7 @@ def test_a_process_that_dies_is_named_and_what_was_finished_stays(
     tmp_path: Path, uninterrupted
 ) -> None:
     processes: list[subprocess.Popen] = []
-    real_popen, real_note = subprocess.Popen, make_demos.ProgressReport.note
+    real_popen, real_note = subprocess.Popen, make_demos.RecordingProgress.note
 
     def popen(*args, **options):
         processes.append(real_popen(*args, **options))
@@ -233,13 +235,13 @@ def test_a_process_that_dies_is_named_and_what_was_finished_stays(
 
     def note(self, index, num_steps, counts):
         real_note(self, index, num_steps, counts)
-        if self.num_finished == 3:
+        if self.num_done == 3:
             for process in processes:
                 process.kill()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recording_pool.subprocess, "Popen", popen)
-        patch.setattr(make_demos.ProgressReport, "note", note)
+        patch.setattr(make_demos.RecordingProgress, "note", note)
         with pytest.raises(
             RecordingError, match=r"process \d, episode \d+ \(tabletop task \d\): died by SIGKILL"
         ):
@@ -298,12 +300,11 @@ def test_fixed_initial_states_come_in_turn(tmp_path: Path) -> None:
 
 
 def test_without_a_terminal_lines_are_logged_now_and_then(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(make_demos, "LOG_INTERVAL_S", 0.0)
+    monkeypatch.setattr(progress, "LOG_INTERVAL_S", 0.0)
     messages: list[str] = []
-    monkeypatch.setattr(make_demos.logger, "info", messages.append)
-    make(tmp_path, num_episodes=3)
-    assert (
-        messages[0].startswith("1 of 3 episodes (1 of 1 attempts solved, ")
-        and "min left" in messages[0]
+    monkeypatch.setattr(
+        make_demos.logger, "info", lambda text, *values: messages.append(text % values)
     )
+    make(tmp_path, num_episodes=3)
+    assert re.match(r"1 of 3 episodes, 1 of 1 attempts solved, \d+ steps, about \d", messages[0])
     assert "3 episodes" in messages[-1] and "the expert solved 3 of 3 at the first" in messages[-1]

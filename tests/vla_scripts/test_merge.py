@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from prismatic.extern.hf.modeling_prismatic import load_model
-from utils import merge_utils, peft_utils
+from utils import merge_utils, peft_utils, progress
 from utils.checkpoint_utils import INDEX_NAME, WEIGHTS_NAME, check_model_dir
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -195,8 +195,8 @@ def corrupting(merge_script, monkeypatch, name):
     """Let the script damage one value of one matrix after it has written the weights."""
     merge_weights = merge_script.merge_weights
 
-    def damaged(base_dir, adapter, output_dir, dtype):
-        num_tensors = merge_weights(base_dir, adapter, output_dir, dtype)
+    def damaged(base_dir, adapter, output_dir, dtype, on_tensor):
+        num_tensors = merge_weights(base_dir, adapter, output_dir, dtype, on_tensor)
         corrupt(output_dir, name)
         return num_tensors
 
@@ -224,6 +224,20 @@ def test_corrupted_matrix_fails_the_logits_check(
     with pytest.raises(RuntimeError, match="logits differ"):
         merge_script.merge(merge_script.Args(tiny_model_dir, adapter[0], tmp_path / "merged"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_tensor_that_is_merged_and_checked_is_counted(
+    merge_script, tiny_model_dir, adapter, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(progress, "LOG_INTERVAL_S", 0.0)
+    lines = []
+    monkeypatch.setattr(merge_script.logger, "info", lambda text, *v: lines.append(text % v))
+    args = merge_script.Args(tiny_model_dir, adapter[0], tmp_path / "merged", check="weights")
+    count = merge_script.merge(args)["num_tensors"]
+    for what in ("merged", "checked"):
+        counted = [line for line in lines if f" tensors {what}, about" in line]
+        assert len(counted) == count
+        assert counted[-1] == f"{count} of {count} tensors {what}, about 0:00 left"
 
 
 def test_wrong_scaling_fails_the_weight_check(
@@ -332,7 +346,7 @@ def test_all_problems_are_reported_at_once(merge_script, tiny_model_dir, tmp_pat
 
 MEMORY_SCRIPT = """
 import resource, sys, torch
-from utils import merge_utils, peft_utils
+from utils import merge_utils, peft_utils, progress
 adapter = merge_utils.load_adapter(sys.argv[2])
 merge_utils.matrix_error(next(iter(adapter.scaling)), torch.ones(1024, 1024), adapter, torch.ones(1024, 1024))
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -391,21 +405,14 @@ def test_safetensors_writer_matches_the_library(tmp_path):
     assert all(torch.equal(ours[n], theirs[n]) and ours[n].dtype == theirs[n].dtype for n in ours)
 
 
-def test_merged_folder_loads_as_base_plus_adapter(
-    merge_script, tiny_model_dir, adapter, tmp_path, monkeypatch
-):
-    """The command line, and actions of the merged folder equal to those of peft's wrapped model."""
+def test_merged_folder_loads_as_base_plus_adapter(merge_script, tiny_model_dir, adapter, tmp_path):
+    """What the command line calls, and actions of the merged folder equal to those of peft's wrapped model."""
     folders = {
         "vla_path": tiny_model_dir,
         "adapter_dir": adapter[0],
         "output_dir": tmp_path / "merged",
     }
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["merge.py", *[part for k, v in folders.items() for part in (f"--{k}", str(v))]],
-    )
-    merge_script.main()
+    merge_script.main(merge_script.Args(**folders))
     merged, base = load_model(tmp_path / "merged"), load_model(tiny_model_dir)
     wrapped = PeftModel.from_pretrained(
         load_model(tiny_model_dir), str(adapter[0])

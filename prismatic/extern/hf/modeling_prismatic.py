@@ -7,6 +7,8 @@ Prompts are padded on the right, so a causal mask alone already keeps every real
 padding mask is ever built and SDPA takes its fast causal path. What stands at padded positions is never read.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,13 +29,18 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_outputs import ModelOutput
+from transformers.utils import logging as transformers_logging
 
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
 from prismatic.extern.hf.folder_checks import check_model_files
 from prismatic.extern.hf.processing_prismatic import PrismaticImageProcessor, PrismaticProcessor
 from prismatic.finite_weights import check_finite
+from prismatic.model_files import weight_files
 from prismatic.vla.action_normalization import load_norm_stats, unnormalize_action
 from prismatic.vla.action_tokenizer import ActionTokenizer
+
+# A file system reads a gigabyte in about a second: below, a progress bar is gone before it is seen.
+SHOWN_BYTES = 10**9
 
 IGNORE_INDEX = -100
 
@@ -199,6 +206,11 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         for module in (*self.vision_backbone.modules(), *self.projector.modules()):
             module._is_hf_initialized = True  # type: ignore[assignment]
         self.post_init()
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether activations are recomputed. peft asks under this name, at which transformers' own property warns."""
+        return self.is_activation_checkpointing
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the token embedding."""
@@ -542,6 +554,19 @@ def parameter_shapes(config: OpenVLAConfig) -> dict[str, tuple[int, ...]]:
         }
 
 
+@contextlib.contextmanager
+def bars_for(num_bytes: int) -> Iterator[None]:
+    """Let transformers draw its progress bars in the block only if that reads or writes SHOWN_BYTES or more."""
+    if num_bytes >= SHOWN_BYTES or not transformers_logging.is_progress_bar_enabled():
+        yield
+        return
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
+
+
 def load_model(
     model_dir: str | Path,
     dtype: torch.dtype = torch.float32,
@@ -566,7 +591,8 @@ def load_model(
     }
     if torch.device(device).type != "cpu":
         options["device_map"] = {"": device}
-    loaded: Any = OpenVLAForActionPrediction.from_pretrained(str(model_dir), **options)
+    with bars_for(sum(file.stat().st_size for file in weight_files(model_dir))):
+        loaded: Any = OpenVLAForActionPrediction.from_pretrained(str(model_dir), **options)
     model, info = loaded
     assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
         info

@@ -278,7 +278,10 @@ def load_processor(model_dir: str | Path) -> PrismaticProcessor:
     check_preprocessor(model_dir, reserved=lambda name: hasattr(PrismaticImageProcessor, name))
     folder, options = str(model_dir), {"local_files_only": True, "trust_remote_code": False}
     with reading(Path(model_dir) / "tokenizer.json", "the tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right", **options)
+        # Without the configuration transformers reads it as one of no type, and warns of that.
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, config=config, padding_side="right", **options
+        )
     with reading(Path(model_dir) / PREPROCESSOR_NAME, "the image processor"):
         image_processor = PrismaticImageProcessor.from_pretrained(folder, local_files_only=True)
         processor = PrismaticProcessor(image_processor, tokenizer)

@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from prismatic.extern.hf.configuration_prismatic import DINOSIGLIP_TIMM_IDS, OpenVLAConfig
-from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
+from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction, bars_for
 from prismatic.extern.hf.processing_prismatic import (
     EMPTY_PIECE,
     PROMPT_TEMPLATE,
     PrismaticImageProcessor,
     PrismaticProcessor,
 )
+from prismatic.extern.hf.tiny_config import TinyVLAConfig, validate_tiny
 
 PADDING_ROWS = 64
 CONTROL_PIECES = ("<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)))
@@ -41,57 +41,6 @@ salad sauce screen second set shape shelf side sink slide small soup spoon squar
 storage stove table take target tea teal that the then thing third tile tip to tomato top touch toward towards tower
 tray triangle turn two under up upper violet wall where which white wine with wooden yellow zone
 """
-
-
-@dataclass(frozen=True)
-class TinyVLAConfig:
-    """Sizes of a tiny policy. The defaults have about three million parameters and 16 patches."""
-
-    seed: int = 0
-    """Seed of the random weights."""
-    image_size: int = 56
-    """Side of the square image in pixels; a multiple of `patch_size`."""
-    patch_size: int = 14
-    """Side of a ViT patch in pixels; the language model sees (image_size / patch_size)^2 patches."""
-    vision_dim: int = 96
-    """Width of each of the two ViTs; a multiple of 4 and of `vision_heads`."""
-    vision_depth: int = 4
-    """Blocks of each ViT; the last one is never computed, as in OpenVLA. At least 2."""
-    vision_heads: int = 3
-    """Attention heads of each ViT."""
-    llm_dim: int = 192
-    """Width of the Llama; a multiple of `llm_heads` with an even quotient."""
-    llm_depth: int = 4
-    """Layers of the Llama."""
-    llm_heads: int = 4
-    """Attention heads of the Llama."""
-    llm_mlp_dim: int = 512
-    """Width of the Llama's MLP."""
-    extra_words: tuple[str, ...] = ()
-    """Words, beside the built-in ones of tabletop and LIBERO, that get one token each; others are spelled in bytes."""
-
-
-def validate_tiny(config: TinyVLAConfig) -> None:
-    """Raise ValueError listing every size that cannot work."""
-    problems = []
-    if config.image_size % config.patch_size:
-        problems.append(
-            f"image_size {config.image_size} is not a multiple of patch_size {config.patch_size}"
-        )
-    if config.vision_dim % config.vision_heads or config.vision_dim % 4:
-        problems.append(
-            f"vision_dim {config.vision_dim} is not a multiple of vision_heads {config.vision_heads} and 4"
-        )
-    if config.llm_dim % (2 * config.llm_heads):
-        problems.append(
-            f"llm_dim {config.llm_dim} is not a multiple of twice llm_heads {config.llm_heads}"
-        )
-    if config.vision_depth < 2 or config.llm_depth < 1:
-        problems.append(
-            f"vision_depth is {config.vision_depth} (at least 2), llm_depth {config.llm_depth} (1)"
-        )
-    if problems:
-        raise ValueError("; ".join(problems))
 
 
 def build_tiny_tokenizer(extra_words: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
@@ -226,7 +175,8 @@ def build_tiny_vla(config: TinyVLAConfig) -> tuple[OpenVLAForActionPrediction, P
 def save_tiny_vla(config: TinyVLAConfig, output_dir: str | Path) -> nn.Module:
     """Write a complete model folder (weights, config, tokenizer, processor, empty statistics); return the model."""
     model, processor = build_tiny_vla(config)
-    model.save_pretrained(output_dir)
+    with bars_for(0):
+        model.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
     (Path(output_dir) / "dataset_statistics.json").write_text(json.dumps({}) + "\n")
     return model
