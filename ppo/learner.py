@@ -187,13 +187,10 @@ class PPOLearner:
             return None
         self.progress = None
         metrics = averages.reduce(self.device)
-        for name, trained, purpose in (
-            ("learning_rate", self.policy, "policy"),
-            ("value_learning_rate", self.critic, "value"),
-        ):
-            metrics[f"train/{name}"] = trained.learning_rate(
-                self._first_place(batch, step + 1, purpose)
-            )
+        policy_place = self._first_place(batch, step + 1, "policy")
+        value_place = self._first_place(batch, step + 1, "value")
+        metrics["train/learning_rate"] = self.policy.learning_rate(policy_place)
+        metrics["train/value_learning_rate"] = self.critic.learning_rate(value_place)
         return metrics | {f"time/trainer_{k}_s": v for k, v in self.timer.pop().items()}
 
     def check_stop(self) -> None:

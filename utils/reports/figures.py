@@ -7,6 +7,7 @@ light and on a dark page.
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -142,9 +143,9 @@ def draw_learning_curves(
             x, y = [axis.value(p) for p in dots], [p.success_rate for p in dots]
             ax.plot(x, y, ".", color=one.colour, alpha=0.45, ms=5)
         ax.plot([x for x, _ in line], [y for _, y in line], color=one.colour, label=one.label)
-        for x, rate, colour in one.greedy:
+        for at, rate, colour in one.greedy:
             error = [[rate.value - rate.low], [rate.high - rate.value]]
-            ax.errorbar(x, rate.value, yerr=error, fmt="o", color=colour, ms=7, clip_on=False)
+            ax.errorbar(at, rate.value, yerr=error, fmt="o", color=colour, ms=7, clip_on=False)
     ends = [axis.value(p) for one in series for p in one.points]
     ends += [x for one in series for x, _, _ in one.greedy]
     ax.set_xlim(0, 1.01 * max([max_x, *ends]))
@@ -198,7 +199,7 @@ def to_svg(figure: Figure, label: str) -> str:
     return text[text.index("<svg") :]
 
 
-def _new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, "Axes"]:
+def _new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
     """Return a figure of this size in inches with rate axes 0..100 %."""
     import matplotlib
 
