@@ -204,7 +204,7 @@ def build_learner(case: Case, args: Args) -> PPOLearner:
     )
     model.eval()
     if case.checkpointing:
-        model.activation_checkpointing_enable()
+        model.recompute_activations()
     if case.kind == "lora":
         peft_utils.add_lora(model, rank=args.lora_rank, freeze_vision_backbone=case.freeze_vision)
     if case.peft_forward:

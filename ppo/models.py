@@ -66,7 +66,7 @@ class ModelBuilder:
             self.args.vla_path, dtype=torch.float32 if trained else self.dtype, device=self.device
         )
         if self.args.enable_gradient_checkpointing:
-            model.activation_checkpointing_enable()
+            model.recompute_activations()
         return model
 
     def _shard(self, model: torch.nn.Module, dtype: torch.dtype | None = None) -> Any:

@@ -80,14 +80,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         items.sort(key=lambda item: not item.nodeid.startswith(RAY_TESTS))
 
 
-@pytest.fixture(scope="session")
-def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random tiny policy (28 px, 4 patches, 0.4 M parameters) with statistics for the key `tabletop`."""
+def save_tiny_model(folder: Path) -> Path:
+    """Write a random tiny policy (28 px, 4 patches, 0.4 M parameters) with statistics for `tabletop`."""
     import json
 
     from prismatic.extern.hf.tiny_prismatic import TinyVLAConfig, save_tiny_vla
 
-    output_dir = tmp_path_factory.mktemp("models") / "tiny"
+    output_dir = folder / "tiny"
     vision: dict[str, Any] = {
         "image_size": 28,
         "patch_size": 14,
@@ -107,6 +106,12 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     statistics = {"tabletop": {"action": action, "num_transitions": 100, "num_trajectories": 10}}
     (output_dir / "dataset_statistics.json").write_text(json.dumps(statistics))
     return output_dir
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `save_tiny_model`, made once."""
+    return save_tiny_model(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")

@@ -93,7 +93,7 @@ def make_learner(
     torch.manual_seed(3)
     model = load_model(model_dir, dtype=dtype if lora else torch.float32, device=device)
     if checkpointing:
-        model.activation_checkpointing_enable()
+        model.recompute_activations()
     if lora:
         peft_utils.add_lora(model, rank=4, dropout=dropout, freeze_vision_backbone=True)
     critic = ValueHead(model.config.text_config.hidden_size)

@@ -275,7 +275,7 @@ class Finetuner:
         args = self.args
         model = load_model(args.vla_path, dtype=torch.float32, device=self.info.device)
         if args.enable_gradient_checkpointing:
-            model.activation_checkpointing_enable()
+            model.recompute_activations()
         if args.use_lora:
             self.adapter = peft_utils.add_lora(
                 model, rank=args.lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout,

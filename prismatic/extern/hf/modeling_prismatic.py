@@ -209,8 +209,19 @@ class OpenVLAForActionPrediction(PreTrainedModel):
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """Whether activations are recomputed. peft asks under this name, at which transformers' own property warns."""
-        return self.is_activation_checkpointing
+        """Whether activations are recomputed in the backward pass.
+
+        peft reads this name. The property of transformers warns in some versions.
+        """
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
+
+    def recompute_activations(self) -> None:
+        """Keep only the inputs of the blocks for the backward pass: less memory, a third more time.
+
+        transformers has renamed its method; the old name warns where the new one exists.
+        """
+        enable = getattr(self, "activation_checkpointing_enable", None)
+        (enable or self.gradient_checkpointing_enable)()
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the token embedding."""
