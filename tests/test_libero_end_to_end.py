@@ -40,6 +40,7 @@ def test_ppo_runs_on_libero_with_curriculum_resets_and_videos(tiny_model_dir, tm
 
     evaluation = json.loads((exp_dir / "eval_final.json").read_text())
     assert evaluation["overall"]["episodes"] == 2 and evaluation["overall"]["dropped_attempts"] == 0
+    assert [e["length"] for e in evaluation["episodes"]] == [220, 220], "not --max_env_length"
     assert [t["instruction"] for t in evaluation["per_task"]] == [
         "pick up the black bowl on the cookie box and place it on the plate",
         "pick up the black bowl next to the cookie box and place it on the plate",
