@@ -153,7 +153,8 @@ def test_the_policy_is_given_image_and_instruction_and_nothing_of_the_simulators
 
 
 def test_a_dropped_episode_is_invalid_from_its_start_and_reported_nowhere():
-    with VectorEnv("tests.worlds:MORTAL_SUITE", 2, num_processes=2, image_size=SIZE) as vector:
+    options = {"num_processes": 2, "image_size": SIZE, "replacement_wait_s": 500.0}
+    with VectorEnv("tests.worlds:MORTAL_SUITE", 2, **options) as vector:
         collector = Collector(vector, PROMPTS, generate, decode, num_groups=1, seed=(0, 0))
         rollout, records = collector.collect(12, itertools.repeat(0))
         statistics = collector.statistics()
