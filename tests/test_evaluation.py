@@ -189,6 +189,7 @@ def test_real_environments_that_die_lose_no_episode(tmp_path):
         "num_processes": 2,
         "image_size": 4,
         "env_kwargs": {"marker": str(tmp_path / "died")},
+        "replacement_wait_s": 500.0,
     }
     requests = evaluation_requests([0, 1], 3)
     with VectorEnv("tests.dying_world:SUITE", 4, **options) as vector_env:

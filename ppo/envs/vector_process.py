@@ -22,6 +22,8 @@ _THREAD_VARIABLES = (
     "NUMEXPR_NUM_THREADS",
 )
 _TAIL_BYTES = 6000
+_STACK_TIMEOUT_S = 5.0
+"""On a busy machine a process may get no core for a while; a process that hangs has been waited for longer."""
 
 
 def spawn_python(
@@ -161,11 +163,17 @@ class EnvProcess:
         return ACTIVITIES[int(code)], int(env_id), int(step)
 
     def request_stack(self) -> None:
-        """Let a process that hangs write its Python stack to its output."""
-        assert self._popen is not None
+        """Let a process that hangs write its Python stack to its output; one that is stopped writes nothing."""
+        assert self._popen is not None and self._output is not None
+        first = written = os.fstat(self._output.fileno()).st_size
         with contextlib.suppress(ProcessLookupError):
             self._popen.send_signal(signal.SIGUSR1)
-        time.sleep(0.2)
+        deadline = time.monotonic() + _STACK_TIMEOUT_S
+        while time.monotonic() < deadline:  # until it has begun to write and writes no more
+            time.sleep(0.2)
+            before, written = written, os.fstat(self._output.fileno()).st_size
+            if first < before == written:
+                break
 
     def hang_up(self) -> None:
         """Close the pipe: the process finishes what it does, closes its environments and ends."""

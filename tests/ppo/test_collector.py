@@ -25,7 +25,9 @@ PROMPTS = [[1, 2], [1, 3, 4]]
 def make_collector(
     suite: str, num_envs: int = B, image_size: int = SIZE, seed: int = 11, num_groups: int = 2
 ) -> Collector:
-    vector = VectorEnv(suite, num_envs, num_processes=2, image_size=image_size)
+    vector = VectorEnv(
+        suite, num_envs, num_processes=2, image_size=image_size, replacement_wait_s=500.0
+    )
     return Collector(
         vector, PROMPTS, generate, decode, num_groups=num_groups, seed=(seed, 0),
         time_limit=get_suite(suite).max_steps,

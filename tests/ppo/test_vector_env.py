@@ -104,9 +104,12 @@ SUITE = TaskSuite("toy", tuple(f"do {i}" for i in range(6)), 5, 50, ToyEnv)
 TOY = f"{__name__}:SUITE"
 
 
+# However busy the machine is, processes that work are in time.
+PATIENT = {"startup_timeout_s": 500.0, "step_timeout_s": 500.0, "replacement_wait_s": 500.0}
+
+
 def toy(num_envs=4, num_processes=2, **options):
-    options = {"image_size": SIZE, "step_timeout_s": 500.0, "replacement_wait_s": 500.0} | options
-    options = {"startup_timeout_s": 500.0} | options
+    options = {"image_size": SIZE, **PATIENT, **options}
     return VectorEnv(TOY, num_envs, num_processes=num_processes, **options)
 
 
@@ -318,7 +321,7 @@ PREPARING_SUITE = TaskSuite("preparing", SUITE.instructions, 5, 50, Preparer)
 
 
 def test_a_death_while_the_next_episode_is_prepared_names_that_episode(log, tmp_path):
-    options = {"image_size": SIZE, "env_kwargs": {"gate": str(tmp_path / "died")}}
+    options = {"image_size": SIZE, "env_kwargs": {"gate": str(tmp_path / "died")}, **PATIENT}
     with VectorEnv(f"{__name__}:PREPARING_SUITE", 1, num_processes=1, **options) as vector:
         vector.reset([0], requests(1))
         vector.send([0], actions(1), requests(2, seed=254))
