@@ -10,6 +10,7 @@ import ast
 import copy
 import importlib.metadata
 import importlib.util
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -158,8 +159,20 @@ def validate_engine_options(extra: dict[str, Any]) -> list[str]:
     return problems
 
 
+def expect_no_gpu() -> None:
+    """Drop torch's warning that CUDA's tools are installed and no GPU is there, which any import of vLLM causes.
+
+    For engines on the CPU, where that is as it should be.
+    """
+    logging.getLogger("torch.utils.cpp_extension").addFilter(
+        lambda record: not str(record.msg).startswith("No CUDA runtime is found")
+    )
+
+
 def import_engine() -> None:
     """Import what `ActionEngine` needs, which takes ten seconds and more; the environment must be `engine_env`."""
+    if not torch.cuda.is_available():
+        expect_no_gpu()
     from prismatic.extern.vllm import register
 
     importlib.import_module("vllm.entrypoints.llm")
@@ -448,6 +461,7 @@ def _prepare_process(config: EngineConfig, is_cpu: bool) -> None:
     for name, value in engine_env("cpu" if is_cpu else "cuda", config.num_threads).items():
         os.environ.setdefault(name, value)
     if is_cpu:
+        expect_no_gpu()
         # torch has read its variables when it was imported; vLLM turns set_num_threads into a no-op later on.
         torch.set_num_threads(config.num_threads)
         torch._dynamo.config.disable = True
