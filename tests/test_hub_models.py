@@ -9,6 +9,7 @@ import pytest
 
 from tests import hub_server
 from tests.hub_server import COMMIT, OTHER_COMMIT
+from tests.test_console import QUIET, foreign_lines
 from tests.test_driver import ROOT, command_line, small_args
 
 HUB_ID = "openvla/tiny"
@@ -16,7 +17,10 @@ HUB_ID = "openvla/tiny"
 
 def run(server, home: Path, words: list[str], code: int = 0, **variables: str) -> str:
     """Output of a command with that hub; it must end with `code`, and without a traceback if that is not 0."""
-    environment = hub_server.environment(server, home, CUDA_VISIBLE_DEVICES="", **variables)
+    # With CUDA's tools and no GPU torch warns that there is none.
+    variables |= {"CUDA_VISIBLE_DEVICES": "", "CUDA_HOME": "/usr/local/cuda"}
+    environment = hub_server.environment(server, home, **variables)
+    environment = {name: value for name, value in environment.items() if name not in QUIET}
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
     output = done.stdout + done.stderr
     assert done.returncode == code and (code == 0 or "Traceback" not in output), output[-6000:]
@@ -37,7 +41,7 @@ def read(file: Path) -> dict:
 def test_a_run_from_a_hub_id_records_it_and_its_adapter_merges_and_acts(server, tmp_path):
     home, exp_dir = tmp_path / "home", tmp_path / "run"
     args = small_args(HUB_ID, tmp_path, use_lora=True, lora_rank=4, total_episodes=64)
-    run(server, home, command_line(args))
+    assert foreign_lines(run(server, home, command_line(args))) == []
     recorded = {"vla_path": HUB_ID, "revision": COMMIT}
     assert recorded.items() <= read(exp_dir / "args.json").items()
     assert recorded.items() <= read(exp_dir / "metadata.json").items()
@@ -58,7 +62,8 @@ def test_a_run_from_a_hub_id_records_it_and_its_adapter_merges_and_acts(server, 
     server.add("me/merged", merged)
     words = [sys.executable, "run_libero_eval_vllm.py", "--pretrained_checkpoint", "me/merged"]
     words += ["--task_ids", "0", "--num_trials_per_task", "2", "--max_env_length", "3"]
-    run(server, home, [*words, "--local_log_dir", str(tmp_path / "logs")])
+    output = run(server, home, [*words, "--local_log_dir", str(tmp_path / "logs")])
+    assert foreign_lines(output) == []
     (results,) = (tmp_path / "logs").glob("EVAL-tabletop-merged-*/results.json")
     found = read(results)
     assert (found["checkpoint"], found["checkpoint_revision"]) == ("me/merged", COMMIT)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from prismatic.model_files import SHOWN_BYTES, weight_bytes
 from utils.checkpoint_utils import check_model_dir, read_shapes
 from utils.logging_utils import get_logger
 from utils.weight_transfer import (
@@ -272,6 +273,7 @@ class ActionEngine:
                 max_model_len, min(config.max_num_seqs * max_model_len, MAX_BATCHED_TOKENS)
             ),
             "block_size": BLOCK_SIZE,
+            "use_tqdm_on_load": weight_bytes(config.model_dir) >= SHOWN_BYTES,
             "limit_mm_per_prompt": {"image": 1},
             "mm_processor_cache_gb": 0,
             "enable_prefix_caching": False,
