@@ -552,6 +552,9 @@ def report(results: dict[str, Any], text_log: Path) -> None:
 
 def main() -> None:
     """Command line."""
+    if not Path("/dev/nvidiactl").exists():
+        # On a CPU vLLM warns of its own memory binding through torch's C++ log, whose level torch reads on import.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         evaluate(tyro.cli(Args, use_underscores=True))
     except ValueError as error:

@@ -34,6 +34,8 @@ MAX_HEADER_BYTES = 100_000_000
 # Threads that hash files: sha256 does 1.5 GB/s a core and releases the GIL.
 MAX_HASH_THREADS = 8
 _READ_BYTES = 1 << 20
+# A file system reads a gigabyte in about a second: below, a progress bar is gone before it is seen.
+SHOWN_BYTES = 10**9
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -161,6 +163,11 @@ def _named_weight_files(folder: Path) -> list[Path]:
     if index.exists():
         return [folder / name for name in sorted(set(read_index(index).values()))]
     return [single] if single.exists() else []
+
+
+def weight_bytes(model_dir: str | Path) -> int:
+    """Size of a model folder's safetensors files."""
+    return sum(file.stat().st_size for file in weight_files(model_dir))
 
 
 def read_headers(model_dir: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -1,6 +1,7 @@
 """Starting Ray, the nodes of a cluster, and actors in the bundles that `utils/placement.py` chose."""
 
 import contextlib
+import logging
 import os
 import secrets
 import socket
@@ -120,6 +121,7 @@ def start_ray(address: str | None, num_gpus: int = 0, num_cpu_slots: int = LOCAL
             num_gpus=num_gpus,
             include_dashboard=os.environ.get("PPO_VLA_DASHBOARD", "0") == "1",
             log_to_driver=True,
+            logging_level=logging.WARNING,  # not that it has started
         )
 
 

@@ -10,6 +10,7 @@ import ast
 import copy
 import importlib.metadata
 import importlib.util
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from prismatic.model_files import SHOWN_BYTES, weight_bytes
 from utils.checkpoint_utils import check_model_dir, read_shapes
 from utils.logging_utils import get_logger
 from utils.weights.channel import BACKENDS
@@ -156,8 +158,20 @@ def validate_engine_options(extra: dict[str, Any]) -> list[str]:
     return problems
 
 
+def expect_no_gpu() -> None:
+    """Drop torch's warning that CUDA's tools are installed and no GPU is there, which any import of vLLM causes.
+
+    For engines on the CPU, where that is as it should be.
+    """
+    logging.getLogger("torch.utils.cpp_extension").addFilter(
+        lambda record: not str(record.msg).startswith("No CUDA runtime is found")
+    )
+
+
 def import_engine() -> None:
     """Import what `ActionEngine` needs, which takes ten seconds and more; the environment must be `engine_env`."""
+    if not torch.cuda.is_available():
+        expect_no_gpu()
     from prismatic.extern.vllm import register
 
     importlib.import_module("vllm.entrypoints.llm")
@@ -258,6 +272,7 @@ class ActionEngine:
                 max_model_len, min(config.max_num_seqs * max_model_len, MAX_BATCHED_TOKENS)
             ),
             "block_size": BLOCK_SIZE,
+            "use_tqdm_on_load": weight_bytes(config.model_dir) >= SHOWN_BYTES,
             "limit_mm_per_prompt": {"image": 1},
             "mm_processor_cache_gb": 0,
             "enable_prefix_caching": False,
@@ -433,6 +448,7 @@ def _prepare_process(config: EngineConfig, is_cpu: bool) -> None:
     for name, value in engine_env("cpu" if is_cpu else "cuda", config.num_threads).items():
         os.environ.setdefault(name, value)
     if is_cpu:
+        expect_no_gpu()
         # torch has read its variables when it was imported; vLLM turns set_num_threads into a no-op later on.
         torch.set_num_threads(config.num_threads)
         torch._dynamo.config.disable = True

@@ -35,12 +35,9 @@ from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
 from prismatic.extern.hf.folder_checks import check_model_files
 from prismatic.extern.hf.processing_prismatic import PrismaticImageProcessor, PrismaticProcessor
 from prismatic.finite_weights import check_finite
-from prismatic.model_files import weight_files
+from prismatic.model_files import SHOWN_BYTES, weight_bytes
 from prismatic.vla.action_normalization import load_norm_stats, unnormalize_action
 from prismatic.vla.action_tokenizer import ActionTokenizer
-
-# A file system reads a gigabyte in about a second: below, a progress bar is gone before it is seen.
-SHOWN_BYTES = 10**9
 
 IGNORE_INDEX = -100
 
@@ -602,7 +599,7 @@ def load_model(
     }
     if torch.device(device).type != "cpu":
         options["device_map"] = {"": device}
-    with bars_for(sum(file.stat().st_size for file in weight_files(model_dir))):
+    with bars_for(weight_bytes(model_dir)):
         loaded: Any = OpenVLAForActionPrediction.from_pretrained(str(model_dir), **options)
     model, info = loaded
     assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
