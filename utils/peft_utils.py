@@ -14,16 +14,22 @@ from utils.merge_utils import (
     PEFT_PREFIX,
     LoraAdapter,
     fingerprint_problems,
+    frozen_problems,
     load_adapter,
     record_base,
 )
 
 
 def lora_target_modules(model: nn.Module, *, freeze_vision_backbone: bool) -> list[str]:
-    """Full names of the linear layers that get an adapter: all but lm_head, and the ViTs unless they are frozen.
+    """Full names of the layers that get a fresh adapter: every nn.Linear but lm_head.
 
-    The ViT blocks that the model never computes (the last one of each, see OpenVLA's features) are included where
-    they are linear layers, as in openvla's own "all-linear"; they stay at zero.
+    `freeze_vision_backbone` leaves those of the ViTs out.
+
+    OpenVLA's recipe asks peft 0.11.1 for "all-linear", which adapts three more layers: lm_head, and
+    `patch_embed.proj`, a convolution, of both ViTs (peft matches the last part of a name, and the
+    attention of the ViTs has a linear `proj`). Both sets contain linear layers whose output is not
+    used (the last block of each ViT, SigLIP's attention pool). They get no gradient, and their B
+    stays at zero.
     """
     return [
         name
@@ -62,8 +68,13 @@ def add_lora(
     return wrapper  # type: ignore[return-value]
 
 
-def load_lora(model: nn.Module, adapter_dir: str | Path) -> PeftModel:
+def load_lora(
+    model: nn.Module, adapter_dir: str | Path, *, freeze_vision_backbone: bool = False
+) -> PeftModel:
     """Inject the adapter saved in `adapter_dir` into `model`, trainable and in float32.
+
+    With `freeze_vision_backbone` the factors in the ViTs act but do not train, and `save_adapter`
+    writes them as they were loaded.
 
     Raises ValueError naming the folder if it is damaged, has options that nothing here can merge, or does not hold
     exactly the factors of the layers of `model` that it names (peft would leave the others as they are).
@@ -89,7 +100,23 @@ def load_lora(model: nn.Module, adapter_dir: str | Path) -> PeftModel:
             f"{file} and {ADAPTER_WEIGHTS} name other layers, for example {differing[0]}"
         )
     fuse_lora(model)
+    if freeze_vision_backbone:
+        _freeze_factors(wrapper, "vision_backbone.")
     return wrapper
+
+
+def _freeze_factors(wrapper: PeftModel, prefix: str) -> None:
+    """Freeze what the adapter trains below `prefix`, and keep copies of it for `save_adapter`.
+
+    The copies are on the CPU: only what trains is gathered to be saved.
+    """
+    frozen = {
+        name: parameter.requires_grad_(False)
+        for name, parameter in wrapper.get_base_model().named_parameters()
+        if name.startswith(prefix) and parameter.requires_grad
+    }
+    copies = {name: parameter.detach().to("cpu", copy=True) for name, parameter in frozen.items()}
+    wrapper.frozen_factors = copies  # type: ignore[assignment]
 
 
 def check_adapter_fits(adapter_dir: str | Path, model_dir: str | Path) -> list[str]:
@@ -97,6 +124,7 @@ def check_adapter_fits(adapter_dir: str | Path, model_dir: str | Path) -> list[s
     try:
         adapter = load_adapter(adapter_dir)
         problems = _misfits(adapter, read_shapes(model_dir), str(model_dir))
+        problems = problems or frozen_problems(adapter, model_dir)
         problems = problems or fingerprint_problems(adapter_dir, model_dir)
     except (ValueError, OSError) as error:
         return str(error).splitlines()
@@ -115,8 +143,9 @@ def _misfits(
         if not name:
             continue
         target = base.get(f"{name}.weight")
-        side = 1 if kind.startswith("A") else 0  # A has the layer's inputs, B its outputs
-        if target is None or len(target) != 2 or shape[side] != target[side]:
+        # A has the layer's inputs (and kernel), B its outputs.
+        part = slice(1, None) if kind.startswith("A") else slice(1)
+        if target is None or len(target) != len(shape) or shape[part] != target[part]:
             problems.append(f"{key} {shape} does not fit {base_name} ({name}.weight is {target})")
     for name, key in adapter.replaced.items():
         if name not in base or tuple(adapter.tensor(key).shape) != base[name]:
@@ -136,10 +165,22 @@ def save_adapter(
 
     Records the base beside them (path and fingerprint), if it was loaded from a folder that is still there.
     """
-    prefixed = {f"base_model.model.{name}": tensor for name, tensor in full_state.items()}
-    wrapper.save_pretrained(str(folder), state_dict=prefixed)
-    base_dir = getattr(wrapper.get_base_model(), "name_or_path", "")
+    model = wrapper.get_base_model()
+    state = getattr(wrapper, "frozen_factors", {}) | full_state
+    factors = [_plain_name(name) for name, _ in model.named_parameters() if ".lora_" in name]
+    missing = [name for name in factors if name not in state]
+    assert not missing, f"factors that were not gathered: {missing[:3]}"
+    prefixed = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in state.items()}
+    # peft would add a copy of lm_head to an adapter that has it.
+    wrapper.save_pretrained(str(folder), state_dict=prefixed, save_embedding_layers=False)
+    base_dir = getattr(model, "name_or_path", "")
     if (Path(base_dir) / "config.json").exists():
         record_base(folder, base_dir)
     # peft adds a model card full of placeholders
     (Path(folder) / "README.md").unlink(missing_ok=True)
+
+
+def _plain_name(name: str) -> str:
+    for wrapper in ("_checkpoint_wrapped_module.", "_orig_mod."):
+        name = name.replace(wrapper, "")
+    return name
