@@ -508,7 +508,7 @@ def compare_matrix(
     norm_1I = down.flatten(1).norm(dim=0, keepdim=True) * abs(layer.scaling["default"])
     error = (len(down) + 4) * torch.finfo(torch.float32).eps
     found = MatrixComparison(merged.numel())
-    num_rows = max(1, BLOCK_VALUES // norm_1I.numel())
+    num_rows = max(1, BLOCK_VALUES // max(1, norm_1I.numel()))
     for start in range(0, len(weight), num_rows):
         rows = slice(start, start + num_rows)
         layer.lora_B["default"].weight = nn.Parameter(up[rows], requires_grad=False)

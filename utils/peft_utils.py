@@ -1,7 +1,9 @@
-"""LoRA on OpenVLA models through peft: which layers, fresh or from a folder."""
+"""LoRA on OpenVLA models through peft: fresh or from a folder, saved so that peft 0.11 reads it."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -18,6 +20,16 @@ from utils.merge_utils import (
     load_adapter,
     record_base,
 )
+
+# Options of LoraConfig in peft 0.11.1, which OpenVLA pins; later versions have them too.
+ALWAYS_WRITTEN = (
+    "base_model_name_or_path", "bias", "inference_mode", "init_lora_weights", "lora_alpha",
+    "lora_dropout", "peft_type", "r", "target_modules",
+)  # fmt: skip
+WRITTEN_IF_SET = (
+    "alpha_pattern", "fan_in_fan_out", "layers_pattern", "layers_to_transform", "modules_to_save",
+    "rank_pattern", "revision", "task_type", "use_rslora",
+)  # fmt: skip
 
 
 def lora_target_modules(model: nn.Module, *, freeze_vision_backbone: bool) -> list[str]:
@@ -163,7 +175,8 @@ def save_adapter(
 ) -> None:
     """Write peft's two adapter files from a gathered state dict of the (sharded) model inside `wrapper`.
 
-    Records the base beside them (path and fingerprint), if it was loaded from a folder that is still there.
+    peft 0.11 and later read them (`portable_options`). Records the base beside them (path and
+    fingerprint), if it was loaded from a folder that is still there.
     """
     model = wrapper.get_base_model()
     state = getattr(wrapper, "frozen_factors", {}) | full_state
@@ -173,6 +186,10 @@ def save_adapter(
     prefixed = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in state.items()}
     # peft would add a copy of lm_head to an adapter that has it.
     wrapper.save_pretrained(str(folder), state_dict=prefixed, save_embedding_layers=False)
+    adapted = sorted(name for name, module in model.named_modules() if hasattr(module, "lora_A"))
+    file = Path(folder) / ADAPTER_CONFIG
+    options = portable_options(json.loads(file.read_text()), adapted)
+    file.write_text(json.dumps(options, indent=2, sort_keys=True) + "\n")
     base_dir = getattr(model, "name_or_path", "")
     if (Path(base_dir) / "config.json").exists():
         record_base(folder, base_dir)
@@ -184,3 +201,25 @@ def _plain_name(name: str) -> str:
     for wrapper in ("_checkpoint_wrapped_module.", "_orig_mod."):
         name = name.replace(wrapper, "")
     return name
+
+
+def portable_options(options: Mapping[str, Any], adapted: Sequence[str]) -> dict[str, Any]:
+    """The options of an adapter_config.json that peft 0.11 and all later versions can load.
+
+    `options` is what the installed peft writes; `adapted` lists the full names of the layers. peft
+    0.11 refuses a file with an option that it does not know. Options at their defaults are left
+    out, and `auto_mapping` too: it would say which class to load the base with, and here that is
+    the class that FSDP makes.
+    """
+    portable = {name: options[name] for name in ALWAYS_WRITTEN}
+    portable |= {
+        name: options[name]
+        for name in WRITTEN_IF_SET
+        if options.get(name) not in (None, False, {}, [])
+    }
+    # Later versions know more initialisations. Loading replaces whatever they draw.
+    if portable["init_lora_weights"] not in (True, False, "gaussian"):
+        portable["init_lora_weights"] = True
+    # No version before 0.14 knows `exclude_modules`, but all take full names.
+    targets = adapted if options.get("exclude_modules") else options["target_modules"]
+    return portable | {"target_modules": sorted(targets)}

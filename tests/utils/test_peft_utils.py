@@ -1,11 +1,12 @@
-"""Adapters of OpenVLA's own recipe in training."""
+"""Adapters of OpenVLA's own recipe in training, and adapters of ours for other versions of peft."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from prismatic.extern.hf.modeling_prismatic import load_model
@@ -171,3 +172,96 @@ def test_an_official_adapter_with_frozen_vision_is_saved_whole(
     assert frozen <= after.keys() and all(torch.equal(before[n], after[n]) for n in frozen)
     head = f"base_model.model.{LM_HEAD}.lora_B.weight"
     assert not torch.equal(before[head], after[head])
+
+
+# ------------------------------------------------------------------------- files for other versions
+
+
+def saved(wrapper: PeftModel, folder: Path) -> dict:
+    """What `save_adapter` writes into adapter_config.json."""
+    model = wrapper.get_base_model()
+    peft_utils.save_adapter(wrapper, dict(model.named_parameters()), folder)
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+def same_config(folder: Path, expected: LoraConfig) -> None:
+    """The installed peft reads the options of `expected`, but for what depends on who reads."""
+    fields = [dataclasses.asdict(c) for c in (LoraConfig.from_pretrained(str(folder)), expected)]
+    for values in fields:
+        values["target_modules"] = set(values["target_modules"])
+        for name in ("auto_mapping", "inference_mode", "peft_version"):
+            values.pop(name)
+    assert fields[0] == fields[1]
+
+
+def test_saved_options_are_among_those_of_peft_0_11_and_read_back_the_same(
+    tiny_model_dir, official, tmp_path
+):
+    models = [load_model(tiny_model_dir) for _ in range(2)]
+    wrappers = {
+        "fresh": peft_utils.add_lora(models[0], rank=4, dropout=0.1, base_name="base"),
+        "official": peft_utils.load_lora(models[1], official[0]),
+    }
+    for name, wrapper in wrappers.items():
+        options = saved(wrapper, tmp_path / name)
+        assert options.keys() <= FIELDS_OF_PEFT_0_11
+        assert options.get("auto_mapping") is None
+        assert options["target_modules"] == sorted(options["target_modules"])
+        same_config(tmp_path / name, wrapper.peft_config["default"])
+        peft_utils.load_lora(load_model(tiny_model_dir), tmp_path / name)
+
+
+def test_options_that_are_set_are_saved(tiny_model_dir, tmp_path):
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        use_rslora=True,
+        rank_pattern={"q_proj": 2},
+        alpha_pattern={"v_proj": 32},
+        target_modules=["q_proj", "v_proj"],
+        layers_to_transform=[1],
+        bias="lora_only",
+    )
+    wrapper = get_peft_model(load_model(tiny_model_dir), config)
+    options = saved(wrapper, tmp_path / "adapter")
+    assert options.keys() <= FIELDS_OF_PEFT_0_11
+    same_config(tmp_path / "adapter", wrapper.peft_config["default"])
+
+
+def test_options_of_later_versions_are_written_in_terms_of_peft_0_11(tiny_model_dir, tmp_path):
+    config = LoraConfig(
+        r=4,
+        target_modules=["fc1"],
+        exclude_modules=["projector.fc1"],
+        init_lora_weights="orthogonal",
+    )
+    get_peft_model(load_model(tiny_model_dir), config).save_pretrained(str(tmp_path / "theirs"))
+    model = load_model(tiny_model_dir)
+    options = saved(peft_utils.load_lora(model, tmp_path / "theirs"), tmp_path / "ours")
+    assert options.keys() <= FIELDS_OF_PEFT_0_11 and options["init_lora_weights"] is True
+    layers = merge_utils.load_adapter(tmp_path / "theirs").scaling.keys()
+    assert options["target_modules"] == sorted(layers) and "projector.fc1" not in layers
+    peft_utils.load_lora(load_model(tiny_model_dir), tmp_path / "ours")
+
+
+def test_adapters_that_we_saved_earlier_still_load(tiny_model_dir, tmp_path):
+    """They have every option of the peft that wrote them, and the class that FSDP made."""
+    torch.manual_seed(0)
+    wrapper = peft_utils.add_lora(load_model(tiny_model_dir), rank=4, base_name="base")
+    for parameter in wrapper.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.05)
+    saved(wrapper, tmp_path / "adapter")
+    mapping = {
+        "base_model_class": "FSDPOpenVLAForActionPrediction",
+        "parent_library": "torch.distributed.fsdp._fully_shard._fsdp_init",
+    }
+    config = wrapper.peft_config["default"]
+    config.save_pretrained(str(tmp_path / "adapter"), auto_mapping_dict=mapping)
+    options = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert options["auto_mapping"] == mapping and not options.keys() <= FIELDS_OF_PEFT_0_11
+    assert peft_utils.check_adapter_fits(tmp_path / "adapter", tiny_model_dir) == []
+    model = load_model(tiny_model_dir)
+    peft_utils.load_lora(model, tmp_path / "adapter")
+    trained = dict(wrapper.get_base_model().named_parameters())
+    assert all(torch.equal(p, trained[name]) for name, p in model.named_parameters())
