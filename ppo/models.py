@@ -28,7 +28,10 @@ class ModelBuilder:
         args, adapter = self.args, None
         model = self._load(trained=not args.use_lora)
         if args.use_lora and args.load_adapter_checkpoint:
-            adapter = peft_utils.load_lora(model, args.load_adapter_checkpoint)
+            adapter = peft_utils.load_lora(
+                model, args.load_adapter_checkpoint,
+                freeze_vision_backbone=args.freeze_vision_backbone,
+            )  # fmt: skip
         elif args.use_lora:
             adapter = peft_utils.add_lora(
                 model, rank=args.lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout,

@@ -25,7 +25,7 @@ SLOT_ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class LoraFactors:
-    """One adapter of one layer: W + scaling * up @ down."""
+    """One adapter of one linear layer or convolution: W + scaling * up @ down."""
 
     layer: Any
     adapter: str
@@ -217,11 +217,16 @@ class WeightExporter:
     def _merged_rows(
         self, source: Source, adapters: list[LoraFactors], downs: dict[int, Tensor]
     ) -> Tensor:
-        """Return this rank's rows of W + sum of scaling * up @ down, in float32."""
-        merged = self._local(source.parameter).to(torch.float32, copy=True)
+        """Return this rank's rows of W + sum of scaling * up @ down, in float32.
+
+        A convolution's kernel and factors count as matrices with one row per output channel.
+        """
+        merged = self._local(source.parameter).to(
+            torch.float32, copy=True, memory_format=torch.contiguous_format
+        )
         for factors in adapters:
-            rows = self._rows_of(factors.up, source.parameter).float()
-            merged.addmm_(rows, downs[id(factors)], alpha=factors.scaling)
+            rows = self._rows_of(factors.up, source.parameter).float().flatten(1)
+            merged.flatten(1).addmm_(rows, downs[id(factors)].flatten(1), alpha=factors.scaling)
         return merged
 
     def _rows_of(self, up: Tensor, parameter: Tensor) -> Tensor:
