@@ -71,11 +71,11 @@ class Args:
     run_root_dir: str = "runs"
     """Folder that gets one folder per run."""
     exp_id: str | None = None
-    """Name of the run's folder. Default: made from the main settings and the time."""
+    """Name of the run's folder in run_root_dir, without '/'. Default: made from the main settings and the time."""
     run_id_note: str | None = None
     """Appended to the default exp_id."""
     overwrite: bool = False
-    """Delete an existing run of the same exp_id instead of refusing to start."""
+    """Delete an earlier run in the same folder. A folder that is not recognisably a run, or that is an input, stays."""
     seed: int = 0
     """Everything random is derived from it."""
     total_episodes: int = 100_000
@@ -298,6 +298,7 @@ from ppo.arguments import (
     parse_trainers_per_node,
     raise_problems,
     validate,
+    warnings,
     world_flags,
 )
 from ppo.collector import Collector
@@ -312,6 +313,8 @@ from ppo.inputs import (
     choose_checkpoint,
     counted_tokens,
     fetch_models,
+    process_problems,
+    remove_earlier_run,
 )
 from ppo.learner import PPOLearner
 from ppo.memory import check_memory
@@ -335,7 +338,9 @@ from utils.actors import (
     where_others_are,
 )
 from utils.attempts import run_attempt, run_attempts, same_command
+from utils.command_line import REFUSED
 from utils.logging_utils import PhaseTimer, add_log_file, get_logger
+from utils.machine import available_memory_gib
 from utils.placement import Demand, Node, placement_problems
 from utils.reports.videos import EpisodeRecorder
 from utils.signals import StopRequested, StopSignal
@@ -1168,6 +1173,9 @@ def main(args: Args) -> None:
         raise_problems(
             placement_problems(plan.demand, nodes) + env_memory_problems(args, plan.demand, nodes)
         )
+        if not args.ray_address:
+            available = int(available_memory_gib() * 2**30)
+            raise_problems(process_problems(plan.demand, available))
         args = fetch_models(args, exp_dir)
         check_files(args, exp_dir)
         checkpoint = choose_checkpoint(args, exp_dir)
@@ -1175,10 +1183,12 @@ def main(args: Args) -> None:
             models = [path for path in (args.vla_path, args.load_adapter_checkpoint) if path]
             placement = ray_utils.place_on_cluster(plan.demand)
             raise_problems(ray_utils.node_problems(placement, exp_dir.parent, models))
-        if exp_dir.exists() and args.overwrite:
-            shutil.rmtree(exp_dir)
+        if args.overwrite:
+            remove_earlier_run(args, exp_dir)
         exp_dir.mkdir(parents=True, exist_ok=True)
         add_log_file(exp_dir / "log.txt")
+        for warning in warnings(args):
+            logger.warning(warning)
         logger.info(
             f"{plan.num_training_steps} training steps of {plan.samples_per_step} environment steps; {exp_dir}"
         )
@@ -1201,8 +1211,15 @@ def main(args: Args) -> None:
 
 def supervise(args: Args) -> int:
     """Run this command line in a process of its own, and again from its last checkpoint when it dies."""
+    try:
+        validate(args)
+    except CommandLineError as problem:
+        logger.error("%s", problem)
+        return REFUSED
     folder = resumed_exp_dir(args.resume)
-    name = [] if folder else ["--exp_id", args.exp_id or default_exp_id(args)]
+    name = (
+        [] if folder else ["--exp_id", args.exp_id or default_exp_id(args), "--run_id_note", "None"]
+    )
     again = ["--resume", str(folder or "auto"), "--no_overwrite"]
     first, later = (
         same_command(*name, "--max_restarts", "0"),

@@ -29,7 +29,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from ppo.arguments import gpu_problems, world_flags
+from ppo.arguments import world_flags
 from ppo.env_sizes import shortage_message
 from ppo.envs.base import ResetRequest, TaskSuite, get_suite, split_options
 from ppo.envs.sizing import EnvSizes, choose_sizes, memory_shortage
@@ -40,15 +40,53 @@ from ppo.evaluation import (
     run_episodes,
     summarize_run,
 )
+from utils.command_line import (
+    REFUSED,
+    Bound,
+    CommandLineError,
+    Effect,
+    bound_problems,
+    cut_name,
+    folder_name_problems,
+    idle_flags,
+    parse_engine_options,
+    path_problems,
+    repeated_problems,
+)
 from utils.hub import ModelPath, fetch_models, hub_flags, model_name, recorded_flags, recorded_path
 from utils.logging_utils import get_logger
 from utils.machine import available_memory_gib, num_cores
+from utils.output_folders import place_problems
 from utils.progress import ProgressReport
 from utils.reports.videos import EpisodeRecorder
 
 logger = get_logger(__name__)
 
 TaskIds = tuple[int, ...]
+
+# Every number that a flag takes, with the reason for a limit that its meaning does not set.
+BOUNDS: dict[str, Bound] = {
+    "num_trials_per_task": Bound(1, 1_000_000, reason="each initial state is visited once"),
+    "temperature": Bound(0, 2, reason="0 is greedy; vLLM's limits are 0.01 and 2"),
+    "seed": Bound(0, 1e12, reason="the engine and the simulators take so many"),
+    "max_env_length": Bound(1, 1_000_000, reason="in environment steps"),
+    "num_steps_wait": Bound(0, 10_000, reason="in environment steps, after every reset"),
+    "env_gpu_id": Bound(0, 1023, reason="numbers of GPUs, from 0 on"),
+    "task_ids": Bound(0, 1e6, reason="tasks of the suite, from 0 on"),
+    "num_envs": Bound(1, 4096, reason="each environment is a simulator in memory"),
+    "num_processes": Bound(1, 4096, reason="processes, which take memory"),
+    "startup_timeout_s": Bound(1, 1e6, reason="in seconds; a simulator starts in 1 to 60"),
+    "step_timeout_s": Bound(0.1, 1e6, reason="in seconds; a step of LIBERO takes up to 0.1"),
+    "max_videos_per_task": Bound(1, 1_000_000, reason="videos"),
+    "video_fps": Bound(0, 100, above=True, reason="frames a second"),
+    "vllm_tensor_parallel_size": Bound(1, 64, reason="more GPUs than a node has"),
+    "gpu_memory_utilization": Bound(0, 1, above=True),
+}
+# Flags that need another one to do anything.
+EFFECTS = (
+    Effect("max_videos_per_task", lambda a: a.save_video != "none", "--save_video"),
+    Effect("video_fps", lambda a: a.save_video != "none" or a.video_episodes, "--save_video or --video_episodes"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,23 +157,27 @@ def find_problems(args: Args) -> list[str]:
     """Everything that keeps `args` from running; reads folders and headers, starts nothing."""
     from utils.checkpoint_utils import check_model_dir
 
-    problems = check_model_dir(args.pretrained_checkpoint)
+    problems = path_problems("--pretrained_checkpoint", args.pretrained_checkpoint)
+    problems = problems or check_model_dir(args.pretrained_checkpoint)
     return problems + flag_problems(args, has_model=not problems)
 
 
 def flag_problems(args: Args, *, has_model: bool) -> list[str]:
     """Everything wrong with `args` except the model folder, which is read for its statistics if it is `has_model`."""
-    problems = []
+    problems: list[str] = []
+    suite: TaskSuite | None = None
     try:
         suite = get_suite(args.task_suite_name)
     except (ValueError, ImportError) as error:
-        problems.append(f"--task_suite_name {args.task_suite_name}: {error}")
+        problems.append(f"--task_suite_name: {error}")
     else:
         problems += _task_problems(args, suite) + (_unnorm_problems(args) if has_model else [])
         options, unknown = split_options(suite, **world_flags(args))
         problems += unknown + suite.find_problems(**options)
-    problems += _range_problems(args) + _engine_problems(args)
-    return problems or memory_problems(args, suite, num_cores(), available_memory_gib())
+    problems += _range_problems(args) + _engine_problems(args, suite, is_model=has_model)
+    if problems or suite is None:
+        return problems
+    return memory_problems(args, suite, num_cores(), available_memory_gib())
 
 
 def _task_problems(args: Args, suite: TaskSuite) -> list[str]:
@@ -144,8 +186,7 @@ def _task_problems(args: Args, suite: TaskSuite) -> list[str]:
     if unknown:
         known = "\n".join(f"    {i}: {text}" for i, text in enumerate(suite.instructions))
         problems.append(f"--task_ids {unknown}: {suite.name} has\n{known}")
-    if len(set(args.task_ids)) != len(args.task_ids):
-        problems.append(f"--task_ids {list(args.task_ids)} names a task twice")
+    problems += repeated_problems("--task_ids", args.task_ids)
     if not 1 <= args.num_trials_per_task <= suite.num_init_states:
         problems.append(
             f"--num_trials_per_task {args.num_trials_per_task}: {suite.name} has {suite.num_init_states} fixed initial "
@@ -170,7 +211,7 @@ def _task_problems(args: Args, suite: TaskSuite) -> list[str]:
 
 def parse_episodes(texts: Sequence[str]) -> set[tuple[int, int]]:
     """("0:3", "1:7") -> {(0, 3), (1, 7)}: task and initial state. Raises ValueError naming what is not of this form."""
-    wrong = [text for text in texts if not re.fullmatch(r"\d+:\d+", text)]
+    wrong = [text for text in texts if not re.fullmatch(r"\d{1,9}:\d{1,9}", text)]
     if wrong:
         raise ValueError(
             f"--video_episodes {' '.join(wrong)}: give TASK:STATE, two whole numbers each, such as 0:3"
@@ -192,59 +233,36 @@ def _unnorm_problems(args: Args) -> list[str]:
 
 
 def _range_problems(args: Args) -> list[str]:
-    positive = [
-        "max_env_length",
-        "num_envs",
-        "num_processes",
-        "startup_timeout_s",
-        "step_timeout_s",
-    ]
-    positive += ["max_videos_per_task", "vllm_tensor_parallel_size"]
-    values = {name: getattr(args, name) for name in positive}
-    problems = [
-        f"--{n} {v} must be positive" for n, v in values.items() if v is not None and v <= 0
-    ]
-    if (args.num_steps_wait or 0) < 0:
-        problems.append(f"--num_steps_wait {args.num_steps_wait} must be 0 or more")
-    problems += gpu_problems(args.env_gpu_id)
-    if args.seed < 0:
-        problems.append(f"--seed {args.seed} must be 0 or more")
-    if args.temperature != 0 and not 0.01 <= args.temperature <= 2:
+    problems = bound_problems(args, BOUNDS)
+    if 0 < args.temperature < 0.01:
         problems.append(
             f"--temperature {args.temperature} must be 0 (greedy) or in [0.01, 2], vLLM's limits"
         )
-    if not 0 < args.video_fps <= 100:
-        problems.append(f"--video_fps {args.video_fps} must be above 0 and at most 100")
-    if not 0 < args.gpu_memory_utilization <= 1:
-        problems.append(
-            f"--gpu_memory_utilization {args.gpu_memory_utilization} must be above 0 and at most 1"
-        )
+    if args.run_id_note is not None:
+        problems += folder_name_problems("--run_id_note", args.run_id_note, whole=False)
+    return problems + place_problems("--local_log_dir", args.local_log_dir)
+
+
+def _engine_problems(args: Args, suite: TaskSuite | None, *, is_model: bool) -> list[str]:
+    try:
+        extra = parse_engine_options(args.engine_args)
+    except ValueError as error:
+        return [str(error)]
+    from utils.vllm_utils import model_length_problems, validate_engine_options
+
+    problems = [f"--engine_args: {problem}" for problem in validate_engine_options(extra)]
+    if is_model and suite is not None and not problems:
+        problems += model_length_problems(extra, args.pretrained_checkpoint, suite.instructions)
     return problems
 
 
-def _engine_problems(args: Args) -> list[str]:
-    try:
-        extra = json.loads(args.engine_args)
-    except json.JSONDecodeError as error:
-        return [
-            f"--engine_args {args.engine_args!r} is not JSON ({error}): quote it like '{{\"block_size\": 32}}'"
-        ]
-    if not isinstance(extra, dict):
-        return [f"--engine_args {args.engine_args!r} is not a JSON object"]
-    if not extra:
-        return []
-    from utils.vllm_utils import validate_engine_options
-
-    return [f"--engine_args: {problem}" for problem in validate_engine_options(extra)]
-
-
 def validate(args: Args) -> None:
-    """Raise ValueError with all of `find_problems(args)` at once."""
+    """Raise CommandLineError with all of `find_problems(args)` at once."""
     _raise_problems(find_problems(args))
 
 
 def fetch_checkpoint(args: Args) -> Args:
-    """`args` with the folder of the snapshot if the checkpoint is a hub id. Raises ValueError.
+    """`args` with the folder of the snapshot if the checkpoint is a hub id. Raises CommandLineError.
 
     The other flags are checked first: nothing is downloaded for a command line that cannot work.
     """
@@ -255,19 +273,19 @@ def fetch_checkpoint(args: Args) -> Args:
 
 def _raise_problems(problems: list[str]) -> None:
     if problems:
-        raise ValueError("cannot evaluate:\n" + "\n".join(f"- {problem}" for problem in problems))
+        raise CommandLineError(
+            "cannot evaluate:\n" + "\n".join(f"- {problem}" for problem in problems)
+        )
 
 
 def make_run_dir(args: Args) -> Path:
-    """Make and return a folder that did not exist: EVAL-suite-checkpoint-time[-note][-N]. Safe against a race."""
+    """Make and return a folder that did not exist: EVAL-suite-checkpoint-time[-note][-N]. Safe against a race.
+
+    Suite and checkpoint are cut where they are so long that the name would not be possible.
+    """
     now = f"{datetime.datetime.now():%Y%m%d_%H%M%S}"
-    parts = [
-        "EVAL",
-        args.task_suite_name,
-        model_name(args.pretrained_checkpoint.resolve()),
-        now,
-        args.run_id_note,
-    ]
+    names = [args.task_suite_name, model_name(args.pretrained_checkpoint.resolve())]
+    parts = ["EVAL", *(cut_name(name, 40) for name in names), now, args.run_id_note]
     name = re.sub(r"[^\w.+-]+", "_", "-".join(part for part in parts if part))
     args.local_log_dir.mkdir(parents=True, exist_ok=True)
     for attempt in range(1, 10_000):
@@ -354,7 +372,7 @@ def engine_config(args: Args, max_batch: int) -> Any:
         enforce_eager=args.vllm_enforce_eager or device == "cpu",
         max_num_seqs=max_batch,
         seed=args.seed,
-        extra=json.loads(args.engine_args),
+        extra=parse_engine_options(args.engine_args),
     )
 
 
@@ -420,6 +438,8 @@ def evaluate(args: Args) -> dict[str, Any]:
     os.environ.update(engine_env(device_type()))
     run_dir = make_run_dir(args)
     with log_file(run_dir / "eval.log"):
+        for warning in idle_flags(args, EFFECTS, promises=False):
+            logger.warning(warning)
         logger.info("evaluating %s in %s", args.pretrained_checkpoint, run_dir)
         results = _evaluate(args, run_dir)
         (run_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -557,8 +577,9 @@ def main() -> None:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         evaluate(tyro.cli(Args, use_underscores=True))
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
+    except CommandLineError as error:
+        logger.error("%s", error)
+        raise SystemExit(REFUSED) from error
 
 
 if __name__ == "__main__":

@@ -60,13 +60,13 @@ def driver_command(args: Args, folder: Path) -> list[str]:
         "task_suite_name": "tabletop", "dataset_name": "tabletop", "device": args.device,
         "actor_num_gpus_per_node": f"[{ranks}]", "vllm_num_engines": ranks, "num_steps": args.rollout_steps,
         "local_rollout_batch_size": args.num_envs // ranks, "total_episodes": samples * args.num_steps,
-        "local_mini_batch_size": samples // ranks // 2, "per_device_train_batch_size": 64, "lora_rank": 16,
+        "local_mini_batch_size": samples // ranks // 2, "per_device_train_batch_size": 64,
         "save_freq": args.save_every, "keep_last": 2, "num_env_processes": 1,
     }  # fmt: skip
     words = [
         word for name, value in flags.items() for word in (f"--{name}", str(value))
     ] + args.extra.split()
-    kind = [] if args.full else ["--use_lora", "--freeze_vision_backbone"]
+    kind = [] if args.full else ["--use_lora", "--lora_rank", "16", "--freeze_vision_backbone"]
     return [sys.executable, str(ROOT / "ppo_vllm_ray_fsdp_vla.py"), *kind, *words]
 
 

@@ -1,7 +1,6 @@
 """Files and folders that a command line names, checked and read before anything starts. `args` is the driver's Args."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,13 @@ import numpy as np
 
 from ppo.arguments import CommandLineError, raise_problems, world_flags
 from ppo.envs.base import get_suite, split_options
-from ppo.resume import RunState, find_checkpoint, flag_problems, run_folder_problems
+from ppo.resume import (
+    RunState,
+    checkpoints,
+    find_checkpoint,
+    flag_problems,
+    run_folder_problems,
+)
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
 from prismatic.model_files import read_json_object
 from prismatic.vla.action_normalization import (
@@ -19,6 +24,19 @@ from prismatic.vla.action_normalization import (
 )
 from prismatic.vla.action_tokenizer import ActionTokenizer
 from utils import checkpoint_utils, hub, peft_utils
+from utils.command_line import parse_engine_options
+from utils.output_folders import (
+    PPO_RUN,
+    holds_something,
+    output_problems,
+    overlap_problems,
+    place_problems,
+    remove_output,
+)
+from utils.placement import Demand
+
+# What torch alone takes in each trainer and engine.
+PROCESS_BYTES = 512 << 20
 
 
 def fetch_models(args: Any, exp_dir: Path) -> Any:
@@ -53,11 +71,12 @@ def _with_recorded_commits(args: Any, exp_dir: Path) -> Any:
 
 def check_files(args: Any, exp_dir: Path) -> None:
     """Check every folder and option named by the flags (reads headers only). Raises ValueError with all problems."""
-    from utils.vllm_utils import validate_engine_options
+    from utils.vllm_utils import model_length_problems, validate_engine_options
 
     suite = get_suite(args.task_suite_name)
     problems = checkpoint_utils.check_model_dir(args.vla_path)
-    if not problems:
+    is_model = not problems
+    if is_model:
         problems += _statistics_problems(args)
     if args.load_adapter_checkpoint:
         adapter_problems = checkpoint_utils.check_adapter_dir(args.load_adapter_checkpoint)
@@ -67,16 +86,56 @@ def check_files(args: Any, exp_dir: Path) -> None:
             )
         problems += adapter_problems
     problems += suite.find_problems(**split_options(suite, **world_flags(args))[0])
-    try:
-        options = json.loads(args.engine_args)
-        problems += validate_engine_options(options)
-    except json.JSONDecodeError as error:
-        problems.append(f"--engine_args is not JSON: {error}")
-    if exp_dir.exists() and any(exp_dir.iterdir()) and not (args.overwrite or args.resume):
-        problems.append(
-            f"{exp_dir} already holds a run: choose another --exp_id, or pass --overwrite or --resume auto"
-        )
-    raise_problems(problems)
+    options = parse_engine_options(args.engine_args)
+    problems += [f"--engine_args: {problem}" for problem in validate_engine_options(options)]
+    if is_model:
+        problems += model_length_problems(options, args.vla_path, suite.instructions)
+    raise_problems(problems + exp_dir_problems(args, exp_dir))
+
+
+def process_problems(demand: Demand, available_bytes: int) -> list[str]:
+    """Trainers and engines that cannot all live in this machine's free memory, models not counted (CPU runs)."""
+    needed = (demand.num_trainers + demand.num_engines) * PROCESS_BYTES
+    if demand.device != "cpu" or needed <= available_bytes:
+        return []
+    return [
+        f"{demand.num_trainers} trainers and {demand.num_engines} engines take at least {needed / 2**30:.0f} GiB, "
+        f"{available_bytes / 2**30:.1f} are free: lower --actor_num_gpus_per_node or --vllm_num_engines"
+    ]
+
+
+def exp_dir_problems(args: Any, exp_dir: Path) -> list[str]:
+    """Why the run cannot use its folder; empty when it can."""
+    if problems := place_problems("--run_root_dir", exp_dir.parent):
+        return problems
+    if args.resume and holds_something(exp_dir):
+        return _resume_folder_problems(args, exp_dir)
+    instead = "choose another --exp_id, or pass --resume auto to continue it"
+    return output_problems(
+        "--exp_id", exp_dir, PPO_RUN, inputs=input_folders(args), overwrite=args.overwrite, instead=instead
+    )  # fmt: skip
+
+
+def _resume_folder_problems(args: Any, exp_dir: Path) -> list[str]:
+    """A resumed run writes into its folder, and moves later results aside: it must be a run's, and no input."""
+    problems = place_problems("--resume", exp_dir)
+    problems += overlap_problems("--resume", exp_dir, input_folders(args))
+    if not problems and not (PPO_RUN.is_ours(exp_dir) or checkpoints(exp_dir)):
+        problems = [f"--resume: {exp_dir} holds no PPO run: choose another --exp_id"]
+    return problems
+
+
+def input_folders(args: Any) -> dict[str, str | None]:
+    """Folders that the run reads, by flag: none of them may be removed or written to."""
+    return {
+        name: getattr(args, name)
+        for name in ("vla_path", "load_adapter_checkpoint", "data_root_dir")
+    }
+
+
+def remove_earlier_run(args: Any, exp_dir: Path) -> None:
+    """What --overwrite asks for. Raises CommandLineError if the folder is not a run's after all."""
+    remove_output("--exp_id", exp_dir, PPO_RUN, input_folders(args))
 
 
 def choose_checkpoint(args: Any, exp_dir: Path) -> Path | None:

@@ -41,7 +41,10 @@ parse_options() {
             sed -n '2,/^set /{s/^# \{0,1\}//;/^set /d;p}' "$0"
             exit 0
             ;;
-        *) fail "unknown option $option: use --cpu, --gpu, --libero, --force or --quiet" ;;
+        *)
+            echo "setup: unknown option $option: use --cpu, --gpu, --libero, --force or --quiet" >&2
+            exit 2
+            ;;
         esac
     done
 }

@@ -20,7 +20,7 @@ import pytest
 import tyro
 
 import ppo_vllm_ray_fsdp_vla as driver
-from ppo.arguments import parse_trainers_per_node
+from ppo.arguments import parse_trainers_per_node, warnings
 from utils.hub import hub_flags
 from utils.placement import Demand, Node, placement_problems
 
@@ -224,7 +224,10 @@ def test_launch_script_parses(script, monkeypatch, tmp_path):
     assert calls
     for program, *argv in calls:
         if program in PROGRAMS:
-            parse(program, argv, monkeypatch)
+            args = parse(program, argv, monkeypatch)
+            if program == DRIVER:
+                driver.validate(args)
+                assert warnings(args) == [], "a launch script gives a flag that does nothing"
         else:
             assert (program, argv[0]) == ("-m", "pytest") and argv[-1] == "tests/ppo"
 

@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import tyro
 from safetensors.torch import load_file
 
 import ppo_vllm_ray_fsdp_vla as driver
+from ppo.inputs import exp_dir_problems, process_problems
 from utils.logging_utils import read_metrics
+from utils.placement import Demand
 
 ROOT = Path(__file__).parents[1]
 
@@ -119,12 +122,13 @@ def test_lora_run_learns_syncs_and_writes_what_it_promises(tiny_model_dir, tmp_p
         "the adapter was never trained"
     )
 
-    # an adapter is no model: what needs one says how to get it; and the run's folder is never written again
-    with pytest.raises(ValueError) as refused:
-        driver.check_files(dataclasses.replace(args, vla_path=str(exp_dir)), exp_dir)
-    assert "vla-scripts/merge.py --vla_path" in str(refused.value) and "already holds a run" in str(
-        refused.value
-    )
+    # an adapter is no model: what needs one says how to get it
+    with pytest.raises(ValueError, match="vla-scripts/merge.py --vla_path"):
+        driver.check_files(dataclasses.replace(args, vla_path=str(exp_dir)), tmp_path / "other")
+    # the run's folder is not written again, but every file in it is known: --overwrite may remove it
+    with pytest.raises(ValueError, match="already holds a PPO run"):
+        driver.check_files(args, exp_dir)
+    assert exp_dir_problems(dataclasses.replace(args, overwrite=True), exp_dir) == []
 
 
 @pytest.mark.slow
@@ -156,6 +160,7 @@ def test_full_run_with_its_own_critic_kl_and_token_ratios(tiny_model_dir, tmp_pa
     assert saved.keys() == base.keys()
     assert (tmp_path / "run" / "dataset_statistics.json").exists()
     assert not driver.checkpoint_utils.check_model_dir(tmp_path / "run")
+    assert exp_dir_problems(dataclasses.replace(args, overwrite=True), tmp_path / "run") == []
 
 
 def test_the_next_rollout_is_collected_during_the_update(tiny_model_dir, tmp_path):
@@ -236,7 +241,7 @@ def test_every_problem_of_a_command_line_is_reported_at_once(tmp_path):
     ("changes", "message"),
     [
         ({"task_ids": (3, 99)}, "tabletop has tasks 0..9"),
-        ({"task_ids": (3, 3)}, "names a task twice"),
+        ({"task_ids": (3, 3)}, "--task_ids 3 3 names 3 twice"),
         (
             {"actor_num_gpus_per_node": "[3]", "local_rollout_batch_size": 8},
             "does not divide among 3 trainer ranks: use 6 or 9",
@@ -245,7 +250,7 @@ def test_every_problem_of_a_command_line_is_reported_at_once(tmp_path):
         ({"actor_num_gpus_per_node": "[0]"}, "positive whole numbers"),
         ({"curriculum_min_prob": 0.2}, "exceeds 1: use at most 0.1"),
         ({"num_trials_per_task": 51}, "50 fixed initial states"),
-        ({"cliprange": 1.0}, "must be < 1"),
+        ({"cliprange": 1.0}, "must be above 0 and below 1"),
         ({"num_env_groups": 99}, "exceeds --local_rollout_batch_size"),
         ({"device": "cpu", "offload": True}, "--offload"),
         ({"temperature": float("nan")}, "--temperature nan"),
@@ -256,6 +261,31 @@ def test_a_command_line_that_cannot_work_is_refused_by_name(changes, message):
     driver.validate(driver.Args())
     with pytest.raises(ValueError, match=message.replace("(", r"\(").replace("[", r"\[")):
         driver.validate(dataclasses.replace(driver.Args(), **changes))
+
+
+def test_more_processes_than_this_machine_has_memory_for_are_refused():
+    placed = Demand((1000,), num_engines=500, device="cpu")
+    (problem,) = process_problems(placed, available_bytes=64 << 30)
+    assert "1000 trainers and 500 engines" in problem and "750 GiB" in problem and "64.0" in problem
+    assert process_problems(Demand((2,), num_engines=2, device="cpu"), 4 << 30) == []
+    assert process_problems(Demand((1000,), num_engines=500, device="cuda"), 64 << 30) == []
+
+
+def test_a_run_with_a_note_keeps_its_name_over_restarts(tiny_model_dir, tmp_path, monkeypatch):
+    """The name of the folder is made once, note included, and given to every attempt."""
+    commands: list[list[str]] = []
+    monkeypatch.setattr(
+        driver, "run_attempts", lambda *attempts: commands.extend(attempts[:2]) or 0
+    )
+    args = small_args(tiny_model_dir, tmp_path, exp_id=None, run_id_note="trial", max_restarts=2)
+    monkeypatch.setattr(sys, "argv", command_line(args)[1:])
+    assert driver.supervise(args) == 0
+    names = set()
+    for command in commands:
+        attempt = tyro.cli(driver.Args, args=command[2:], use_underscores=True)
+        driver.validate(attempt)
+        names.add(attempt.exp_id)
+    assert len(names) == 1 and "--trial--" in names.pop()
 
 
 def test_folders_and_engine_options_are_checked_before_anything_starts(tiny_model_dir, tmp_path):

@@ -205,7 +205,7 @@ def test_the_launch_script_starts_two_nodes_trains_and_leaves_nothing_running(
     head = f"{ray.util.get_node_ip_address()}:{ray_utils.free_port()}"
     words = command_line(
         small_args(tiny_model_dir, tmp_path, actor_num_gpus_per_node="[1,1]", use_lora=True, lora_rank=4,
-                   total_episodes=64)
+                   total_episodes=64, value_init_steps=0)
     )[2:]  # fmt: skip
     env = {
         **os.environ,

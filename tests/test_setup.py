@@ -210,7 +210,7 @@ def test_messages_when_something_is_missing(checkout):
     code, output = setup(checkout, NO_PYTHON="1")
     assert code == 1 and "PPO_VLA_PYTHON=" in output and "3.11" in output
     code, output = setup(checkout, "--tpu")
-    assert code == 1 and "unknown option --tpu" in output
+    assert code == 2 and "unknown option --tpu" in output
     code, output = setup(checkout, PPO_VLA_PYTHON="/bin/false")
     assert code == 1 and "PPO_VLA_PYTHON=/bin/false is not a Python 3.11 or 3.12" in output
     (checkout / ".venv").write_text("")

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import psutil
 
+from utils.command_line import REFUSED
 from utils.logging_utils import get_logger
 
 logger = get_logger("driver")
 
 SHARED_MEMORY = "/dev/shm"
 # Exit codes of a program that would end the same way again: a user's mistake, and numbers that are not finite.
-FINAL_CODES = (2, 3)
+FINAL_CODES = (REFUSED, 3)
 # Ray's processes and ours end by themselves when the driver does; what has not by then never will.
 GRACE_S = 5.0
 # Of linux/prctl.h.
@@ -84,7 +85,7 @@ def run_attempt(program: Callable[[], None], user_error: type[Exception]) -> int
         program()
     except user_error as problem:
         logger.error("%s", problem)
-        return 2
+        return REFUSED
     except RuntimeError as error:
         if not isinstance(error.__cause__, FloatingPointError):
             raise

@@ -257,6 +257,8 @@ def atomic_directory(output_dir: str | Path, *, overwrite: bool = False) -> Iter
     """
     target = Path(output_dir)
     clean_interrupted_writes(target.parent, target.name)
+    if target.is_symlink() and any(target.iterdir() if target.is_dir() else ()):
+        raise FileExistsError(f"{target} is a link, which is not replaced: give the folder itself")
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file: choose another folder")
     if target.exists() and any(target.iterdir()) and not overwrite:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, TypeVar
 
 from tyro.constructors import PrimitiveConstructorSpec
 
+from utils.command_line import CommandLineError
 from utils.logging_utils import get_logger
 from utils.progress import ProgressReport
 
@@ -39,7 +40,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 ArgsType = TypeVar("ArgsType")
 
 
-class HubError(ValueError):
+class HubError(CommandLineError):
     """A hub id whose model cannot be had; the message has one problem on each line and says what to do."""
 
 

@@ -12,7 +12,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from prismatic.model_files import SHOWN_BYTES, weight_bytes
+from prismatic.model_files import SHOWN_BYTES, is_int, weight_bytes
 from utils.checkpoint_utils import check_model_dir, read_shapes
 from utils.logging_utils import get_logger
 from utils.weights.channel import BACKENDS
@@ -125,8 +125,8 @@ def vllm_version() -> str:
 
 
 @lru_cache(maxsize=1)
-def known_engine_options() -> frozenset[str]:
-    """Names of vLLM's engine arguments, read from its source: importing it takes 20 s.
+def known_engine_options() -> dict[str, str]:
+    """Names and annotations of vLLM's engine arguments, read from its source: importing it takes 20 s.
 
     Raises ValueError when vLLM is not installed.
     """
@@ -135,26 +135,32 @@ def known_engine_options() -> frozenset[str]:
         raise ValueError("vLLM is not installed: run scripts/setup_env.sh")
     source = Path(spec.submodule_search_locations[0], "engine", "arg_utils.py").read_text()
     classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
-    fields = [node.target for node in classes["EngineArgs"].body if isinstance(node, ast.AnnAssign)]
-    return frozenset(target.id for target in fields if isinstance(target, ast.Name))
+    fields = [node for node in classes["EngineArgs"].body if isinstance(node, ast.AnnAssign)]
+    return {
+        f.target.id: ast.unparse(f.annotation) for f in fields if isinstance(f.target, ast.Name)
+    }
 
 
-def validate_engine_options(extra: dict[str, Any]) -> list[str]:
-    """Problems of engine options given by name: unknown to the installed vLLM, or set by this project itself."""
-    if not extra:
-        return []
+def validate_engine_options(extra: Mapping[str, Any]) -> list[str]:
+    """Problems of engine options given by name.
+
+    An option is refused if the installed vLLM does not know it, if this project sets it itself, or if its value cannot
+    be of the type that vLLM declares. vLLM itself checks what the values mean.
+    """
     problems = []
-    for name in extra:
+    for name, value in extra.items():
         if name in OWN_OPTIONS:
             problems.append(f"engine option {name!r} cannot be given, use {OWN_OPTIONS[name]}")
         elif name not in known_engine_options():
             near = [
                 known for known in sorted(known_engine_options()) if known.startswith(name[:6])
             ][:3]
-            hint = f" (near: {', '.join(near)})" if near else ""
+            hint = f" (near: {', '.join(near)})" if name and near else ""
             problems.append(
                 f"engine option {name!r} is unknown to the installed vLLM {vllm_version()}{hint}: remove it"
             )
+        else:
+            problems += _type_problems(name, value, known_engine_options()[name])
     return problems
 
 
@@ -166,6 +172,67 @@ def expect_no_gpu() -> None:
     logging.getLogger("torch.utils.cpp_extension").addFilter(
         lambda record: not str(record.msg).startswith("No CUDA runtime is found")
     )
+
+
+# JSON's types for the plain names in vLLM's annotations; an annotation with any other name is left to vLLM.
+_PLAIN_TYPES: dict[str, type | tuple[type, ...]] = {
+    "int": int, "float": (int, float), "bool": bool, "str": str, "None": type(None),
+}  # fmt: skip
+# Larger numbers are slips; -1 is vLLM's "all" or "none" of some options.
+_LARGEST_OPTION = 10**12
+
+
+def _type_problems(name: str, value: Any, annotation: str) -> list[str]:
+    names = annotation.split(" | ")
+    if not all(part in _PLAIN_TYPES for part in names):
+        return []
+    is_bool = isinstance(value, bool)
+    fits = any(
+        isinstance(value, _PLAIN_TYPES[part]) and is_bool == (part == "bool") for part in names
+    )
+    if not fits:
+        return [f"engine option {name!r} is {value!r}: vLLM wants {annotation}"]
+    if isinstance(value, int | float) and not is_bool and not -1 <= value <= _LARGEST_OPTION:
+        return [f"engine option {name!r} is {value!r}: it must be from -1 to {_LARGEST_OPTION:g}"]
+    return []
+
+
+def model_length_problems(
+    extra: Mapping[str, Any], model_dir: str | Path, instructions: Sequence[str]
+) -> list[str]:
+    """Whether the longest of the prompts fits into a sequence of the engine; empty when it does.
+
+    A sequence holds the image's patches, the prompt's text and the action tokens. `extra` may
+    set its length, `max_model_len`; the model folder must be complete.
+    """
+    from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
+    from prismatic.extern.hf.modeling_prismatic import create_featurizer
+    from prismatic.extern.hf.processing_prismatic import load_processor
+
+    config, processor = OpenVLAConfig.from_pretrained(model_dir), load_processor(model_dir)
+    with torch.device("meta"):
+        num_patches = create_featurizer(config, 0).patch_embed.num_patches
+    positions = config.text_config.max_position_embeddings
+    length = extra.get("max_model_len")
+    num_text = max(len(processor.prompt_ids(text)) for text in instructions)
+    needed = num_patches + num_text + NUM_ACTION_TOKENS
+    what = (
+        f"{num_patches} patches + {num_text} tokens of the longest prompt + {NUM_ACTION_TOKENS} action tokens "
+        f"= {needed}"
+    )
+    if length is not None and not (is_int(length, needed, positions)):
+        return [
+            f'--engine_args {{"max_model_len": {length}}} must be a whole number from {needed} ({what}) to '
+            f"{positions}, the model's positions"
+        ]
+    if length is None and num_text > MAX_TEXT_TOKENS:
+        return [
+            f"the longest prompt has {num_text} tokens, more than the {MAX_TEXT_TOKENS} that an engine makes room for: "
+            f'pass --engine_args {{"max_model_len": {needed}}} ({what})'
+        ]
+    if needed > positions:
+        return [f"{model_dir}: a sequence needs {what} positions, the model has {positions}"]
+    return []
 
 
 def import_engine() -> None:
@@ -236,10 +303,12 @@ class ActionEngine:
         register_transfer_engine()
         self._model_config = OpenVLAConfig.from_pretrained(config.model_dir)
         self._num_patches = count_patches(self._model_config)
-        self._max_model_len = config.max_model_len or min(
+        default_length = min(
             self._num_patches + MAX_TEXT_TOKENS + NUM_ACTION_TOKENS,
             self._model_config.text_config.max_position_embeddings,
         )
+        given_length = config.max_model_len or config.extra.get("max_model_len")
+        self._max_model_len = int(given_length or default_length)
         self._llm = LLM(**self._engine_arguments())
         self._receiver = WeightReceiver(
             self._llm, read_shapes(config.model_dir), config.weight_transfer_backend

@@ -20,7 +20,16 @@ from ppo.envs.base import get_suite
 from ppo.envs.libero_install import SUITES
 from ppo.envs.recording import parse_episode_path
 from ppo.held_out import check_task, summarize_distances
+from utils.command_line import (
+    REFUSED,
+    Bound,
+    bound_problems,
+    path_problems,
+    raise_problems,
+    repeated_problems,
+)
 from utils.logging_utils import get_logger
+from utils.output_folders import output_file_problems
 
 logger = get_logger(__name__)
 
@@ -42,23 +51,33 @@ class Args:
     seed: int = 0
     """Seed of the PPO run; >= 0."""
     output: Path | None = None
-    """JSON file to write; default: only the log."""
+    """JSON file to write, or an earlier one of this program to replace; default: only the log."""
+
+
+# Every number that a flag takes, with the reason for a limit that its meaning does not set.
+BOUNDS: dict[str, Bound] = {
+    "num_layouts": Bound(1, 100_000, reason="layouts of a task; each takes 0.05 s"),
+    "num_envs": Bound(1, 4096, reason="the driver's limit"),
+    "seed": Bound(0, 1e12, reason="the driver's limit"),
+    "task_ids": Bound(0, 1e6, reason="tasks of the suite, from 0 on"),
+}
 
 
 def validate(args: Args) -> None:
-    """Raise ValueError with everything that cannot work."""
-    problems = []
+    """Raise CommandLineError with everything that cannot work."""
+    problems: list[str] = []
     if args.task_suite_name not in SUITES:
         problems.append(f"--task_suite_name {args.task_suite_name}: use one of {', '.join(SUITES)}")
     elif wrong := [
         i for i in args.task_ids if not 0 <= i < get_suite(args.task_suite_name).num_tasks
     ]:
         problems.append(f"--task_ids {wrong}: {args.task_suite_name} has no such tasks")
-    for name, smallest in (("num_layouts", 1), ("num_envs", 1), ("seed", 0)):
-        if getattr(args, name) < smallest:
-            problems.append(f"--{name} {getattr(args, name)} must be at least {smallest}")
-    if problems:
-        raise ValueError("\n".join(problems))
+    problems += bound_problems(args, BOUNDS) + repeated_problems("--task_ids", args.task_ids)
+    if args.data_root_dir is not None:
+        problems += path_problems("--data_root_dir", args.data_root_dir)
+    if args.output is not None:
+        problems += output_file_problems("--output", args.output, "num_layouts", "per_task")
+    raise_problems(problems)
 
 
 def demonstration_seeds(args: Args) -> dict[int, list[int]]:
@@ -118,4 +137,4 @@ if __name__ == "__main__":
         sys.exit(main(tyro.cli(Args, description=__doc__, use_underscores=True)))
     except ValueError as error:
         logger.error("%s", error)
-        sys.exit(2)
+        sys.exit(REFUSED)

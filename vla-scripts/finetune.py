@@ -15,7 +15,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -55,7 +54,7 @@ class Args:
     run_id_note: str | None = None
     """Appended to the name of the run's folder (without output_dir)."""
     overwrite: bool = False
-    """Delete an existing run's folder instead of refusing to start."""
+    """Delete an earlier fine-tuning run in the same folder. Other folders, and inputs, stay."""
     seed: int = 0
     """Everything random is derived from it; >= 0."""
     max_steps: int = 200_000
@@ -142,32 +141,62 @@ from prismatic.vla.datasets.prefetch import prefetch
 from prismatic.vla.datasets.sources import Reading
 from prismatic.vla.datasets.transforms import get_transform
 from utils import checkpoint_utils, fsdp_utils, hub, peft_utils
+from utils.command_line import (
+    REFUSED,
+    Bound,
+    CommandLineError,
+    Effect,
+    bound_problems,
+    folder_name_problems,
+    idle_flags,
+    path_problems,
+    raise_problems,
+)
 from utils.logging_utils import MetricWriter, add_log_file, format_duration, get_logger
+from utils.output_folders import FINETUNING_RUN, output_problems, place_problems, remove_output
 
 logger = get_logger(__name__)
+
+# Every number that a flag takes, with the reason for a limit that its meaning does not set.
+BOUNDS: dict[str, Bound] = {
+    "max_steps": Bound(1, 1e12, reason="1e12 steps would take a century"),
+    "save_freq warmup_steps": Bound(0, 1e12, reason="in optimizer steps"),
+    "log_freq": Bound(1, 1e12, reason="in optimizer steps"),
+    "seed": Bound(0, 1e12, reason="larger ones leave the rank no room in a generator's 64 bits"),
+    "per_device_train_batch_size": Bound(1, 65_536, reason="its activations fill any memory"),
+    "grad_accumulation_steps": Bound(1, 1_000_000, reason="passes of one optimizer step"),
+    "learning_rate": Bound(
+        0, 1, above=True, reason="AdamW moves every weight by about this much at each step"
+    ),
+    "weight_decay": Bound(0, 1000, reason="times learning_rate it must stay below 1"),
+    "max_grad_norm": Bound(0, 1e6, reason="0 does not clip"),
+    "lora_rank": Bound(1, 4096, reason="the width of the 7B's matrices"),
+    "lora_alpha": Bound(0, 65_536, above=True, reason="larger merged weights overflow"),
+    "lora_dropout": Bound(0, 1, below=True),
+    "num_threads data_num_threads": Bound(1, 1024, reason="no machine has more cores"),
+    "shuffle_buffer_size": Bound(1, 100_000_000, reason="frames in memory; OpenVLA's largest is 256,000"),
+    "cache_gib": Bound(0, 65_536, reason="no machine has more memory"),
+}  # fmt: skip
+# Flags that need another one to do anything.
+EFFECTS = (
+    Effect("lora_rank lora_alpha lora_dropout", lambda a: a.use_lora, "--use_lora (all weights are trained)",
+           promises=True),
+    Effect("wandb_project wandb_mode", lambda a: a.use_wandb, "--use_wandb"),
+)  # fmt: skip
 
 
 def validate(args: Args) -> list[str]:
     """All problems that show without reading a file; each names the value, the rule and the fix."""
-    problems = []
-    at_least = {1: "max_steps log_freq per_device_train_batch_size grad_accumulation_steps lora_rank num_threads "
-                   "data_num_threads shuffle_buffer_size",
-                0: "save_freq warmup_steps weight_decay max_grad_norm cache_gib seed"}  # fmt: skip
-    for minimum, names in at_least.items():
-        for name in names.split():
-            value = getattr(args, name)
-            if value is not None and not (math.isfinite(value) and value >= minimum):
-                problems.append(f"--{name} {value} must be at least {minimum}")
-    for name in ("learning_rate", "lora_alpha"):
-        value = getattr(args, name)
-        if value is not None and not (math.isfinite(value) and value > 0):
-            problems.append(f"--{name} {value} must be > 0")
-    if not 0 <= args.lora_dropout < 1:
-        problems.append(f"--lora_dropout {args.lora_dropout} must lie in [0, 1)")
+    problems = bound_problems(args, BOUNDS) + idle_flags(args, EFFECTS, promises=True)
     if args.warmup_steps >= args.max_steps:
         problems.append(
             f"--warmup_steps {args.warmup_steps} must be below --max_steps {args.max_steps}"
         )
+    for flag in ("vla_path", "data_root_dir", "run_root_dir", "output_dir"):
+        if getattr(args, flag) is not None:
+            problems += path_problems(f"--{flag}", getattr(args, flag))
+    if args.run_id_note is not None:
+        problems += folder_name_problems("--run_id_note", args.run_id_note, whole=False)
     return problems + _combination_problems(args)
 
 
@@ -204,19 +233,29 @@ def check_files(args: Args) -> list[str]:
     problems = checkpoint_utils.check_model_dir(args.vla_path)
     problems += check_mixture(args.data_root_dir, args.dataset_name)
     exp_dir = run_dir(args)
-    if exp_dir.exists() and any(exp_dir.iterdir()) and not args.overwrite:
-        problems.append(
-            f"{exp_dir} exists and is not empty: choose another --output_dir, or pass --overwrite"
-        )
-    return problems
+    if args.output_dir is None and (root := place_problems("--run_root_dir", exp_dir.parent)):
+        return problems + root
+    return problems + output_problems(
+        "--output_dir",
+        exp_dir,
+        FINETUNING_RUN,
+        inputs=input_folders(args),
+        overwrite=args.overwrite,
+        instead="choose another --output_dir",
+    )
+
+
+def input_folders(args: Args) -> dict[str, str | None]:
+    """Folders that the run reads, by flag: none of them may be removed or written to."""
+    return {"vla_path": args.vla_path, "data_root_dir": args.data_root_dir}
 
 
 def run_dir(args: Args) -> Path:
     """`--output_dir`, or a folder in `--run_root_dir` named as OpenVLA names its runs."""
-    if args.output_dir:
+    if args.output_dir is not None:
         return Path(args.output_dir)
     batch_size = args.per_device_train_batch_size * args.grad_accumulation_steps
-    data = args.dataset_name.replace(",", "+").replace(":", "-")
+    data = args.dataset_name.replace(",", "+").replace(":", "-").replace("/", "-")
     name = f"{hub.model_name(args.vla_path)}+{data}+b{batch_size}+lr-{args.learning_rate}"
     name += f"+lora-r{args.lora_rank}+dropout-{args.lora_dropout}" if args.use_lora else ""
     name += "--image_aug" if args.image_aug else ""
@@ -480,10 +519,12 @@ def publish(finetuner: Finetuner, exp_dir: Path) -> None:
 
 def prepare_run(args: Args, exp_dir: Path) -> MetricWriter:
     """Make the run's folder (replacing one that `--overwrite` gives up) and its logs."""
-    if exp_dir.exists() and args.overwrite:
-        shutil.rmtree(exp_dir)
+    if args.overwrite:
+        remove_output("--output_dir", exp_dir, FINETUNING_RUN, input_folders(args))
     exp_dir.mkdir(parents=True, exist_ok=True)
     add_log_file(exp_dir / "log.txt")
+    for warning in idle_flags(args, EFFECTS, promises=False):
+        logger.warning(warning)
     config = hub.recorded_flags(dataclasses.asdict(args))
     (exp_dir / "args.json").write_text(json.dumps(config, indent=2) + "\n")
     return MetricWriter(
@@ -501,10 +542,7 @@ def main(args: Args) -> Path:
     if not problems or not hub.hub_flags(args):  # nothing is downloaded for a line that cannot work
         args = hub.fetch_models(args, {"vla_path": args.revision})
         problems += [problem for problem in check_files(args) if problem not in problems]
-    if problems:
-        raise ValueError(
-            f"{len(problems)} problem(s) with this command line:\n- " + "\n- ".join(problems)
-        )
+    raise_problems(problems)
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
     device_type = None if args.device == "auto" else args.device
@@ -529,6 +567,6 @@ def main(args: Args) -> Path:
 if __name__ == "__main__":
     try:
         main(arguments)
-    except ValueError as error:
+    except CommandLineError as error:
         logger.error("%s", error)
-        sys.exit(2)
+        sys.exit(REFUSED)

@@ -28,8 +28,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ppo.scratch_report import figure, make_grid, render_page
 from ppo.scratch_results import MAIN, SUPERVISED, Paths, ScratchRun, read_json, summarize_run
+from utils.command_line import (
+    REFUSED,
+    Bound,
+    bound_problems,
+    path_problems,
+    raise_problems,
+    repeated_problems,
+)
 from utils.gpu_sampling import sampling
 from utils.logging_utils import format_duration, get_logger
+from utils.output_folders import place_problems
 from utils.pipeline import Stage, StageError, TimeLimit, flags
 from utils.stage_ledger import Ledger, OutOfTimeError, StageBusyError, run_stage, write_json
 
@@ -115,6 +124,18 @@ PROGRAMS = {
 CHECKS = {"sampled": {"temperature": 1.0}, "fast": {"render_quality": "fast"}, "seed": {"seed": 8}}
 CHECKED_STATES = 20
 NUM_RECORDED_STATES = 3  # of each task, whose episodes the grid of videos is chosen from
+CHECKED_COMMANDS = "checked_commands.json"
+STAGE_FOLDERS = ("model", "sft", "ppo", "merged", "eval")
+COLLECTED_FILES = ("summary.json", "report.html", "figure.svg", "grid.mp4")
+# Every number that a flag takes, with the reason for a limit that its meaning does not set.
+BOUNDS: dict[str, Bound] = {
+    "time_limit_s": Bound(0, 1e9, above=True, reason="in seconds; leave it out for no limit"),
+    "reserve_s": Bound(0, 1e6, reason="in seconds"),
+    "gpus": Bound(0, 1023, reason="nvidia-smi's numbers"),
+    "task_ids": Bound(0, 9, reason="the suite has ten tasks"),
+    "eval_parts": Bound(1, 10, reason="each has a task at least"),
+    "num_envs": Bound(1, 256, reason="as many processes record"),
+}
 EXIT_OUT_OF_TIME = 75  # sysexits.h: EX_TEMPFAIL, try again
 
 
@@ -194,6 +215,8 @@ def read_estimates(texts: Sequence[str]) -> dict[str, float]:
             if name not in ESTIMATES_S:
                 raise ValueError
             estimates[name] = float(seconds)
+            if not 0 <= estimates[name] < 1e9:
+                raise ValueError
         except ValueError:
             problems.append(
                 f"--estimate {text}: give STAGE=SECONDS with a stage of {', '.join(ESTIMATES_S)}"
@@ -394,35 +417,21 @@ def share_out(items: Sequence[int], count: int) -> list[tuple[int, ...]]:
 
 
 def validate(args: Args) -> None:
-    """Raise ValueError with everything about the flags that keeps the run from starting."""
+    """Raise CommandLineError with everything about the flags that keeps the run from starting."""
     problems = [
         f"--variants {v}: use some of {', '.join(VARIANTS)}"
         for v in args.variants
         if v not in VARIANTS
     ]
-    if len(set(args.variants)) != len(args.variants):
-        problems.append(f"--variants {' '.join(args.variants)} names one twice")
-    if args.task_ids and not all(0 <= i < 10 for i in args.task_ids):
-        problems.append(f"--task_ids {args.task_ids}: {SUITE} has the tasks 0..9")
-    positive = {
-        "eval_parts": args.eval_parts,
-        "num_envs": args.num_envs,
-        "time_limit_s": args.time_limit_s,
-    }
-    for name, value in positive.items():
-        if value is not None and value <= 0:
-            problems.append(f"--{name} {value} must be positive")
-    if (
-        len(args.gpus) not in LAYOUTS
-        or len(set(args.gpus)) != len(args.gpus)
-        or min(args.gpus, default=0) < 0
-    ):
+    problems += bound_problems(args, BOUNDS)
+    for flag in ("variants", "task_ids", "checks"):
+        problems += repeated_problems(f"--{flag}", getattr(args, flag))
+    problems += folder_problems(args)
+    if len(args.gpus) not in LAYOUTS or len(set(args.gpus)) != len(args.gpus):
         problems.append(f"--gpus {args.gpus}: give one or two numbers of nvidia-smi")
     if args.colocate and len(args.gpus) != 2:
         problems.append("--colocate is for two GPUs: give --gpus 0 1")
-    if args.reserve_s < 0:
-        problems.append(f"--reserve_s {args.reserve_s} must not be negative")
-    if args.sft_dir is not None:
+    if args.sft_dir is not None and not path_problems("--sft_dir", args.sft_dir):
         from utils.checkpoint_utils import (
             check_model_dir,
         )  # imports torch: seconds that --help need not take
@@ -438,10 +447,38 @@ def validate(args: Args) -> None:
     raise_problems(problems)
 
 
-def raise_problems(problems: Sequence[str]) -> None:
-    """Raise ValueError with all of them, if there are any."""
-    if problems:
-        raise ValueError("cannot start:\n" + "\n".join(f"- {problem}" for problem in problems))
+def folder_problems(args: Args) -> list[str]:
+    """Folders that cannot be written, or that hold something else which the run would replace."""
+    problems = place_problems("--run_dir", args.run_dir)
+    if args.sft_dir is not None:
+        problems += path_problems("--sft_dir", args.sft_dir)
+    # Of these the stages remove what is there before they begin.
+    taken = [] if problems else [n for n in STAGE_FOLDERS if os.path.lexists(args.run_dir / n)]
+    if taken and not is_run_dir(args.run_dir):
+        problems.append(
+            f"--run_dir {args.run_dir} holds {', '.join(taken)} and is not a run of this program: choose another"
+        )
+    for flag in ("collect", "collect_models"):
+        folder = getattr(args, flag)
+        if folder is not None:
+            problems += place_problems(f"--{flag}", folder) or _collection_problems(flag, folder)
+    return problems
+
+
+def is_run_dir(folder: Path) -> bool:
+    """Whether this program has begun a run in `folder`."""
+    return (folder / CHECKED_COMMANDS).is_file() or any((folder / "stages").glob("*.json"))
+
+
+def _collection_problems(flag: str, folder: Path) -> list[str]:
+    """Files in the way of what is collected, unless an archive shows that they were collected earlier."""
+    if any(folder.glob("records.tar.gz*")) or any(folder.glob("models.tar*")):
+        return []
+    if taken := [name for name in COLLECTED_FILES if os.path.lexists(folder / name)]:
+        return [
+            f"--{flag} {folder} holds {', '.join(taken)}, which would be replaced: choose another folder"
+        ]
+    return []
 
 
 def load_program(file: Path) -> Any:
@@ -522,7 +559,7 @@ def prepare(args: Args) -> tuple[StageMaker, list[Stage], Ledger]:
     raise_problems([problem for stage in stages for problem in ledger.problems(stage)])
     check_commands(
         [stage for stage in stages if not ledger.pieces(stage.name)],
-        args.run_dir / "checked_commands.json",
+        args.run_dir / CHECKED_COMMANDS,
     )
     for folder in (maker.paths.stages, maker.paths.logs):
         folder.mkdir(parents=True, exist_ok=True)
@@ -573,7 +610,7 @@ if __name__ == "__main__":
         sys.exit(main(command_line))
     except ValueError as error:
         logger.error("%s", error)
-        sys.exit(2)
+        sys.exit(REFUSED)
     except StageError as error:
         logger.error("%s", error)
         sys.exit(1)

@@ -12,6 +12,7 @@ on frames that were not trained on. A GPU needs minutes; a CPU takes hours.
 import json
 import math
 import multiprocessing
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -43,7 +44,7 @@ class Args:
     """Pre-train a tiny policy on questions about tabletop pictures."""
 
     output_dir: str
-    """Folder to write; it must not exist."""
+    """Folder to write; it must be empty or not exist."""
     model: TinyVLAConfig = field(default_factory=lambda: BASE_SIZES)
     """Sizes of the policy; the default is the quick start's, about 1.5 million parameters."""
     kinds: tuple[str, ...] = ("point", "move", "height", "hold", "carry")
@@ -80,9 +81,56 @@ from ppo.envs.tabletop_pretraining import instructions, make_frame
 from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction, bars_for
 from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
 from prismatic.extern.hf.tiny_prismatic import build_tiny_vla, validate_tiny
+from utils.command_line import (
+    REFUSED,
+    Bound,
+    CommandLineError,
+    bound_problems,
+    raise_problems,
+    repeated_problems,
+)
 from utils.logging_utils import get_logger
+from utils.output_folders import output_problems
 
 logger = get_logger(__name__)
+
+
+KINDS = Args.kinds
+# Every number that a flag takes, with the reason for a limit that its meaning does not set.
+BOUNDS: dict[str, Bound] = {
+    "num_frames": Bound(1, 10_000_000, reason="all stay in memory"),
+    "num_updates": Bound(1, 1e9, reason="optimizer steps"),
+    "batch_size": Bound(1, 1_000_000, reason="its activations fill any memory"),
+    "learning_rate": Bound(
+        0, 1, above=True, reason="AdamW moves every weight by about this much at each step"
+    ),
+    "weight_decay": Bound(0, 1000, reason="times learning_rate it must stay below 1"),
+    "seed": Bound(0, 1e12, reason="a larger one is a slip"),
+    "num_workers": Bound(1, 1024, reason="processes"),
+    "max_time_s": Bound(0, math.inf, above=True, reason="in seconds"),
+}  # fmt: skip
+
+
+def validate(args: Args) -> None:
+    """Raise CommandLineError with everything that cannot work."""
+    problems = bound_problems(args, BOUNDS) + output_problems("--output_dir", args.output_dir)
+    if args.num_frames // CHUNK * CHUNK <= NUM_HELD_OUT:
+        problems.append(
+            f"--num_frames {args.num_frames}: {NUM_HELD_OUT} are held out, and they come in {CHUNK}s: use at least "
+            f"{NUM_HELD_OUT + CHUNK}"
+        )
+    if unknown := [kind for kind in args.kinds if kind not in KINDS]:
+        problems.append(f"--kinds {' '.join(unknown)}: use some of {' '.join(KINDS)}")
+    if not args.kinds:
+        problems.append(f"--kinds is empty: give some of {' '.join(KINDS)}")
+    problems += repeated_problems("--kinds", args.kinds)
+    try:
+        validate_tiny(args.model)
+    except ValueError as error:
+        problems += [f"--model.{line}" for line in str(error).splitlines()]
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", args.device):
+        problems.append(f"--device {args.device!r}: use cpu, cuda or cuda:N")
+    raise_problems(problems)
 
 
 @dataclass
@@ -222,15 +270,11 @@ def train(
 
 
 def main(args: Args) -> None:
-    """Draw, train, save."""
-    validate_tiny(args.model)
+    """Draw, train, save. Raises CommandLineError with all problems of the arguments before anything starts."""
+    validate(args)
     if args.device == "auto":
         args = replace(args, device="cuda" if torch.cuda.is_available() else "cpu")
     output_dir = Path(args.output_dir)
-    if output_dir.exists():
-        raise ValueError(
-            f"--output_dir {output_dir} exists already: remove it or name another folder"
-        )
     torch.backends.cuda.matmul.allow_tf32 = True
     model, processor = build_tiny_vla(args.model)
     torch.nn.Module.to(model, args.device)
@@ -252,4 +296,8 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(arguments)
+    try:
+        main(arguments)
+    except CommandLineError as error:
+        logger.error("%s", error)
+        sys.exit(REFUSED)

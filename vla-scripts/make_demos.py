@@ -32,8 +32,22 @@ from prismatic.vla.datasets.store import EpisodeStore
 from prismatic.vla.datasets.transforms import get_transform
 from prismatic.vla.datasets.writer import SMALLEST_JPEG, EncodedDemonstration, write_dataset
 from utils.checkpoint_utils import atomic_directory
+from utils.command_line import (
+    REFUSED,
+    Bound,
+    CommandLineError,
+    bound_problems,
+    repeated_problems,
+)
 from utils.logging_utils import get_logger
 from utils.machine import available_memory_gib
+from utils.output_folders import (
+    DEMONSTRATIONS,
+    RECORDING,
+    holds_something,
+    output_problems,
+    removal_problems,
+)
 from utils.progress import ProgressReport
 
 logger = get_logger(__name__)
@@ -81,34 +95,31 @@ class Args:
     """Processes that record side by side, 1 to 256. LIBERO needs a core and 1.4 (EGL) to 1.9 GiB for each, and more for
     further tasks."""
     overwrite: bool = False
-    """Replace an existing directory of that name, and episodes of an interrupted recording with other settings."""
+    """Replace an earlier recording of that name, and episodes of an interrupted one with other settings. Datasets that
+    this program did not write stay."""
+
+
+# Every number that a flag takes, with the reason for a limit that its meaning does not set.
+BOUNDS: dict[str, Bound] = {
+    "num_episodes": Bound(1, 1_000_000, reason="LIBERO-90 has 4,500; one list entry and file each"),
+    "seed": Bound(0, 1e12, reason="a larger one is a slip"),
+    "imperfection haste": Bound(0, 1),
+    "image_size": Bound(16, 1024, reason="in pixels"),
+    "max_env_length": Bound(1, 1_000_000, reason="in environment steps"),
+    "env_gpu_id": Bound(0, 1023, reason="a GPU's number, from 0 on; leave it out to draw on the CPU"),
+    "num_processes": Bound(1, 256, reason="a simulator in memory each"),
+    "task_ids": Bound(0, 1e6, reason="tasks of the suite, from 0 on"),
+}  # fmt: skip
 
 
 def validate(args: Args) -> list[str]:
     """All problems of the arguments, each naming the value, the rule and the fix; empty if they can work."""
-    problems = _task_problems(args)
-    if args.num_episodes < 1:
-        problems.append(f"--num_episodes {args.num_episodes} must be at least 1")
-    if args.seed < 0:
-        problems.append(f"--seed {args.seed} must not be negative")
-    if not 0.0 <= args.imperfection <= 1.0:
-        problems.append(f"--imperfection {args.imperfection} must lie in [0, 1]")
-    if not 16 <= args.image_size <= 1024:
-        problems.append(f"--image_size {args.image_size} must lie in 16..1024")
-    if not 0.0 <= args.haste <= 1.0:
-        problems.append(f"--haste {args.haste} must lie in [0, 1]")
-    elif args.haste and args.task_suite_name not in LIBERO_SUITES:
+    problems = _task_problems(args) + bound_problems(args, BOUNDS)
+    problems += repeated_problems("--task_ids", args.task_ids)
+    if args.haste > 0 and args.task_suite_name not in LIBERO_SUITES:
         problems.append(
             f"--haste {args.haste} is for LIBERO's expert: {args.task_suite_name}'s has --imperfection"
         )
-    if args.max_env_length is not None and args.max_env_length < 1:
-        problems.append(f"--max_env_length {args.max_env_length} must be at least 1, or left out")
-    if args.env_gpu_id is not None and args.env_gpu_id < 0:
-        problems.append(
-            f"--env_gpu_id {args.env_gpu_id} must not be negative: leave it out to draw on the CPU"
-        )
-    if not 1 <= args.num_processes <= 256:
-        problems.append(f"--num_processes {args.num_processes} must lie in 1..256")
     return problems
 
 
@@ -130,11 +141,24 @@ def _task_problems(args: Args) -> list[str]:
 
 
 def check_output(args: Args) -> list[str]:
-    """The problem of an output directory that is there already, if any."""
+    """Why the episodes cannot go where they should; empty when they can."""
+    target, recording = output_path(args), recording_path(args)
+    problems = output_problems(
+        "--output_dir",
+        target,
+        DEMONSTRATIONS,
+        overwrite=args.overwrite,
+        instead="choose another --output_dir",
+    )
+    if not problems and args.overwrite and holds_something(recording):
+        problems = removal_problems("--output_dir", recording, RECORDING)
+    return problems
+
+
+def recording_path(args: Args) -> Path:
+    """Hidden folder beside the output, where finished episodes wait."""
     target = output_path(args)
-    if target.exists() and not args.overwrite:
-        return [f"{target} exists: choose another --output_dir, or pass --overwrite to replace it"]
-    return []
+    return target.with_name(f".{target.name}.recording")
 
 
 def memory_problems(args: Args, memory_gib: float) -> list[str]:
@@ -239,12 +263,12 @@ def main(args: Args) -> None:
     problems = validate(args) + check_output(args)
     problems = problems or memory_problems(args, available_memory_gib())
     if problems:
-        raise ValueError("\n".join(problems))
-    settings, target = settings_of(args), output_path(args)
-    store = EpisodeStore(target.with_name(f".{target.name}.recording"), settings.identity())
+        raise CommandLineError("\n".join(problems))
+    settings = settings_of(args)
+    store = EpisodeStore(recording_path(args), settings.identity())
     if problems := store.problems():
         if not args.overwrite:
-            raise ValueError("\n".join(problems))
+            raise CommandLineError("\n".join(problems))
         store.remove()
     with store.opened():
         wanted = set(range(args.num_episodes))
@@ -265,7 +289,7 @@ if __name__ == "__main__":
         main(arguments)
     except ValueError as error:
         logger.error("%s", error)
-        sys.exit(2)
+        sys.exit(REFUSED)
     except (RecordingError, BlockingIOError) as error:
         logger.error("%s\nFinished episodes are kept: the same command goes on from there.", error)
         sys.exit(1)

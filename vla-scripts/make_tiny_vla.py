@@ -38,32 +38,40 @@ if __name__ == "__main__":
 
 
 from prismatic.extern.hf.random_prismatic import save_random_vla
-from prismatic.extern.hf.tiny_prismatic import save_tiny_vla
+from prismatic.extern.hf.tiny_prismatic import save_tiny_vla, validate_tiny
+from utils.command_line import REFUSED, Bound, CommandLineError, bound_problems, raise_problems
 from utils.logging_utils import get_logger
+from utils.output_folders import output_problems
 
 logger = get_logger(__name__)
 
+BOUNDS = {"seed": Bound(0, 1e12, reason="a larger one is a slip")}
+
 
 def validate(args: Args) -> None:
-    """Raise ValueError when the folder holds something already, or sizes are given that `--size` does not read."""
-    output_dir = Path(args.output_dir)
-    if output_dir.exists() and any(output_dir.iterdir()):
-        raise ValueError(
-            f"--output_dir {output_dir} is not empty: give a new folder, or remove this one"
-        )
+    """Raise CommandLineError with all problems.
+
+    These are sizes that cannot work or that `--size` does not read, and a folder that cannot be written or is taken.
+    """
+    problems = bound_problems(args, BOUNDS) + output_problems("--output_dir", args.output_dir)
     given = [
         f"--{f.name}"
         for f in fields(TinyVLAConfig)
         if f.name != "seed" and getattr(args, f.name) != f.default
     ]
     if args.size != "tiny" and given:
-        raise ValueError(
+        problems.append(
             f"--size {args.size} has sizes of its own: remove {', '.join(given)}, or use --size tiny"
         )
+    try:
+        validate_tiny(args)
+    except ValueError as error:
+        problems += [f"--{line}" for line in str(error).splitlines()]
+    raise_problems(problems)
 
 
 def main(args: Args) -> None:
-    """Make the folder. Raises ValueError when it holds something already or a size cannot work."""
+    """Make the folder. Raises CommandLineError when it holds something already or a size cannot work."""
     validate(args)
     if args.size == "tiny":
         model = save_tiny_vla(args, args.output_dir)
@@ -74,4 +82,8 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(arguments)
+    try:
+        main(arguments)
+    except CommandLineError as error:
+        logger.error("%s", error)
+        sys.exit(REFUSED)

@@ -73,6 +73,7 @@ from utils.checkpoint_utils import (
     check_model_dir,
     copy_model_files,
 )
+from utils.command_line import REFUSED, CommandLineError, path_problems
 from utils.hub import fetch_models, recorded_path
 from utils.logging_utils import get_logger
 from utils.merge_utils import (
@@ -86,6 +87,7 @@ from utils.merge_utils import (
     recorded_fingerprint,
     tensor_specs,
 )
+from utils.output_folders import MERGED_MODEL, output_problems
 from utils.progress import ProgressReport
 
 logger = get_logger(__name__)
@@ -102,11 +104,11 @@ def validate(args: Args) -> None:
     Raises:
         ValueError: all problems at once: incomplete folders, an adapter for another base, an output in the way.
     """
-    problems = (
-        check_model_dir(args.vla_path)
-        + check_adapter_dir(args.adapter_dir)
-        + _output_problems(args)
+    problems = path_problems("--vla_path", args.vla_path) or check_model_dir(args.vla_path)
+    problems += path_problems("--adapter_dir", args.adapter_dir) or check_adapter_dir(
+        args.adapter_dir
     )
+    problems += _output_problems(args)
     if not problems:
         problems += base_mismatches(load_adapter(args.adapter_dir), args.vla_path)
         if problems:
@@ -115,29 +117,16 @@ def validate(args: Args) -> None:
                 0, f"{args.adapter_dir} is an adapter for another base (it names {known_base}):"
             )
     if problems:
-        raise ValueError("cannot merge:\n" + "\n".join(f"- {problem}" for problem in problems))
+        raise CommandLineError(
+            "cannot merge:\n" + "\n".join(f"- {problem}" for problem in problems)
+        )
 
 
 def _output_problems(args: Args) -> list[str]:
-    output = args.output_dir.resolve()
-    problems = [
-        f"--output_dir {args.output_dir} is or contains {source}, which would be replaced: choose another folder"
-        for source in (args.vla_path, args.adapter_dir)
-        if output == source.resolve() or output in source.resolve().parents
-    ]
-    if problems or not output.exists():
-        return problems
-    if not output.is_dir():
-        return [f"--output_dir {args.output_dir} is a file"]
-    if any(output.iterdir()) and not args.overwrite:
-        return [
-            f"--output_dir {args.output_dir} exists and is not empty: choose another folder or pass --overwrite"
-        ]
-    if any(output.iterdir()) and not (output / "config.json").exists():
-        return [
-            f"--output_dir {args.output_dir} is not a model folder: --overwrite does not replace it"
-        ]
-    return []
+    inputs = {"vla_path": args.vla_path, "adapter_dir": args.adapter_dir}
+    return output_problems(
+        "--output_dir", args.output_dir, MERGED_MODEL, inputs=inputs, overwrite=args.overwrite
+    )
 
 
 def merge(args: Args) -> dict[str, Any]:
@@ -291,7 +280,10 @@ def main(args: Args) -> None:
     logger.info("merging %s", {key: str(value) for key, value in asdict(args).items()})
     try:
         merge(args)
-    except (ValueError, RuntimeError) as error:
+    except CommandLineError as error:
+        logger.error("%s", error)
+        raise SystemExit(REFUSED) from error
+    except RuntimeError as error:
         raise SystemExit(str(error)) from error
 
 

@@ -8,7 +8,6 @@ without --overwrite.
 """
 
 import json
-import shutil
 import signal
 import sys
 import time
@@ -33,7 +32,9 @@ from ppo.run_results import (
     settling_steps,
     training_lines,
 )
+from utils.command_line import REFUSED, Bound, CommandLineError, bound_problems
 from utils.logging_utils import format_duration, get_logger, read_metrics
+from utils.output_folders import QUICK_START, output_problems, remove_output
 from utils.pipeline import SHOWN, Stage, StageError, flags, run_command
 from utils.reports import figures
 from utils.reports.figures import Series, percent, to_svg
@@ -57,7 +58,9 @@ logger = get_logger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
 SUITE = "tabletop"
 BASE_MODEL = ROOT / "assets" / "tabletop-base"
+INPUTS = {"vla_path": BASE_MODEL}
 MARKER = "quickstart.json"  # in every run's folder: only a folder with this file is ever replaced
+BOUNDS = {"seed": Bound(0, 1e12, reason="a larger one is a slip")}
 NUM_CLIP_PAIRS = 4
 CURVE_KEYS = (
     Key("greedy, supervised", figures.BEFORE, is_dot=True),
@@ -156,26 +159,19 @@ def make_stages(args: Args) -> list[Stage]:
 
 
 def validate(args: Args) -> None:
-    """Raise ValueError with everything that keeps the run from starting."""
+    """Raise CommandLineError with everything that keeps the run from starting."""
     from utils.checkpoint_utils import (
         check_model_dir,
     )  # imports torch: seconds that --help need not take
 
-    problems = [f"--seed {args.seed} must be 0 or more"] if args.seed < 0 else []
-    problems += check_model_dir(BASE_MODEL)
-    if args.run_dir.exists() and not args.run_dir.is_dir():
-        problems.append(f"--run_dir {args.run_dir} is a file")
-    elif args.run_dir.exists() and any(args.run_dir.iterdir()):
-        if not args.overwrite:
-            problems.append(
-                f"--run_dir {args.run_dir} is not empty: choose another, or pass --overwrite to replace it"
-            )
-        elif not (args.run_dir / MARKER).exists():
-            problems.append(
-                f"--run_dir {args.run_dir} holds no quick start: --overwrite does not replace it"
-            )
+    problems = bound_problems(args, BOUNDS) + check_model_dir(BASE_MODEL)
+    problems += output_problems(
+        "--run_dir", args.run_dir, QUICK_START, inputs=INPUTS, overwrite=args.overwrite
+    )
     if problems:
-        raise ValueError("cannot start:\n" + "\n".join(f"- {problem}" for problem in problems))
+        raise CommandLineError(
+            "cannot start:\n" + "\n".join(f"- {problem}" for problem in problems)
+        )
 
 
 def run_stages(stages: Sequence[Stage], run_dir: Path) -> dict[str, float]:
@@ -378,12 +374,12 @@ def show_table(summary: dict[str, Any], paths: Paths) -> None:
 
 
 def main(args: Args) -> None:
-    """Run everything. Raises ValueError before anything is written, StageError when a stage fails."""
+    """Run everything. Raises CommandLineError before anything is written, StageError when a stage fails."""
     started = time.perf_counter()
     validate(args)
-    if args.run_dir.exists():
-        shutil.rmtree(args.run_dir)
-    args.run_dir.mkdir(parents=True)
+    if args.overwrite:
+        remove_output("--run_dir", args.run_dir, QUICK_START, INPUTS)
+    args.run_dir.mkdir(parents=True, exist_ok=True)
     paths = Paths(args.run_dir)
     (paths.run_dir / MARKER).write_text(
         json.dumps({key: str(value) for key, value in asdict(args).items()}) + "\n"
@@ -407,6 +403,9 @@ if __name__ == "__main__":
     )  # an exception, so that the running stage is ended too
     try:
         main(arguments)
+    except CommandLineError as error:
+        logger.error("%s", error)
+        sys.exit(REFUSED)
     except (ValueError, StageError) as error:
         logger.error("%s", error)
         sys.exit(1)

@@ -7,8 +7,10 @@ Shapes: H, W image height and width in pixels.
 
 import importlib
 import inspect
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -184,16 +186,38 @@ def get_suite(name: str) -> TaskSuite:
         name: one of `known_suites()`, or `package.module:ATTRIBUTE` naming a TaskSuite anywhere on the path.
 
     Raises:
-        ValueError: unknown name (lists the known ones), or the attribute is not a TaskSuite.
+        ValueError: unknown name (lists the known ones), a module that cannot be imported (with its own error), or the
+            attribute is not a TaskSuite.
     """
     target = _SUITES.get(name, name)
     module_name, colon, attribute = target.partition(":")
     if not colon:
         raise ValueError(
-            f"unknown task suite {name!r}: use one of {', '.join(known_suites())}, "
-            "or package.module:ATTRIBUTE for a world of your own"
+            f"unknown task suite {name[:80]!r}: use one of {', '.join(known_suites())}, "
+            "or package.module:ATTRIBUTE for a suite of your own"
         )
-    suite = getattr(importlib.import_module(module_name), attribute, None)
+    if not all(map(str.isidentifier, [*module_name.split("."), attribute])):
+        raise ValueError(
+            f"task suite {name[:80]!r} is not of the form package.module:ATTRIBUTE with Python's names"
+        )
+    suite = getattr(_import_module(name, module_name), attribute, None)
     if not isinstance(suite, TaskSuite):
         raise ValueError(f"task suite {name!r}: {target} is not a TaskSuite")
     return suite
+
+
+def _import_module(suite: str, module_name: str) -> ModuleType:
+    """Import the module of a suite. Raises ValueError with the module's own error and where it is raised.
+
+    A module of a user's may raise anything when it is imported, SystemExit too, hence the broad except.
+    """
+    try:
+        return importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:
+        frames = [
+            f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename
+        ]
+        place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames[1:] else ""
+        raise ValueError(
+            f"task suite {suite!r}: importing {module_name} raises {type(error).__name__}: {error}{place}"
+        ) from error

@@ -263,20 +263,25 @@ def test_action_metrics_by_hand() -> None:
     assert metrics["action_l1"] == pytest.approx(11 * 2 / 255 / 7)
 
 
-def test_an_existing_run_is_kept_unless_overwritten(
+def test_an_existing_run_is_kept_unless_overwritten_and_nothing_else_is_ever_removed(
     tiny_model_dir: Path, data_root: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "run"
-    out.mkdir()
-    (out / "precious.txt").write_text("results")
+    out = run(tiny_model_dir, data_root, tmp_path / "run", max_steps=2, save_freq=1)
+    before = (out / "metrics.jsonl").read_text()
     with pytest.raises(
-        ValueError,
-        match="exists and is not empty: choose another --output_dir, or pass --overwrite",
+        ValueError, match="already holds a fine-tuning run: choose another --output_dir, or pass"
     ):
         run(tiny_model_dir, data_root, out)
-    assert [p.name for p in out.iterdir()] == ["precious.txt"]
+    (out / "thesis.txt").write_text("precious")
+    with pytest.raises(ValueError, match=r"holds thesis.txt, which a fine-tuning run does not"):
+        run(tiny_model_dir, data_root, out, overwrite=True)
+    for folder in (tiny_model_dir, data_root, data_root.parent):
+        with pytest.raises(ValueError, match="is --|contains --"):
+            run(tiny_model_dir, data_root, folder, overwrite=True)
+    assert (out / "metrics.jsonl").read_text() == before and check_model_dir(tiny_model_dir) == []
+    (out / "thesis.txt").unlink()
     run(tiny_model_dir, data_root, out, overwrite=True, max_steps=1)
-    assert check_model_dir(out) == [] and not (out / "precious.txt").exists()
+    assert check_model_dir(out) == [] and not (out / "step_1").exists()
 
 
 def test_all_problems_are_reported_before_anything_starts(

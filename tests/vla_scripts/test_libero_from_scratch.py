@@ -243,7 +243,7 @@ def test_wrong_flags_are_all_named_before_anything_is_written(tmp_path):
         script.main(args)
     named = [
         "--variants best",
-        "names one twice",
+        "names base twice",
         "--task_ids",
         "--set ppo=3",
         "--set x.y=1",
@@ -259,6 +259,19 @@ def test_wrong_flags_are_all_named_before_anything_is_written(tmp_path):
     ]:
         assert text in str(error.value), text
     assert not (tmp_path / "run").exists()
+
+
+def test_folders_that_stages_would_remove_must_be_of_an_earlier_run(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("of years")
+    (tmp_path / "summary.json").write_text("mine")
+    with pytest.raises(ValueError) as error:
+        script.main(script.Args(run_dir=tmp_path, collect=tmp_path))
+    assert "holds model and is not a run of this program" in str(error.value)
+    assert "holds summary.json, which would be replaced" in str(error.value)
+    assert (tmp_path / "model" / "weights").exists()
+    (tmp_path / script.CHECKED_COMMANDS).write_text("{}")
+    assert script.folder_problems(script.Args(run_dir=tmp_path)) == []
 
 
 def test_a_run_without_an_adapter_to_merge_is_refused(tmp_path):

@@ -107,7 +107,7 @@ def test_script_writes_a_model_that_loads_and_logs_what_it_did(script, tmp_path,
         and row["update"] == 2
         and 0 <= row["held_out/move"] <= 1
     )
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match="exists and is not empty"):
         script.main(args)
 
 

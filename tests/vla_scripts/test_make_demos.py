@@ -1,6 +1,7 @@
 """vla-scripts/make_demos.py: what is recorded, and that nothing is lost or half-written."""
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -107,13 +108,24 @@ def test_an_expert_that_always_fails_is_reported_and_leaves_nothing(tmp_path: Pa
 def test_never_overwrites_unless_asked(tmp_path: Path) -> None:
     before = make(tmp_path, num_episodes=2)
     with pytest.raises(
-        ValueError, match="exists: choose another --output_dir, or pass --overwrite"
+        ValueError, match="already holds a dataset of make_demos.py: choose another"
     ):
         make(tmp_path, num_episodes=3)
     folder = tmp_path / "tabletop_no_noops" / "1.0.0"
     assert same(before, list(iterate_episodes(folder, images=True)))
     assert len(make(tmp_path, num_episodes=3, overwrite=True)) == 3
     assert [p.name for p in folder.parent.iterdir()] == ["1.0.0"], "no temporary folder stays"
+
+
+def test_a_dataset_from_elsewhere_is_never_overwritten(tmp_path: Path) -> None:
+    make(tmp_path, num_episodes=2)
+    folder = tmp_path / "tabletop_no_noops" / "1.0.0"
+    info = json.loads((folder / "dataset_info.json").read_text())
+    info["description"] = "LIBERO's demonstrations, replayed"
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match="is not recognisably a dataset of make_demos.py"):
+        make(tmp_path, num_episodes=3, overwrite=True)
+    assert list(folder.glob("*.tfrecord-*"))
 
 
 def test_the_statistics_come_with_the_data(tmp_path: Path) -> None:

@@ -439,20 +439,37 @@ def test_fingerprint_tells_bases_of_one_shape_apart(
 
 def test_output_folders_in_the_way(merge_script, tiny_model_dir, adapter, tmp_path):
     base = shutil.copytree(tiny_model_dir, tmp_path / "base")
-    args = {"vla_path": base, "adapter_dir": adapter[0]}
-    for output, message in [(base, "is or contains"), (tmp_path, "is or contains")]:
+    args = {"vla_path": base, "adapter_dir": adapter[0], "check": "weights"}
+
+    def merge(output, **options):
+        merge_script.merge(merge_script.Args(**args, output_dir=output, **options))
+
+    for output, message in [(base, "is --vla_path"), (tmp_path, "contains --vla_path")]:
         with pytest.raises(ValueError, match=message):
-            merge_script.merge(merge_script.Args(**args, output_dir=output, overwrite=True))
+            merge(output, overwrite=True)
+    other_model = shutil.copytree(tiny_model_dir, tmp_path / "other_model")
+    for output in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/none")):
+        (tmp_path / "file").write_text("precious")
+        with pytest.raises(ValueError, match="is a file|cannot be written"):
+            merge(output)
     out = tmp_path / "out"
-    out.mkdir()
+    merge(out)
+    with pytest.raises(
+        ValueError, match="already holds a model that merge.py wrote: .* pass --overwrite"
+    ):
+        merge(out)
+    with pytest.raises(ValueError, match="not recognisably a model that merge.py wrote"):
+        merge(other_model, overwrite=True)
     (out / "thesis.txt").write_text("precious")
-    with pytest.raises(ValueError, match="pass --overwrite"):
-        merge_script.merge(merge_script.Args(**args, output_dir=out))
-    with pytest.raises(ValueError, match="not a model folder"):
-        merge_script.merge(merge_script.Args(**args, output_dir=out, overwrite=True))
-    (out / "config.json").write_text("{}")
-    merge_script.merge(merge_script.Args(**args, output_dir=out, overwrite=True, check="weights"))
-    assert not (out / "thesis.txt").exists() and check_model_dir(out) == []
+    with pytest.raises(ValueError, match="holds thesis.txt"):
+        merge(out, overwrite=True)
+    (out / "thesis.txt").unlink()
+    linked = tmp_path / "link"
+    linked.symlink_to(out)
+    with pytest.raises(ValueError, match="is a link"):
+        merge(linked, overwrite=True)
+    merge(out, overwrite=True, dtype="bfloat16")
+    assert check_model_dir(out) == [] and check_model_dir(other_model) == []
 
 
 def test_all_problems_are_reported_at_once(merge_script, tiny_model_dir, tmp_path):

@@ -136,9 +136,9 @@ def test_validate_names_every_problem_and_protects_folders(tmp_path, monkeypatch
     args = quickstart.Args(seed=-1, run_dir=tmp_path)
     with pytest.raises(ValueError) as error:
         quickstart.validate(args)
-    for text in ("--seed -1", "absent", "not empty: choose another, or pass --overwrite"):
+    for text in ("--seed -1", "absent", "not empty: choose another folder"):
         assert text in str(error.value)
-    with pytest.raises(ValueError, match="holds no quick start"):
+    with pytest.raises(ValueError, match="not recognisably a quick start"):
         quickstart.main(dataclasses.replace(args, overwrite=True))
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -147,17 +147,21 @@ def test_overwrite_replaces_an_earlier_run(tmp_path, monkeypatch):
     monkeypatch.setattr("utils.checkpoint_utils.check_model_dir", lambda path: [])
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    (run_dir / quickstart.MARKER).write_text("{}")
-    (run_dir / "old").write_text("")
+    (run_dir / quickstart.MARKER).write_text('{"seed": "0", "run_dir": "run"}')
+    (run_dir / "report.html").write_text("")
     monkeypatch.setattr(
         quickstart, "make_stages", lambda args: [stage("one", "raise SystemExit(3)")]
     )
-    with pytest.raises(ValueError, match="not empty"):
+    with pytest.raises(ValueError, match="already holds a quick start"):
         quickstart.main(quickstart.Args(run_dir=run_dir))
-    assert (run_dir / "old").exists()
+    (run_dir / "thesis.txt").write_text("precious")
+    with pytest.raises(ValueError, match="holds thesis.txt"):
+        quickstart.main(quickstart.Args(run_dir=run_dir, overwrite=True))
+    assert (run_dir / "report.html").exists()
+    (run_dir / "thesis.txt").unlink()
     with pytest.raises(quickstart.StageError):
         quickstart.main(quickstart.Args(run_dir=run_dir, overwrite=True))
-    assert not (run_dir / "old").exists() and (run_dir / "logs/1_one.log").exists()
+    assert not (run_dir / "report.html").exists() and (run_dir / "logs/1_one.log").exists()
 
 
 def test_stages_run_in_order_with_their_own_logs(tmp_path, monkeypatch):

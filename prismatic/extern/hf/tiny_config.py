@@ -31,9 +31,24 @@ class TinyVLAConfig:
     """Words, beside the built-in ones of tabletop and LIBERO, that get one token each; others are spelled in bytes."""
 
 
+# Largest sizes, each beyond openvla-7b's: larger numbers are slips, and would fill the memory.
+SIZE_LIMITS = {
+    "image_size": 1024, "patch_size": 1024, "vision_dim": 8192, "vision_depth": 256, "vision_heads": 1024,
+    "llm_dim": 8192, "llm_depth": 256, "llm_heads": 1024, "llm_mlp_dim": 65_536,
+}  # fmt: skip
+# 4 GB in float32, and as much again while they are written.
+MAX_WEIGHTS = 1e9
+
+
 def validate_tiny(config: TinyVLAConfig) -> None:
-    """Raise ValueError listing every size that cannot work."""
-    problems = []
+    """Raise ValueError listing every size that cannot work, one a line."""
+    problems = [
+        f"{name} {getattr(config, name)} must be from 1 to {limit}"
+        for name, limit in SIZE_LIMITS.items()
+        if not 1 <= getattr(config, name) <= limit
+    ]
+    if problems:
+        raise ValueError("\n".join(problems))
     if config.image_size % config.patch_size:
         problems.append(
             f"image_size {config.image_size} is not a multiple of patch_size {config.patch_size}"
@@ -50,5 +65,11 @@ def validate_tiny(config: TinyVLAConfig) -> None:
         problems.append(
             f"vision_depth is {config.vision_depth} (at least 2), llm_depth {config.llm_depth} (1)"
         )
+    llama = config.llm_depth * config.llm_dim * (4 * config.llm_dim + 3 * config.llm_mlp_dim)
+    num_weights = llama + 2 * config.vision_depth * 12 * config.vision_dim**2
+    if num_weights > MAX_WEIGHTS:
+        problems.append(
+            f"these sizes have about {num_weights:.3g} weights: at most {MAX_WEIGHTS:g} are made in memory"
+        )
     if problems:
-        raise ValueError("; ".join(problems))
+        raise ValueError("\n".join(problems))

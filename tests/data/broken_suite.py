@@ -1,0 +1,3 @@
+"""A suite of a user's whose module raises when it is imported."""
+
+raise RuntimeError("the licence has expired")
