@@ -1,4 +1,4 @@
-"""OpenVLA-OFT checkpoints are refused by everything that loads a model; plain OpenVLA folders are not."""
+"""Whatever loads a model refuses OpenVLA-OFT checkpoints and accepts plain OpenVLA folders."""
 
 import importlib.util
 import json
@@ -50,7 +50,7 @@ def add_network(folder: Path, name: str) -> None:
 
 
 def add_l1_networks(folder: Path) -> None:
-    """What OFT's fine-tuning adds with its defaults for LIBERO, in the names of the published checkpoints."""
+    """What OFT's fine-tuning adds for LIBERO, under the names of the published checkpoints."""
     add_network(folder, "action_head--150000_checkpoint.pt")
     add_network(folder, "proprio_projector--150000_checkpoint.pt")
     (folder / "lora_adapter").mkdir()
@@ -107,7 +107,7 @@ def test_what_may_lie_beside_a_plain_openvla_can_be_moved_away(model_dir: Path, 
 
 
 def test_an_oft_checkpoint_that_is_not_merged_yet_is_recognised(model_dir: Path) -> None:
-    """OFT saves only the adapter, the networks and the processor if it is not told to merge while training."""
+    """Unless OFT merges while it trains, it saves the adapter, the networks and the processor."""
     (model_dir / "model.safetensors").unlink()
     (model_dir / "config.json").unlink()
     add_l1_networks(model_dir)
@@ -170,7 +170,7 @@ def test_the_adapter_inside_an_oft_checkpoint_is_not_merged_into_a_plain_model(
 
 
 def test_plain_openvla_folders_are_accepted(model_dir: Path) -> None:
-    """What OpenVLA's own fine-tuning and its users leave in a folder, and OFT's fields where they say plain."""
+    """Files that OpenVLA's fine-tuning and its users leave, and OFT's fields with plain values."""
     for name in ("configuration_prismatic.py", "modeling_prismatic.py", "processing_prismatic.py"):
         (model_dir / name).write_text(PLAIN_CODE)
     (model_dir / "README.md").write_text("OpenVLA-OFT sets NUM_ACTIONS_CHUNK; this is OpenVLA.\n")

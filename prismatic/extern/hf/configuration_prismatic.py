@@ -83,9 +83,10 @@ class OpenVLAConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return the fields to save.
 
-        `timm_model_kwargs` only where it is used, because openvla-7b's file does not have it. The rotary embedding
-        twice in `text_config`: as `rope_parameters`, and as the `rope_theta` and `rope_scaling` that transformers 4
-        (4.40.1 in OpenVLA's requirements) reads, where a missing `rope_theta` silently means 10000.
+        `timm_model_kwargs` is saved only where it is used, because openvla-7b's file does not have
+        it. `text_config` has the rotary embedding twice: as `rope_parameters`, and as `rope_theta`
+        and `rope_scaling` for transformers 4 (OpenVLA pins 4.40.1), where a missing `rope_theta`
+        silently means 10000.
         """
         fields = super().to_dict()
         if fields.get("timm_model_kwargs") is None:
@@ -142,14 +143,18 @@ def _llama_config(
     for name, value in older.items():
         if value is not None and _without_spelling(value) != _without_spelling(derived.get(name)):
             raise ValueError(
-                f"text_config.{name} is {value}, which contradicts rope_parameters {config.rope_parameters}: keep "
-                "the one that the model was trained with and delete the other"
+                f"text_config.{name} is {value}, which contradicts rope_parameters "
+                f"{config.rope_parameters}: keep the one that the model was trained with and "
+                "delete the other"
             )
     return config
 
 
 def _without_spelling(value: Any) -> Any:
-    """A rope_scaling with its type under the newer name, without theta, None for the default; else `value`."""
+    """A rope_scaling with its type under the newer name and without theta; None for the default.
+
+    Other values are returned as they are.
+    """
     if not isinstance(value, dict):
         return value
     renamed = {"rope_type" if key == "type" else key: item for key, item in value.items()}
@@ -158,9 +163,9 @@ def _without_spelling(value: Any) -> Any:
 
 
 def _older_rope_fields(text_config: dict[str, Any]) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` as transformers 4 has them, from `rope_parameters`; empty without it.
+    """`rope_theta` and `rope_scaling` as transformers 4 has them, from `rope_parameters`.
 
-    4.40.1 knows the types linear and dynamic, in exactly this form, and refuses others by an error.
+    4.40.1 knows the types linear and dynamic, in exactly this form, and raises for others.
     """
     rope_parameters = dict(text_config.get("rope_parameters") or {})
     theta = rope_parameters.pop("rope_theta", None)

@@ -1,8 +1,9 @@
-"""Recognise OpenVLA-OFT checkpoints, which have OpenVLA's names, shapes and `model_type` but work in another way.
+"""Recognise OpenVLA-OFT checkpoints, which have OpenVLA's tensor names and work in another way.
 
-OFT predicts a chunk of actions in one pass, with bidirectional attention. Its published checkpoints compute actions
-with a separate network (the action head) and were never trained to predict action tokens: read as a plain OpenVLA they
-load without an error and solve nothing. Source: moojink/openvla-oft, vla-scripts/finetune.py.
+OFT predicts a chunk of actions in one pass, with bidirectional attention. Its published checkpoints
+compute actions with a separate network (the action head) and were never trained to predict action
+tokens: read as a plain OpenVLA, they load without an error and solve nothing.
+Source: moojink/openvla-oft, vla-scripts/finetune.py.
 """
 
 import os
@@ -15,17 +16,23 @@ from prismatic.model_files import is_int, read_json_object
 
 ADAPTER_FOLDER = "lora_adapter"
 STATISTICS_NAME = "dataset_statistics.json"
-# Networks that OFT saves beside the weights, as NETWORK--STEP_checkpoint.pt or NETWORK--latest_checkpoint.pt.
-# It saves the vision backbone where FiLM layers condition it on the instruction.
+# Networks that OFT saves beside the weights, as NETWORK--STEP_checkpoint.pt or
+# NETWORK--latest_checkpoint.pt. It saves the vision backbone where FiLM layers condition it on the
+# instruction.
 _NETWORK_FILE = re.compile(
     r"(?:action_head|proprio_projector|noisy_action_projector|vision_backbone)--.*checkpoint.*\.\w+"
 )
-# Fields of config.json that OFT and the RL codes built on it (SimpleVLA-RL, RLinf) write. The names without `use_`
-# are numbers, and 1 means plain OpenVLA.
+# Fields of config.json that OFT and the RL codes built on it (SimpleVLA-RL, RLinf) write. The names
+# without `use_` are numbers, and 1 means plain OpenVLA.
 _SWITCHES = ("use_l1_regression", "use_diffusion", "use_proprio", "use_film")
 _COUNTS = (
-    "num_images_in_input", "num_actions_chunk", "num_action_chunks", "action_chunk_size", "chunk_size", "chunk",
-)  # fmt: skip
+    "num_images_in_input",
+    "num_actions_chunk",
+    "num_action_chunks",
+    "action_chunk_size",
+    "chunk_size",
+    "chunk",
+)
 _MODEL_TYPES = ("openvla_oft", "openvla-oft", "openvlaoft")
 # In OFT's modeling_prismatic.py and not in OpenVLA's.
 _CODE_MARKERS = (b"NUM_ACTIONS_CHUNK", b"num_images_in_input")
@@ -56,9 +63,10 @@ def oft_fields(config: Mapping[str, Any]) -> list[str]:
 def oft_problems(model_dir: str | Path, config: Mapping[str, Any] | None = None) -> list[str]:
     """Why a model folder is taken for an OpenVLA-OFT checkpoint, as one message; empty if it is not.
 
-    `config`: the fields of config.json if they are known already. Files and fields that only OFT has are certain
-    signs. OFT's modelling code and a `lora_adapter` folder may lie beside a plain OpenVLA too (OFT copies the code into
-    the folder that it starts from), so the message then says what to do. No code is run and no .pt file is read.
+    `config`: the fields of config.json if they are known already. Files and fields that only OFT
+    has are certain signs. OFT's modelling code and a `lora_adapter` folder may lie beside a plain
+    OpenVLA too (OFT copies the code into the folder that it starts from), so the message then says
+    what to do. No code is run and no .pt file is read.
     """
     folder = Path(model_dir)
     if config is None:
@@ -74,24 +82,25 @@ def oft_problems(model_dir: str | Path, config: Mapping[str, Any] | None = None)
         uncertain.append(f"{ADAPTER_FOLDER}/")
     if certain:
         return [
-            f"{folder} is an OpenVLA-OFT checkpoint, which is not supported yet. It was recognised by "
-            f"{', '.join(certain + uncertain)}. Its actions would be meaningless if it was read as a plain OpenVLA: "
-            "give a plain OpenVLA checkpoint"
+            f"{folder} is an OpenVLA-OFT checkpoint, which is not supported yet. It was recognised "
+            f"by {', '.join(certain + uncertain)}. Read as a plain OpenVLA, its actions would be "
+            "meaningless: give a plain OpenVLA checkpoint"
         ]
     if uncertain:
         return [
-            f"{folder} looks like an OpenVLA-OFT checkpoint, which is not supported yet. It was recognised by "
-            f"{', '.join(uncertain)}. If the weights are those of a plain OpenVLA, move {' and '.join(uncertain)} out "
-            "of the folder; otherwise give a plain OpenVLA checkpoint"
+            f"{folder} looks like an OpenVLA-OFT checkpoint, which is not supported yet. It was "
+            f"recognised by {', '.join(uncertain)}. If the weights are those of a plain OpenVLA, "
+            f"move {' and '.join(uncertain)} out of the folder; otherwise give a plain OpenVLA "
+            "checkpoint"
         ]
     return []
 
 
 def oft_adapter_problems(adapter_dir: str | Path) -> list[str]:
-    """Why a LoRA adapter is taken for an OpenVLA-OFT checkpoint's, as one message; empty if it is not.
+    """Why an adapter is taken for that of an OpenVLA-OFT checkpoint, as one message; else empty.
 
-    OFT writes the adapter as CHECKPOINT/lora_adapter, with the other networks and the statistics in CHECKPOINT. Merged
-    into a plain OpenVLA it gives a folder that nothing distinguishes from a plain OpenVLA.
+    OFT writes the adapter as CHECKPOINT/lora_adapter, with the other networks and the statistics in
+    CHECKPOINT. Merged into a plain OpenVLA, it gives a folder that looks like a plain OpenVLA.
     """
     # As it is written and with its links followed: either may lead into a checkpoint.
     for adapter in (Path(os.path.abspath(adapter_dir)), Path(adapter_dir).resolve()):
@@ -102,15 +111,16 @@ def oft_adapter_problems(adapter_dir: str | Path) -> list[str]:
                 found.append(STATISTICS_NAME)
             if found:
                 return [
-                    f"{adapter_dir} is the adapter of an OpenVLA-OFT checkpoint, which is not supported yet. It was "
-                    f"recognised by {', '.join(found)} in {folder}. Merged into a plain OpenVLA, its actions would be "
-                    "meaningless; if it was trained as a plain OpenVLA, move it to another folder"
+                    f"{adapter_dir} is the adapter of an OpenVLA-OFT checkpoint, which is not "
+                    f"supported yet. It was recognised by {', '.join(found)} in {folder}. Merged "
+                    "into a plain OpenVLA, its actions would be meaningless; if it was trained as "
+                    "a plain OpenVLA, move it to another folder"
                 ]
     return []
 
 
 def _readable_names(folder: Path) -> list[str]:
-    """The names in a folder; none if it may not be listed (one above the adapter that belongs to somebody else)."""
+    """The names in a folder; none if this user may not list it."""
     try:
         return os.listdir(folder)
     except PermissionError:

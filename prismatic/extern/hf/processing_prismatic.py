@@ -147,8 +147,8 @@ class PrismaticImageProcessor(BaseImageProcessor):
     def _letterbox(self, pil: Image.Image) -> Image.Image:
         """Pad the shorter side with the fill colour, equally on both ends.
 
-        As in OpenVLA, each end gets half the difference of the sides, rounded down: where the difference is odd, the
-        result is one pixel short of a square.
+        As in OpenVLA, each end gets half the difference of the sides, rounded down: where the
+        difference is odd, the result is one pixel short of a square.
         """
         side = max(pil.size)
         left, top = (side - pil.width) // 2, (side - pil.height) // 2
