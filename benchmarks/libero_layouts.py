@@ -147,6 +147,7 @@ def start(layout: Layout, gpus: tuple[int, ...], vla_path: Path, args: Args) -> 
     environment = {
         **os.environ,
         "PYTHON": sys.executable,
+        "RAY_DEDUP_LOGS": "0",  # lines of several engines that differ in a GPU's number
         "LAYOUT": layout.kind,
         "VLA_PATH": str(vla_path.resolve()),
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),

@@ -5,7 +5,7 @@
 #   bash scripts/test.sh tests/ppo -k gae       some of it, in one process
 #
 # Two workers are for two cores: tests that wait for a process to start leave one of them to others. Which tests stay
-# on one worker, and why, is in tests/conftest.py.
+# together on one worker, and why, is in tests/conftest.py.
 # The tests marked libero run where LIBERO's simulator is there or can be installed, and are skipped elsewhere.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -22,26 +22,40 @@ SUITE_SCENES = {
     "libero_90": "libero_kitchen_tabletop_base_style.xml",
 }
 
-# What starts Ray or an engine, many processes at a time: `pytest -n 2` gives all of it to one worker, from the start.
+# Tests that start Ray and with it five to ten large processes. `pytest -n 2` begins with them, since they take longest.
+# Those that use `straight_run` stay on one worker, and so do the others; where memory is short all of them do.
+STRAIGHT_RUN_TESTS = ("tests/test_faults", "tests/test_resume_run.py")
 RAY_TESTS = (
-    "tests/prismatic/test_vllm_", "tests/test_driver.py", "tests/test_evaluation.py", "tests/test_faults",
-    "tests/test_hub_models.py", "tests/test_libero_end_to_end.py", "tests/test_multinode.py",
-    "tests/test_resume_run.py", "tests/utils/test_ray_utils.py", "tests/utils/weights/test_sync.py",
-    "tests/vla_scripts/test_libero_from_scratch.py",
+    "tests/test_driver.py", "tests/test_hub_models.py", "tests/test_libero_end_to_end.py", "tests/test_multinode.py", "tests/utils/test_actors.py",
+    "tests/utils/test_ray_utils.py", "tests/utils/test_spares.py", "tests/utils/weights/test_sync.py",
 )  # fmt: skip
+MEMORY_OF_TWO_RUNS_GIB = 12.0
+
+
+def group_of(nodeid: str, has_room: bool) -> str:
+    """What a test shares a worker with; other files each form a group, for their fixtures."""
+    if nodeid.startswith(STRAIGHT_RUN_TESTS):
+        return "straight run"
+    if nodeid.startswith(RAY_TESTS):
+        return "ray" if has_room else "straight run"
+    return nodeid.partition("::")[0]
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Tests that stay on one worker: RAY_TESTS, and those of each other file, for its fixtures.
+    """Tests that stay on one worker, see `group_of`.
 
     `--dist loadgroup` would do, but xdist 3.8 loses its groups with pytest 9.2 (pytest-xdist's issue 1386).
     """
     from xdist.scheduler import LoadScopeScheduling
 
+    from utils.machine import available_memory_gib
+
+    has_room = available_memory_gib() >= MEMORY_OF_TWO_RUNS_GIB
+
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "" if nodeid.startswith(RAY_TESTS) else nodeid.partition("::")[0]
+            return group_of(nodeid, has_room)
 
     config.option.loadscopereorder = False
     return Scheduling(config, log)
@@ -77,7 +91,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if reason := libero_skip_reason(sorted(suites)):
                 item.add_marker(pytest.mark.skip(reason=reason))
     if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: not item.nodeid.startswith(RAY_TESTS))
+        order = ["straight run", "ray"]
+        groups = [group_of(item.nodeid, True) for item in items]
+        ranks = [order.index(group) if group in order else len(order) for group in groups]
+        items[:] = [items[i] for i in sorted(range(len(items)), key=ranks.__getitem__)]
 
 
 def save_tiny_model(folder: Path) -> Path:

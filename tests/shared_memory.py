@@ -8,7 +8,7 @@ def shared_memory() -> set[str]:
     return set(os.listdir("/dev/shm"))
 
 
-def left_in_shared_memory(before: set[str], wait_s: float = 120.0) -> set[str]:
+def left_in_shared_memory(before: set[str], wait_s: float = 900.0) -> set[str]:
     """Files that are there now, were not `before` and stay; those of a test that runs beside this one go with it."""
     left, deadline = shared_memory() - before, time.monotonic() + wait_s
     while left and time.monotonic() < deadline:

@@ -1,6 +1,7 @@
 """A world in which a random policy is rewarded half of the time, so that a few PPO steps show whether it learns."""
 
 import os
+import sys
 
 import numpy as np
 
@@ -156,7 +157,7 @@ def _count_optimizer_step(*_: object) -> None:
 
 
 # Trainers import this module for the suite's instructions: they add a byte to this file with every optimizer step.
-if "PPO_VLA_TEST_UPDATES" in os.environ:
+if "PPO_VLA_TEST_UPDATES" in os.environ and "torch" in sys.modules:
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     register_optimizer_step_post_hook(_count_optimizer_step)

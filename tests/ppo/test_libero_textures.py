@@ -1,6 +1,7 @@
 """Models whose textures lie in shared memory: the same bytes, in fewer pages."""
 
 import gc
+import importlib.util
 import os
 import re
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 from ppo.envs.base import ResetRequest
 from tests.libero_episodes import SUITE, make_env
 
-mujoco = pytest.importorskip("mujoco")
+if importlib.util.find_spec("mujoco") is None:
+    pytest.skip("LIBERO's simulator is not installed", allow_module_level=True)
 
-from ppo.envs.libero_simulator import Simulator  # noqa: E402
+from ppo.envs.libero_simulator import Simulator, mujoco  # noqa: E402 (imports mujoco without a GL library)
 from ppo.envs.libero_textures import share_textures  # noqa: E402
 
 # 72 MiB of texture; `mark` is the colour of its squares.

@@ -1,8 +1,6 @@
 """Random model folders of a size: openvla-7b's shape (here with fewer layers) loads, and its weights are usable."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,9 +17,9 @@ from prismatic.extern.hf.random_prismatic import (
     save_random_vla,
 )
 from prismatic.model_files import weight_files
+from tests.programs import load_program
 from utils.checkpoint_utils import check_model_dir, read_shapes
 
-SCRIPT = Path(__file__).parents[2] / "vla-scripts" / "make_tiny_vla.py"
 INSTRUCTION = "pick up the red block and place it on the blue plate"
 
 
@@ -123,17 +121,11 @@ def test_seeds_and_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_small_is_the_libero_policy_and_refuses_other_sizes(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        "--output_dir",
-        str(tmp_path / "small"),
-        "--size",
-        "small",
-    ]
-    refused = subprocess.run([*command, "--llm_dim", "64"], capture_output=True, text=True)
-    assert refused.returncode != 0 and "remove --llm_dim" in refused.stderr
-    subprocess.run(command, check=True, capture_output=True)
+    make_tiny_vla = load_program("make_tiny_vla")
+    small = {"output_dir": str(tmp_path / "small"), "size": "small"}
+    with pytest.raises(ValueError, match="remove --llm_dim"):
+        make_tiny_vla.main(make_tiny_vla.Args(**small, llm_dim=64))
+    make_tiny_vla.main(make_tiny_vla.Args(**small))
     model = load_model(tmp_path / "small")
     assert 24e6 < sum(parameter.numel() for parameter in model.parameters()) < 27e6
     assert model.config.image_sizes == [140, 140] and list(model.norm_stats) == ["tabletop"]

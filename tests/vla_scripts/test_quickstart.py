@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -197,22 +196,21 @@ def test_progress_lines_reach_the_console(tmp_path):
 
 
 def test_ending_the_run_ends_the_stage(tmp_path):
-    child = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(900)"
+    child = "import os, time; print(os.getpid()); time.sleep(900)"
     parent = (
         "import signal, sys; sys.path.insert(0, 'vla-scripts'); import quickstart; from pathlib import Path\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
         f"import os; os.chdir({str(tmp_path)!r})\n"
-        f"quickstart.run_command((sys.executable, '-c', {child!r}), Path('log'), print)"
+        f"quickstart.run_command((sys.executable, '-c', {child!r}), Path('log'), lambda line: print(line, flush=True))"
     )
-    process = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT)
-    pid_file = tmp_path / "pid"
-    deadline = time.time() + 400
-    while not (pid_file.exists() and pid_file.read_text()) and time.time() < deadline:
-        time.sleep(0.05)
+    process = subprocess.Popen(
+        [sys.executable, "-c", parent], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    pid = int(process.stdout.readline())  # it passes on what the stage says: it is waiting for it
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=400) == 143
     with pytest.raises(ProcessLookupError):
-        os.kill(int(pid_file.read_text()), 0)
+        os.kill(pid, 0)
 
 
 def test_summary_has_the_agreed_keys_from_the_right_files(finished):
