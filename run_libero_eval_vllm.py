@@ -101,10 +101,11 @@ class Args:
 
 
 def find_problems(args: Args) -> list[str]:
-    """Everything that keeps `args` from running; reads folders and headers, starts nothing."""
-    from utils.checkpoint_utils import check_model_dir
+    """Everything that keeps `args` from running; reads folders and weights, starts nothing."""
+    from utils.checkpoint_utils import check_model_dir, check_model_values
 
     problems = check_model_dir(args.pretrained_checkpoint)
+    problems = problems or check_model_values(args.pretrained_checkpoint)
     try:
         suite = get_suite(args.task_suite_name)
     except (ValueError, ImportError) as error:

@@ -18,11 +18,11 @@ from typing import Any
 import psutil
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from prismatic.extern.hf.folder_checks import WEIGHT_DTYPES, check_model_files
-from prismatic.finite_weights import nonfinite, nonfinite_problem
+from prismatic.finite_weights import nonfinite_in_files
 from prismatic.model_files import (
     CHECKSUMS_NAME,
     INDEX_NAME,
@@ -33,9 +33,11 @@ from prismatic.model_files import (
     is_list_of,
     is_number,
     leaves_folder,
+    raise_file_problems,
     read_header,
     read_headers,
     read_json_object,
+    weight_files,
     write_checksums,
 )
 from prismatic.regular_files import folder_problems
@@ -148,6 +150,11 @@ def check_model_dir(path: str | Path) -> list[str]:
     return list(dict.fromkeys(problem for check in checks for problem in _problems_of(check)))
 
 
+def check_model_values(path: str | Path) -> list[str]:
+    """Tensors of a complete model folder that hold NaN or infinity. Reads all weights: 10 GB/s and core if cached."""
+    return nonfinite_in_files(weight_files(path))
+
+
 def _problems_of(check: Callable[[], Any]) -> list[str]:
     try:
         check()
@@ -206,10 +213,7 @@ def _check_adapter_weights(folder: Path) -> None:
             raise ValueError(
                 f"{folder / ADAPTER_WEIGHTS}: {name} is {dtype}, not one of {', '.join(WEIGHT_DTYPES)}"
             )
-    with safe_open(folder / ADAPTER_WEIGHTS, "pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118
-            if nonfinite([(name, tensor := tensors.get_tensor(name))]):
-                raise ValueError(nonfinite_problem(folder / ADAPTER_WEIGHTS, name, tensor))
+    raise_file_problems(nonfinite_in_files([folder / ADAPTER_WEIGHTS]))
 
 
 def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:

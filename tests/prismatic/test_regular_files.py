@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -13,15 +14,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ppo import resume
+import ppo_vllm_ray_fsdp_vla as driver
+import run_libero_eval_vllm
+from ppo import inputs, resume
 from prismatic import regular_files
 from prismatic.extern.hf.modeling_prismatic import load_model
-from prismatic.finite_weights import checked, nonfinite
+from prismatic.finite_weights import nonfinite
 from prismatic.model_files import read_json, read_json_object
 from prismatic.vla.action_normalization import resolve_unnorm_key, statistics_problems
 from prismatic.vla.datasets.statistics import _digest, load_dataset_statistics
 from tests.test_malformed_files import DATASET, rlds
-from utils import merge_utils, training_state
+from utils import checkpoint_utils, merge_utils, training_state
 from utils.logging_utils import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -151,11 +154,26 @@ def test_a_weight_that_is_not_finite_is_named_where_it_is_loaded(broken_dir, dty
     says = rf"model/model.safetensors: {name} holds 2 of \d+ values that are NaN or infinite"
     with pytest.raises(ValueError, match=says):
         load_model(folder, dtype=dtype)
-    state = load_file(folder / "model.safetensors")
-    with pytest.raises(ValueError, match=says):  # as the engine reads it, tensor by tensor
-        list(checked(folder, state.items()))
-    del state[name]
-    assert dict(checked(folder, state.items())).keys() == state.keys()
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_programs_name_a_weight_that_is_not_finite_before_anything_starts(
+    broken_dir, tiny_model_dir, tmp_path, is_sharded
+):
+    folder, name = broken_dir
+    if is_sharded:
+        state = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        checkpoint_utils.save_weights(folder, state, max_shard_size="400KB")
+    assert checkpoint_utils.check_model_dir(folder) == [], "its headers are right"
+    assert checkpoint_utils.check_model_values(tiny_model_dir) == []
+    (problem,) = checkpoint_utils.check_model_values(folder)
+    assert re.search(rf"model[-0-9a-z]*\.safetensors: {name} holds 2 of", problem)
+    arguments = {"vla_path": str(folder), "run_root_dir": str(tmp_path), "exp_id": "run"}
+    with pytest.raises(ValueError, match=f"{name} holds 2 of"):
+        inputs.check_files(driver.Args(**arguments), tmp_path / "run")
+    evaluation = run_libero_eval_vllm.Args(pretrained_checkpoint=folder)
+    assert problem in run_libero_eval_vllm.find_problems(evaluation)
 
 
 def test_merging_names_a_base_that_is_not_finite_and_a_type_that_overflows(
