@@ -104,8 +104,8 @@ def find_problems(args: Args) -> list[str]:
     """Everything that keeps `args` from running; reads folders and weights, starts nothing."""
     from utils.checkpoint_utils import check_model_dir, check_model_values
 
-    problems = check_model_dir(args.pretrained_checkpoint)
-    problems = problems or check_model_values(args.pretrained_checkpoint)
+    model_dir = args.pretrained_checkpoint
+    problems = check_model_dir(model_dir) or check_model_values(model_dir)
     try:
         suite = get_suite(args.task_suite_name)
     except (ValueError, ImportError) as error:

@@ -22,7 +22,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from prismatic.extern.hf.folder_checks import WEIGHT_DTYPES, check_model_files
-from prismatic.finite_weights import nonfinite_in_files
 from prismatic.model_files import (
     CHECKSUMS_NAME,
     INDEX_NAME,
@@ -152,6 +151,8 @@ def check_model_dir(path: str | Path) -> list[str]:
 
 def check_model_values(path: str | Path) -> list[str]:
     """Tensors of a complete model folder that hold NaN or infinity. Reads all weights: 10 GB/s and core if cached."""
+    from prismatic.finite_weights import nonfinite_in_files
+
     return nonfinite_in_files(weight_files(path))
 
 
@@ -208,6 +209,8 @@ def read_adapter_config(adapter_dir: str | Path) -> dict[str, Any]:
 
 
 def _check_adapter_weights(folder: Path) -> None:
+    from prismatic.finite_weights import nonfinite_in_files
+
     for name, (dtype, _) in read_header(folder / ADAPTER_WEIGHTS).items():
         if dtype not in WEIGHT_DTYPES:
             raise ValueError(
