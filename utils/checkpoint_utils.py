@@ -77,11 +77,13 @@ def _is_pattern(value: Any, is_value: Callable[[Any], bool]) -> bool:
     )
 
 
+# A factor of the update far above any in use, and within what its product with a weight may be in float32.
+MAX_ALPHA = 1e6
 REQUIRED_ADAPTER_FIELDS = ("peft_type", "r", "lora_alpha", "target_modules")
 ADAPTER_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "peft_type": (lambda v: v == "LORA", "LORA"),
     "r": (lambda v: is_int(v, 1, 1 << 16), "a positive whole number"),
-    "lora_alpha": (lambda v: is_number(v) and v > 0, "a positive number"),
+    "lora_alpha": (lambda v: is_number(v) and 0 < v <= MAX_ALPHA, "a positive number up to 1e6"),
     "lora_dropout": (lambda v: is_number(v) and 0 <= v < 1, "in [0, 1)"),
     "bias": (lambda v: v in ("none", "all", "lora_only"), "none, all or lora_only"),
     "target_modules": (
@@ -92,7 +94,10 @@ ADAPTER_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: v is None or _is_pattern(v, lambda n: is_int(n, 1, 1 << 16)),
         "names with ranks",
     ),
-    "alpha_pattern": (lambda v: v is None or _is_pattern(v, is_number), "names with numbers"),
+    "alpha_pattern": (
+        lambda v: v is None or _is_pattern(v, lambda n: is_number(n) and abs(n) <= MAX_ALPHA),
+        "names with numbers up to 1e6",
+    ),
     "modules_to_save": (
         lambda v: v is None or _is_names(v),
         "a list of names of modules, or null",
