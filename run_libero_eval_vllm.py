@@ -154,11 +154,12 @@ class Args:
 
 
 def find_problems(args: Args) -> list[str]:
-    """Everything that keeps `args` from running; reads folders and headers, starts nothing."""
-    from utils.checkpoint_utils import check_model_dir
+    """Everything that keeps `args` from running; reads folders and weights, starts nothing."""
+    from utils.checkpoint_utils import check_model_dir, check_model_values
 
     problems = path_problems("--pretrained_checkpoint", args.pretrained_checkpoint)
     problems = problems or check_model_dir(args.pretrained_checkpoint)
+    problems = problems or check_model_values(args.pretrained_checkpoint)
     return problems + flag_problems(args, has_model=not problems)
 
 

@@ -70,13 +70,14 @@ def _with_recorded_commits(args: Any, exp_dir: Path) -> Any:
 
 
 def check_files(args: Any, exp_dir: Path) -> None:
-    """Check every folder and option named by the flags (reads headers only). Raises ValueError with all problems."""
+    """Check every folder and option named by the flags (weights included). Raises ValueError with all problems."""
     from utils.vllm_utils import model_length_problems, validate_engine_options
 
     suite = get_suite(args.task_suite_name)
     problems = checkpoint_utils.check_model_dir(args.vla_path)
     is_model = not problems
     if is_model:
+        problems += checkpoint_utils.check_model_values(args.vla_path)
         problems += _statistics_problems(args)
     if args.load_adapter_checkpoint:
         adapter_problems = checkpoint_utils.check_adapter_dir(args.load_adapter_checkpoint)

@@ -222,6 +222,8 @@ def position(folder: Path) -> tuple[int, int] | None:
 
 def step_folders(exp_dir: Path) -> list[Path]:
     """Folders `step_<N>` of a run, with or without a training state, oldest first."""
+    if not os.path.isdir(exp_dir):
+        return []
     return sorted(
         (p for p in exp_dir.glob("step_*") if position(p) and p.is_dir()),
         key=lambda p: position(p) or (0, 0),

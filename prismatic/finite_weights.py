@@ -1,12 +1,14 @@
-"""NaN and infinity in weights, looked for once where they are loaded: one pass over the memory that they are in."""
+"""NaN and infinity in weights: one pass over the memory that they are in."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from prismatic.model_files import INDEX_NAME, read_index, weight_files
+from prismatic.regular_files import check_file
 
 
 def nonfinite(named: Iterable[tuple[str, Tensor]]) -> list[str]:
@@ -31,6 +33,23 @@ def nonfinite(named: Iterable[tuple[str, Tensor]]) -> list[str]:
     return [name for name in tensors if name in suspects and not tensors[name].isfinite().all()]
 
 
+def nonfinite_in_files(files: Iterable[str | Path]) -> list[str]:
+    """What to say about the safetensors files that hold NaN or infinity: the first such tensor of each.
+
+    Reads all of them, mapped and tensor by tensor: programs do this before anything starts, and the loading that
+    follows finds the files in the page cache.
+    """
+    problems = []
+    for file in files:
+        check_file(file)
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                if nonfinite([(name, tensor := tensors.get_tensor(name))]):
+                    problems.append(nonfinite_problem(file, name, tensor))
+                    break
+    return problems
+
+
 def nonfinite_problem(file: str | Path, name: str, tensor: Tensor) -> str:
     """What to say about a tensor of `file` that `nonfinite` has found."""
     count = int((~tensor.isfinite()).sum())
@@ -53,15 +72,6 @@ def check_finite(model_dir: str | Path, named: Iterable[tuple[str, Tensor]]) -> 
     problems += [f"{model_dir}: and {len(found) - 3} more tensors"] if len(found) > 3 else []
     if problems:
         raise ValueError("\n".join(problems))
-
-
-def checked(
-    model_dir: str | Path, weights: Iterable[tuple[str, Tensor]]
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield `weights`, each after `check_finite` of it alone."""
-    for name, tensor in weights:
-        check_finite(model_dir, [(name, tensor)])
-        yield name, tensor
 
 
 def _file_of(model_dir: str | Path, name: str) -> Path:

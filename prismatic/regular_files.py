@@ -90,7 +90,7 @@ def file_problems(files: Iterable[str | Path], max_bytes: int = MAX_FILE_BYTES) 
     for file in files:
         try:
             check_file(file, max_bytes)
-            if not os.access(file, os.R_OK):
+            if not os.access(file, os.R_OK, effective_ids=True):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
         except (OSError, ValueError) as error:
             problems.append(str(error))

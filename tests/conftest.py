@@ -26,8 +26,9 @@ SUITE_SCENES = {
 # Those that use `straight_run` stay on one worker, and so do the others; where memory is short all of them do.
 STRAIGHT_RUN_TESTS = ("tests/test_faults", "tests/test_resume_run.py")
 RAY_TESTS = (
-    "tests/test_driver.py", "tests/test_hub_models.py", "tests/test_libero_end_to_end.py", "tests/test_multinode.py", "tests/utils/test_actors.py",
-    "tests/utils/test_ray_utils.py", "tests/utils/test_spares.py", "tests/utils/weights/test_sync.py",
+    "tests/test_driver.py", "tests/test_hub_models.py", "tests/test_libero_end_to_end.py",
+    "tests/test_multinode.py", "tests/utils/test_actors.py", "tests/utils/test_ray_utils.py",
+    "tests/utils/test_spares.py", "tests/utils/weights/test_sync.py",
 )  # fmt: skip
 MEMORY_OF_TWO_RUNS_GIB = 12.0
 

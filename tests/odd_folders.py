@@ -322,6 +322,14 @@ MODEL = [
     Case("model", "id2label of a list", put("config.json", "id2label", [[]]), "config.json"),
     Case("model", "transformers' version is a list", put("config.json", "transformers_version", [1]), is_fine=True),
     Case("model", "pixels divided by zero", put("preprocessor_config.json", "stds.0.1", 0), "positive numbers"),
+    Case("model", "pixels divided by almost zero", put("preprocessor_config.json", "stds.0.1", 1e-300), "positive"),
+    Case("model", "pixels divided by almost zero in the other list", put(
+        "preprocessor_config.json", "tvf_normalize_params.0.std", [1e-300] * 3), "positive std"),
+    Case("model", "a mean of 1e30", put("preprocessor_config.json", "means.0", [1e30] * 3), "up to 1e3"),
+    Case("model", "padding that is no token", put("config.json", "pad_token_id", 10**5), "pad_token_id is 100000"),
+    Case("model", "an empty piece that is no token", put("config.json", "empty_piece_token_id", 10**5), "empty_piece"),
+    Case("model", "a tokenizer that adds no first token: we do", put("tokenizer.json", "post_processor", None),
+         is_fine=True),
     Case("model", "an unknown interpolation", put("preprocessor_config.json", "interpolations.0", "evil"),
          "preprocessor_config.json"),
     Case("model", "architectures of another model", put("config.json", "architectures", ["LlamaForCausalLM"]),
@@ -360,6 +368,8 @@ ADAPTER = [
     Case("adapter", "alpha infinite", lambda f: (f / CONFIG).write_text(
         json.dumps(json.loads((f / CONFIG).read_text()) | {"lora_alpha": 0}).replace(
             '"lora_alpha": 0', '"lora_alpha": 1e999')), "lora_alpha"),
+    Case("adapter", "alpha of 1e308", put(CONFIG, "lora_alpha", 1e308), "up to 1e6"),
+    Case("adapter", "alpha of one layer of 1e308", put(CONFIG, "alpha_pattern", {"q_proj": 1e308}), "up to 1e6"),
     Case("adapter", "alpha true", put(CONFIG, "lora_alpha", True), "lora_alpha"),
     Case("adapter", "rank of 2^40", put(CONFIG, "r", TEBI), "r is"),
     Case("adapter", "rank of another size than the factors", put(CONFIG, "r", 5), "rank 5"),

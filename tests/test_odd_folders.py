@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import ppo_vllm_ray_fsdp_vla as driver
 from ppo import inputs, resume
 from prismatic.extern.hf.modeling_prismatic import load_model
 from prismatic.vla.datasets.rlds import iterate_episodes
@@ -153,4 +152,29 @@ def test_an_older_checkpoint_is_taken_where_the_newest_is_odd(tmp_path):
     for content in ([1], {"update": {"num_done": {"value": "1", "policy": 1}}}):
         rank.write_text(json.dumps(content))
         assert resume.find_checkpoint("auto", tmp_path / "run") == (older, [])
-    assert driver.Args is type(ARGS)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "",
+        "a" * 5000,
+        "/dev/null",
+        "/proc/self/fd/0",
+        "nul\0byte",
+        "half\udcff",
+        "tiny/config.json/x",
+    ],
+)
+def test_a_path_that_is_no_folder_is_refused(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "config.json").write_text("{}")
+    for check in (
+        checkpoint_utils.check_model_dir,
+        checkpoint_utils.check_adapter_dir,
+        check_dataset_dir,
+        lambda path: resume.find_checkpoint(path, Path(path))[1],
+    ):
+        (problem, *_) = check(path)
+        assert isinstance(problem, str)

@@ -154,7 +154,7 @@ def fetch(hub_id: str, revision: str | None = None) -> str:
         raise HubError(f"revision {revision!r} is no name of a branch or tag, and no commit")
     # Here, because `--help` does not need it.
     import httpx2
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     wanted = f"{hub_id} (revision {revision or 'main'})"
     logger.info("%s is a model of the hub: looking for it", wanted)
@@ -163,6 +163,8 @@ def fetch(hub_id: str, revision: str | None = None) -> str:
         {} if os.isatty(2) and is_first else {"tqdm_class": _logged_bar(is_first)}
     )
     try:
+        if not constants.HF_HUB_OFFLINE:
+            _refuse_oft(hub_id, revision)
         folder = snapshot_download(
             hub_id,
             revision=revision,
@@ -170,10 +172,30 @@ def fetch(hub_id: str, revision: str | None = None) -> str:
             ignore_patterns=list(IGNORED_FILES),
             **options,
         )
+    except HubError:
+        raise
     except (OSError, ValueError, RuntimeError, httpx2.HTTPError) as error:
         raise HubError(_explain(error, hub_id, revision)) from error
     logger.info("%s is in %s", wanted, folder)
     return folder
+
+
+def _refuse_oft(hub_id: str, revision: str | None) -> None:
+    """Raise HubError for an OpenVLA-OFT checkpoint: what shows that it is one would not be downloaded."""
+    import httpx2
+    from huggingface_hub import HfApi
+
+    from prismatic.extern.hf.oft_checks import oft_files
+
+    try:
+        names = HfApi().list_repo_files(hub_id, revision=revision)
+    except (OSError, ValueError, RuntimeError, httpx2.HTTPError):
+        return  # snapshot_download finds the model in the cache, or says what is wrong
+    if found := oft_files(names):
+        raise HubError(
+            f"this is an OpenVLA-OFT checkpoint ({', '.join(found[:3])}), which is not supported: "
+            "choose a plain OpenVLA"
+        )
 
 
 def _logged_bar(is_shown: bool) -> Any:

@@ -229,8 +229,9 @@ def _combination_problems(args: Args) -> list[str]:
 
 
 def check_files(args: Args) -> list[str]:
-    """All problems of the folders that the arguments name: model, datasets, run. Reads headers and JSON only."""
+    """All problems of the folders that the arguments name: model, datasets, run. Reads weights, no records."""
     problems = checkpoint_utils.check_model_dir(args.vla_path)
+    problems = problems or checkpoint_utils.check_model_values(args.vla_path)
     problems += check_mixture(args.data_root_dir, args.dataset_name)
     exp_dir = run_dir(args)
     if args.output_dir is None and (root := place_problems("--run_root_dir", exp_dir.parent)):

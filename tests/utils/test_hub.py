@@ -80,6 +80,15 @@ def test_a_model_is_downloaded_without_code_and_pickles_and_loads(server, publis
     assert hub.source_of(folder) == hub.Source(HUB_ID, hub_server.COMMIT)
 
 
+def test_an_oft_checkpoint_is_refused_before_anything_is_downloaded(server, published, tmp_path):
+    folder = shutil.copytree(published, tmp_path / "oft")
+    (folder / "action_head--100_checkpoint.pt").write_bytes(b"a network")
+    server.add("someone/oft", folder)
+    message = refusal(fetch(server, tmp_path / "home", "someone/oft"))
+    assert "OpenVLA-OFT checkpoint (action_head--100_checkpoint.pt)" in message
+    assert server.fetched() == set()
+
+
 def test_a_second_fetch_downloads_nothing(server, tmp_path):
     folder = folder_of(fetch(server, tmp_path))
     server.requests.clear()

@@ -157,16 +157,15 @@ PREPROCESSOR_RULES: Rules = {
         "[3, height, width] for each ViT",
     ),
     "interpolations": (lambda v: is_list_of(v, _TEXT[0]), "a list of names"),
-    "means": (lambda v: is_list_of(v, _VECTOR[0]), "3 finite numbers for each ViT"),
-    "stds": (lambda v: is_list_of(v, lambda s: _VECTOR[0](s) and min(s) > 0), "3 positive numbers for each ViT"),
+    "means": (lambda v: is_list_of(v, _is_mean), "3 finite numbers up to 1e3 for each ViT"),
+    "stds": (lambda v: is_list_of(v, _is_std), "3 positive numbers (1e-6 to 1e3) for each ViT"),
     "tvf_do_letterbox": _BOOL,
     "tvf_letterbox_fill": _or_none((lambda v: is_list_of(v, lambda n: is_int(n, 0, 255), 3), "3 numbers to 255")),
     "tvf_normalize_params": (
         lambda v: is_list_of(
-            v, lambda p: isinstance(p, dict) and _VECTOR[0](p.get("mean")) and _VECTOR[0](p.get("std"))
-            and min(p["std"]) > 0,
+            v, lambda p: isinstance(p, dict) and _is_mean(p.get("mean")) and _is_std(p.get("std"))
         ),
-        "a mean and a positive std of 3 numbers for each ViT",
+        "a mean (up to 1e3) and a positive std (1e-6 to 1e3) of 3 numbers for each ViT",
     ),
     "tvf_resize_params": (lambda v: is_list_of(v, lambda p: _is_resize(p)), "size and interpolation for each ViT"),
     "tvf_crop_params": (lambda v: is_list_of(v, _OBJECT[0]), "a JSON object for each ViT"),
@@ -189,6 +188,15 @@ def _is_timm_model(name: Any) -> bool:
         and re.fullmatch(r"[A-Za-z0-9_.]+", name) is not None
         and timm.is_model(name)
     )
+
+
+def _is_mean(value: Any) -> bool:
+    return bool(_VECTOR[0](value)) and max(map(abs, value)) <= 1e3
+
+
+def _is_std(value: Any) -> bool:
+    """In a range whose reciprocals float32 holds: pixels are divided by it."""
+    return bool(_VECTOR[0](value)) and min(value) >= 1e-6 and max(value) <= 1e3
 
 
 def _is_rope_value(value: Any) -> bool:
@@ -257,6 +265,12 @@ def read_config(model_dir: str | Path) -> OpenVLAConfig:
         raise ValueError(
             f"{file}: text_config.vocab_size has no room for n_action_bins and pad_to_multiple_of"
         )
+    for name in ("pad_token_id", "empty_piece_token_id"):
+        if getattr(config, name) >= config.text_config.vocab_size:
+            raise ValueError(
+                f"{file}: {name} is {getattr(config, name)}: it must be a token of the model, which has "
+                f"{config.text_config.vocab_size} (text_config.vocab_size)"
+            )
     return config
 
 

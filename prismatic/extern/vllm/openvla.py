@@ -42,7 +42,6 @@ from prismatic.extern.hf.modeling_prismatic import (
 )
 from prismatic.extern.vllm.inputs import IMAGE, PIXELS, ROW, action_request
 from prismatic.extern.vllm.vision import MAX_GRAPH_IMAGES, GraphedEncoder
-from prismatic.finite_weights import checked
 from prismatic.model_files import read_json_object
 
 
@@ -175,8 +174,6 @@ class OpenVLAForActionPrediction(nn.Module, SupportsMultiModal):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         self.config = config = cast(OpenVLAConfig, vllm_config.model_config.hf_config)
-        # The model folder until its weights were loaded; those that a trainer sends are not looked at.
-        self._unchecked_dir: str | None = vllm_config.model_config.model
         means, stds = read_pixel_statistics(vllm_config.model_config.model)
         # Plain attributes: as buffers they would look to vLLM's weight reload like weights that never came.
         self._pixel_scale, self._pixel_shift = 1.0 / (255.0 * stds), -means / stds
@@ -283,11 +280,5 @@ class OpenVLAForActionPrediction(nn.Module, SupportsMultiModal):
         return logits
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load (a part of) a checkpoint by its own names.
-
-        Raises ValueError naming file and tensor if the model folder's weights, which come first, are not finite.
-        """
-        if self._unchecked_dir is not None:
-            weights = checked(self._unchecked_dir, weights)
-            self._unchecked_dir = None
+        """Load (a part of) a checkpoint by its own names."""
         return AutoWeightsLoader(self).load_weights(weights)
