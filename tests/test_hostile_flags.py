@@ -348,7 +348,7 @@ def test_every_number_that_a_program_takes_has_a_bound(program):
     hints = typing.get_type_hints(module["Args"])
     inherited = set()
     if program == TINY:  # validate_tiny knows the sizes
-        from prismatic.extern.hf.tiny_prismatic import SIZE_LIMITS
+        from prismatic.extern.hf.tiny_config import SIZE_LIMITS
 
         inherited = set(SIZE_LIMITS)
     for field in dataclasses.fields(module["Args"]):

@@ -40,7 +40,9 @@ def read(file: Path) -> dict:
 
 def test_a_run_from_a_hub_id_records_it_and_its_adapter_merges_and_acts(server, tmp_path):
     home, exp_dir = tmp_path / "home", tmp_path / "run"
-    args = small_args(HUB_ID, tmp_path, use_lora=True, lora_rank=4, total_episodes=64)
+    args = small_args(
+        HUB_ID, tmp_path, use_lora=True, lora_rank=4, total_episodes=64, value_init_steps=0
+    )
     assert foreign_lines(run(server, home, command_line(args))) == []
     recorded = {"vla_path": HUB_ID, "revision": COMMIT}
     assert recorded.items() <= read(exp_dir / "args.json").items()
@@ -115,8 +117,8 @@ def test_fine_tuning_starts_from_a_hub_id(server, tmp_path):
     ("words", "code"),
     [
         (["ppo_vllm_ray_fsdp_vla.py", "--device", "cpu", "--vla_path", "openvla/none"], 2),
-        (["run_libero_eval_vllm.py", "--pretrained_checkpoint", "openvla/none"], 1),
-        (["vla-scripts/merge.py", "--vla_path", "openvla/none", "--adapter_dir", "me/x", "--output_dir", "o"], 1),
+        (["run_libero_eval_vllm.py", "--pretrained_checkpoint", "openvla/none"], 2),
+        (["vla-scripts/merge.py", "--vla_path", "openvla/none", "--adapter_dir", "me/x", "--output_dir", "o"], 2),
         (["vla-scripts/finetune.py", "--vla_path", "openvla/none"], 2),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

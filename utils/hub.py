@@ -183,12 +183,12 @@ def fetch(hub_id: str, revision: str | None = None) -> str:
 def _refuse_oft(hub_id: str, revision: str | None) -> None:
     """Raise HubError for an OpenVLA-OFT checkpoint: what shows that it is one would not be downloaded."""
     import httpx2
-    from huggingface_hub import HfApi
+    from huggingface_hub import list_repo_files
 
     from prismatic.extern.hf.oft_checks import oft_files
 
     try:
-        names = HfApi().list_repo_files(hub_id, revision=revision)
+        names = list_repo_files(hub_id, revision=revision)
     except (OSError, ValueError, RuntimeError, httpx2.HTTPError):
         return  # snapshot_download finds the model in the cache, or says what is wrong
     if found := oft_files(names):

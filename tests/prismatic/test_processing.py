@@ -267,6 +267,6 @@ def test_position_embedding_tells_rows_from_columns() -> None:
 def test_sizes_that_cannot_work_are_all_named() -> None:
     bad = TinyVLAConfig(image_size=60, patch_size=14, vision_dim=97, llm_dim=190, vision_depth=1)
     with pytest.raises(
-        ValueError, match="image_size 60.*vision_dim 97.*llm_dim 190.*vision_depth is 1"
+        ValueError, match="(?s)image_size 60.*vision_dim 97.*llm_dim 190.*vision_depth is 1"
     ):
         validate_tiny(bad)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from utils.weight_export import WeightExporter
 
 from prismatic.extern.hf.modeling_prismatic import load_model
 from tests.adapters import CONVOLUTIONS, OFFICIAL_CONFIG, save_official_adapter
 from tests.distributed import in_ranks
 from utils import fsdp_utils, merge_utils, peft_utils
+from utils.weights.export import WeightExporter
 
 # The fields of LoraConfig in peft 0.11.1, the version that OpenVLA pins. It refuses any other.
 FIELDS_OF_PEFT_0_11 = {
