@@ -268,25 +268,27 @@ def training_options(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"exact_physics": False, **drawing, **given}
 
 
-def memory_cost(options: Mapping[str, Any]) -> MemoryCost:
-    """Main memory of environments; with EGL their canvases take a GPU's memory instead.
+def memory_cost(suite_name: str, options: Mapping[str, Any]) -> MemoryCost:
+    """Main memory of a suite's environments; with EGL their canvases take a GPU's memory instead.
 
-    Private memory, measured on 2026-11-28 with LIBERO's own assets (libero_spatial, OSMesa): imports 0.16 GiB, the
-    first simulator 0.85, the shared textures 0.18; a further simulator 0.10, for which more is allowed here because
-    memory of a process fragments in the long run (0.15 seen with 33 of them); a canvas 0.53. Without shared textures a
-    simulator takes 0.27.
+    Measured on 2026-11-28 with LIBERO's own assets: imports 0.16 GiB, the first simulator 0.75 to 0.9, textures of a
+    task 0.03 to 0.29, on average 0.14 (the tasks of libero_spatial and libero_goal all have the same), a further
+    simulator 0.08 to 0.14, a canvas 0.53. 18 simulators of libero_spatial took 2.8 GiB after 70 episodes; here they
+    count 3.7, for memory fragments in the long run. Without shared textures a simulator takes 0.27.
     """
+    is_shared, has_one_scene = can_share(), suite_name in ("libero_spatial", "libero_goal")
     is_drawn_by_gpu = (
         options.get("env_gpu_id") is not None
         or os.environ.get("MUJOCO_GL", "").lower().strip() == "egl"
     )
     return MemoryCost(
         process_gib=1.2,
-        simulator_gib=0.15 if can_share() else 0.32,
+        simulator_gib=0.15 if is_shared else 0.32,
         canvas_gib=0.0 if is_drawn_by_gpu or not options.get("images", True) else 0.53,
         max_simulators=options.get("max_simulators", MAX_SIMULATORS),
         simulators_of_another=SIMULATORS_OF_ANOTHER,
         max_canvases=options.get("max_canvases", MAX_CANVASES),
+        task_gib=0.15 if is_shared and not has_one_scene else 0.0,
     )
 
 
@@ -321,7 +323,7 @@ def _suite(name: str) -> TaskSuite:
         make_env=functools.partial(LiberoEnv, name),
         find_problems=_find_problems,
         process_options=process_options,
-        memory_cost=memory_cost,
+        memory_cost=functools.partial(memory_cost, name),
         training_options=training_options,
         remarks=libero_install.asset_remarks,
     )

@@ -25,6 +25,7 @@ class MemoryCost:
         max_simulators: simulators that a process keeps for its first environment.
         simulators_of_another: simulators by which that number grows with each further environment.
         max_canvases: tasks that are kept ready to be drawn for the first environment; each further one adds one.
+        task_gib: each task after the first that a simulator is of: what the task's simulators share.
     """
 
     process_gib: float
@@ -33,20 +34,23 @@ class MemoryCost:
     max_simulators: int
     simulators_of_another: int
     max_canvases: int
+    task_gib: float = 0.0
 
     def least_gib(self, num_envs: int, num_tasks: int) -> float:
         """A process whose environments hold the simulators of their running and next episode, and no others."""
-        return self._gib(2 * num_envs, min(num_envs, num_tasks))
+        return self._gib(2 * num_envs, num_tasks, min(num_envs, num_tasks))
 
     def most_gib(self, num_envs: int, num_tasks: int) -> float:
         """A process that keeps as many simulators as it may, as it does after some time."""
         others = num_envs - 1
         simulators = self.max_simulators + self.simulators_of_another * others
         canvases = min(self.max_canvases + others, num_tasks)
-        return self._gib(min(simulators, 2 * num_envs * num_tasks), canvases)
+        return self._gib(min(simulators, 2 * num_envs * num_tasks), num_tasks, canvases)
 
-    def _gib(self, simulators: int, canvases: int) -> float:
-        return self.process_gib + (simulators - 1) * self.simulator_gib + canvases * self.canvas_gib
+    def _gib(self, simulators: int, num_tasks: int, canvases: int) -> float:
+        further_gib = (simulators - 1) * self.simulator_gib
+        further_gib += (min(simulators, num_tasks) - 1) * self.task_gib
+        return self.process_gib + further_gib + canvases * self.canvas_gib
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,11 @@ def test_a_process_takes_what_its_simulators_and_canvases_take():
     assert COST.most_gib(1, TASKS) == pytest.approx(1.0 + 11 * 0.1 + 3 * 0.5)
     assert COST.least_gib(3, TASKS) == pytest.approx(1.0 + 5 * 0.1 + 3 * 0.5)
     assert COST.most_gib(3, TASKS) == pytest.approx(1.0 + 17 * 0.1 + 5 * 0.5)
+    # Three environments and 0.2 GiB for each further task: five tasks among six simulators, ten among 18.
+    tasks = dataclasses.replace(COST, task_gib=0.2)
+    assert tasks.least_gib(3, 5) == pytest.approx(COST.least_gib(3, 5) + 4 * 0.2)
+    assert tasks.most_gib(3, TASKS) == pytest.approx(COST.most_gib(3, TASKS) + 9 * 0.2)
+    assert tasks.least_gib(1, TASKS) == pytest.approx(COST.least_gib(1, TASKS) + 0.2)
     # With one task: a running and a next simulator for each environment, one canvas for all.
     assert COST.most_gib(3, 1) == COST.least_gib(3, 1) == pytest.approx(1.0 + 5 * 0.1 + 0.5)
 
