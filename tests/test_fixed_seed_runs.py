@@ -24,7 +24,8 @@ NOT_COMPARED = ("time/", "mem/", "sync/")  # seconds, memory, and how weights tr
 
 LORA = {"use_lora": True, "lora_rank": 4, "num_epochs": 2, "save_freq": 1}
 RUNS: dict[str, dict[str, Any]] = {
-    "lora_shared_critic": LORA | {"vllm_num_engines": 2, "curriculum_tau": 0.1},
+    # Two engines: 128 samples per step.
+    "lora_shared_critic": LORA | {"vllm_num_engines": 2, "total_episodes": 3 * 128, "curriculum_tau": 0.1},
     "full_own_critic": {
         "value_model_type": "vla", "value_use_lora": False, "beta": 0.1, "ratio_level": "token",
         "entropy_coef": 0.01, "policy_lr_scheduler_type": "cosine", "policy_lr_warmup_steps": 1,
